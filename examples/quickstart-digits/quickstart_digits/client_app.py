@@ -1,0 +1,59 @@
+"""What every node does with a model it is sent: train it, or say how good it is."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from quickstart_digits import task
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the received model on this node's examples and send it back."""
+    partition_id = int(context.node_config["partition-id"])
+    (images, labels), _ = _examples(context)
+    model, loss = task.train(
+        _received_model(message),
+        images,
+        labels,
+        seed=[partition_id, _server_round(message)],
+    )
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(array) for name, array in model.items()}),
+            # "num-examples" is the weight that this update gets in the average.
+            "metrics": MetricRecord({"num-examples": len(labels), "train-loss": loss}),
+        }
+    )
+    return Message(content=content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Test the received model on examples that this node did not train on."""
+    _, (images, labels) = _examples(context)
+    accuracy = task.accuracy(_received_model(message), images, labels)
+    metrics = MetricRecord({"num-examples": len(labels), "accuracy": accuracy})
+    return Message(content=RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def _received_model(message: Message) -> task.Model:
+    arrays = message.content.array_records["arrays"]
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def _server_round(message: Message) -> int:
+    return cast("int", message.content.config_records["config"]["server-round"])
+
+
+def _examples(context: Context) -> tuple[task.Examples, task.Examples]:
+    """This node's training and test part; which node it is, `flower-supernode` was told."""
+    return task.load_partition(
+        int(context.node_config["partition-id"]),
+        int(context.node_config["num-partitions"]),
+    )

@@ -1,0 +1,25 @@
+"""lifl: federated learning servers that aggregate in shared memory.
+
+``lifl.Node`` works alone, ``lifl.strategy`` inside Flower. Importing this imports neither flwr nor torch.
+"""
+
+from lifl import errors
+from lifl.metrics import Contribution, Rejection, RoundReport
+from lifl.round import Loan, Round, RoundResult
+from lifl.runtime import Node
+from lifl.tensor import TensorSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Contribution",
+    "Loan",
+    "Node",
+    "Rejection",
+    "Round",
+    "RoundReport",
+    "RoundResult",
+    "TensorSpec",
+    "__version__",
+    "errors",
+]

@@ -1,0 +1,125 @@
+/* The declarations of lifl's C core: read by cffi (so no preprocessor beyond the guard, and no
+ * `_Atomic`) and included by _shm.c. Every function is safe to call without the GIL.
+ *
+ * Two kinds of number cross this seam: a *unit* is LIFL_UNIT_BYTES of the arena and names a block by
+ * its first unit; a *generation* rises each time a block is allocated, so that an old descriptor of
+ * a recycled block fails instead of reading another update's bytes. */
+#ifndef LIFL_SHM_H
+#define LIFL_SHM_H
+#include <stdint.h>
+#endif
+
+enum lifl_status {
+  LIFL_OK = 0,
+  LIFL_EMPTY = 1,    /* a ring has nothing */
+  LIFL_FULL = 2,     /* a ring or the arena has no room */
+  LIFL_TIMEOUT = 3,  /* nothing came in time */
+  LIFL_STALE = 4,    /* the block has another generation, state or owner by now */
+  LIFL_OVERFLOW = 5, /* a mean left the range of its dtype */
+  LIFL_EINVAL = -1,  /* an argument is out of its bounds */
+  LIFL_ESYS = -2,    /* a system call failed: errno says which way */
+  LIFL_ECORRUPT = -3 /* the arena's header or tables contradict themselves */
+};
+
+enum lifl_dtype {
+  LIFL_FLOAT32 = 0,
+  LIFL_FLOAT64 = 1,
+  LIFL_FLOAT16 = 2,
+  LIFL_BFLOAT16 = 3,
+  LIFL_INT8 = 4,
+  LIFL_INT16 = 5,
+  LIFL_INT32 = 6,
+  LIFL_INT64 = 7,
+  LIFL_UINT8 = 8,
+  LIFL_BOOL = 9
+};
+
+/* Life of an update: FREE -> WRITING -> READY -> READING -> FREE;
+ * of a partial sum: FREE -> ACCUM -> COMMITTED -> READING -> FREE. */
+enum lifl_state {
+  LIFL_FREE = 0,
+  LIFL_WRITING = 1,
+  LIFL_READY = 2,
+  LIFL_READING = 3,
+  LIFL_ACCUM = 4,
+  LIFL_COMMITTED = 5
+};
+
+/* What travels through a ring: 16 bytes, a hint about a block and never its content. */
+typedef struct {
+  uint32_t block;
+  uint32_t generation;
+  uint32_t round;
+  uint16_t kind;
+  uint16_t arg;
+} lifl_desc;
+
+/* What is known of a block beside its bytes. */
+typedef struct {
+  double weight;      /* of an update, > 0 */
+  uint64_t tag;       /* the submitter's number for it */
+  uint64_t begin_ns;  /* CLOCK_MONOTONIC when its fold began */
+  uint64_t end_ns;    /* and when it was committed */
+} lifl_note;
+
+/* What a partial sum contains; the bytes of the sum follow it at LIFL_MANIFEST_BYTES. */
+typedef struct {
+  uint64_t epoch;        /* the higher of two committed sums of one leaf is the newer */
+  uint64_t num_updates;  /* in the sum, all batches */
+  double weight;         /* of the sum, all batches */
+  uint32_t batch;        /* inputs of the last batch, listed below */
+  uint32_t round;
+  uint32_t blocks[64];
+  uint32_t generations[64];
+} lifl_manifest;
+
+typedef struct lifl_arena lifl_arena; /* one process's handle on an arena */
+
+uint64_t lifl_unit_bytes(void);
+uint64_t lifl_manifest_bytes(void);
+uint32_t lifl_batch_max(void);
+uint32_t lifl_none(void);
+const char *lifl_vector_width(void);
+
+int lifl_arena_create(uint64_t payload_bytes, uint32_t participants, uint64_t node_id, lifl_arena **out);
+int lifl_arena_attach(int fd, lifl_arena **out);
+void lifl_arena_detach(lifl_arena *arena);
+int lifl_arena_fd(const lifl_arena *arena);
+uint32_t lifl_arena_units(const lifl_arena *arena);
+uint32_t lifl_arena_free_units(const lifl_arena *arena);
+uint32_t lifl_arena_participants(const lifl_arena *arena);
+uint64_t lifl_arena_node_id(const lifl_arena *arena);
+uint64_t lifl_arena_total_bytes(const lifl_arena *arena);
+
+/* The allocator's state is private to the process that created the arena: only it allocates. */
+int lifl_block_alloc(lifl_arena *arena, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
+                     uint32_t *generation);
+int lifl_block_reclaim(lifl_arena *arena, uint32_t block, uint32_t generation, int poison);
+int lifl_block_move(lifl_arena *arena, uint32_t block, uint32_t generation, uint32_t from_owner,
+                    uint32_t from_state, uint32_t to_owner, uint32_t to_state);
+int lifl_block_read(lifl_arena *arena, uint32_t block, uint32_t *generation, uint32_t *owner,
+                    uint32_t *state, uint64_t *nbytes, uint32_t *extents);
+int lifl_block_map(lifl_arena *arena, uint32_t block, uint32_t generation, void **address, uint64_t *nbytes);
+int lifl_block_unmap(lifl_arena *arena, void *address, uint64_t nbytes);
+int lifl_block_note(lifl_arena *arena, uint32_t block, lifl_note **note);
+
+int lifl_ring_capacity(lifl_arena *arena, uint32_t producer, uint32_t consumer);
+int lifl_ring_push(lifl_arena *arena, uint32_t producer, uint32_t consumer, const lifl_desc *desc);
+int lifl_ring_pop(lifl_arena *arena, uint32_t producer, uint32_t consumer, lifl_desc *desc);
+int lifl_inbox_pop(lifl_arena *arena, uint32_t consumer, lifl_desc *desc, uint32_t *producer);
+int lifl_inbox_wait(lifl_arena *arena, uint32_t consumer, uint64_t spin_ns, uint64_t timeout_ns);
+int lifl_inbox_arm(lifl_arena *arena, uint32_t consumer);
+int lifl_peer_wake(lifl_arena *arena, uint32_t consumer);
+int lifl_peer_eventfd(lifl_arena *arena, uint32_t consumer, int fd);
+
+uint64_t lifl_dtype_bytes(uint32_t dtype);
+uint64_t lifl_sum_bytes(uint32_t dtype);
+int64_t lifl_copy_finite(uint32_t dtype, void *target, const void *source, uint64_t count);
+int lifl_fold(uint32_t dtype, void *sum, const void *previous, const void *const *updates,
+              const double *weights, uint32_t n, uint64_t count);
+int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight, uint64_t count);
+int lifl_flower(uint32_t dtype, void *mean, const void *const *updates, const double *factors, uint32_t n,
+                uint64_t count);
+
+double lifl_bench_read(const void *source, uint64_t nbytes, uint32_t rounds);
+uint64_t lifl_now_ns(void);

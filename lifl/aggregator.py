@@ -1,0 +1,292 @@
+"""The worker: Recv -> Agg -> Send. A leaf folds updates, a top adds up the leaves' sums and divides.
+
+A worker holds nothing between tasks and never allocates: the agent grants it blocks. It trusts a
+descriptor only after the compare-and-swap of the block's ownership word. The same class runs in a
+process of its own (`main`) and, for a Node without workers, inside the caller's.
+
+How an update counts exactly once: a batch is folded from the leaf's newest committed sum into its other
+block; the manifest there says what the batch was; one compare-and-swap commits it; only then are the
+inputs freed. Whoever dies in between leaves either the old sum and the inputs, or the new sum.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+from collections import deque
+
+import attrs
+
+from lifl import fold
+from lifl.ring import NO_BLOCK, Descriptor, Inbox, Kind, Outbox, ring_for
+from lifl.shm import AGENT, Arena, Block, Mapping, State, lib
+from lifl.tensor import Layout
+
+log = logging.getLogger("lifl.aggregator")
+
+LAZY, FLOWER = 1, 2
+"""Flags of a control block: fold only when told to; fold in Flower's order and arithmetic."""
+
+
+@attrs.define
+class _Sum:
+    """A granted block for this leaf's partial sum."""
+
+    block: Block
+    mapping: Mapping
+    weight: float = 0.0
+    num_updates: int = 0
+
+
+@attrs.define
+class _Task:
+    """What this worker knows of one open round."""
+
+    round: int
+    layout: Layout
+    flags: int
+    spare: list[_Sum] = attrs.field(factory=list)
+    current: _Sum | None = None
+    pending: deque[Block] = attrs.field(factory=deque)
+    is_pressed: bool = False
+    flush: Descriptor | None = None
+    is_sent: bool = False
+    epoch: int = 0
+    arrived: list[Descriptor] = attrs.field(factory=list)  # the leaves' sums, if this is the top
+
+    def is_foldable(self) -> bool:
+        return bool(self.pending) and (not self.flags & LAZY or self.is_pressed or self.flush is not None)
+
+
+class Aggregator:
+    """One runtime: participant `me` of the arena, leaf and top as asked."""
+
+    def __init__(self, arena: Arena, me: int) -> None:
+        self._arena, self._me = arena, me
+        self._inbox, self._outbox = Inbox(arena, me), Outbox(arena, me)
+        self._tasks: dict[int, _Task] = {}
+        self._manifest_bytes = int(lib.lifl_manifest_bytes())
+        self._batch_max = int(lib.lifl_batch_max())
+        self.is_stopped = False
+
+    def step(self) -> bool:
+        """Receives what is there, then does one piece of work; false if there was neither."""
+        worked = False
+        while (item := self._inbox.try_pop()) is not None:
+            worked = True
+            self._receive(item[1])
+        self._outbox.flush()
+        for task in list(self._tasks.values()):
+            try:
+                if self._advance(task):
+                    return True
+            except Exception:
+                # The round is lost, the worker is not: the agent ends the round and says why.
+                log.exception("worker %d: round %d failed", self._me, task.round)
+                self._forget(task)
+                self._outbox.push(AGENT, Descriptor(Kind.FAILED, task.round))
+        return worked
+
+    def run(self, spin_s: float) -> None:
+        """Works until told to stop."""
+        while not self.is_stopped:
+            if not self.step():
+                self._inbox.wait(spin_s, 0.001 if not self._outbox.flush() else 0.1)
+
+    # ------------------------------------------------------------ Recv
+
+    def _receive(self, d: Descriptor) -> None:
+        if d.kind == Kind.STOP:
+            self.is_stopped = True
+        elif d.kind == Kind.OPEN:
+            control = self._arena.map(d.block, d.generation)
+            layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
+            control.close()
+            self._tasks[d.round] = _Task(d.round, layout, flags)
+        elif d.kind == Kind.ABORT:
+            if (task := self._tasks.get(d.round)) is not None:
+                self._forget(task)
+            self._outbox.push(AGENT, Descriptor(Kind.ABORTED, d.round))
+        elif (task := self._tasks.get(d.round)) is None:
+            return  # of a round that was aborted meanwhile
+        elif d.kind == Kind.GRANT:
+            self._grant(task, d)
+        elif d.kind == Kind.UPDATE:
+            block = Block(d.block, d.generation, 0)
+            if self._arena.move(block, (self._me, State.READY), (self._me, State.READING)):
+                task.pending.append(block)
+        elif d.kind == Kind.PRESS:
+            task.is_pressed = bool(task.pending)
+        elif d.kind == Kind.FLUSH:
+            task.flush = d
+        elif d.kind == Kind.SUM:
+            task.arrived.append(d)
+
+    def _grant(self, task: _Task, d: Descriptor) -> None:
+        mapping = self._arena.map(d.block, d.generation)
+        if mapping.nbytes < self._manifest_bytes + task.layout.sum_bytes:
+            raise ValueError(f"granted {mapping.nbytes} bytes for a sum of {task.layout.sum_bytes}")
+        task.spare.append(_Sum(Block(d.block, d.generation, mapping.nbytes), mapping))
+
+    def _forget(self, task: _Task) -> None:
+        """Gives back all that this worker holds of a round."""
+        for block in task.pending:
+            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
+        for held in [*task.spare, *([task.current] if task.current else [])]:
+            held.mapping.close()
+            for state in (State.ACCUM, State.COMMITTED):
+                self._arena.move(held.block, (self._me, state), (AGENT, State.FREE))
+        self._tasks.pop(task.round, None)
+
+    # ------------------------------------------------------------ Agg
+
+    def _advance(self, task: _Task) -> bool:
+        if task.flags & FLOWER:
+            return self._flower(task) if task.flush else False
+        if task.is_foldable():
+            batch = [task.pending.popleft() for _ in range(min(len(task.pending), self._batch_max))]
+            self._fold(task, batch)
+            task.is_pressed = task.is_pressed and bool(task.pending)
+            return True
+        if task.flush and not task.is_sent:
+            self._send_sum(task, task.flush)
+            return True
+        if task.flush and task.is_sent and len(task.arrived) == task.flush.arg & 0xFF:
+            self._finish(task, task.flush)
+            return True
+        return False
+
+    def _fold(self, task: _Task, batch: list[Block]) -> None:
+        begin = lib.lifl_now_ns()
+        target, source = task.spare.pop(), task.current
+        inputs = [self._arena.map(b.index, b.generation) for b in batch]
+        notes = [self._arena.note(b.index) for b in batch]
+        weights = [note.weight for note in notes]
+        at = self._manifest_bytes
+        fold.fold_at(
+            task.layout,
+            target.mapping.address + at,
+            None if source is None else source.mapping.address + at,
+            [i.address for i in inputs],
+            weights,
+        )
+        task.epoch += 1
+        target.weight = (source.weight if source else 0.0) + sum(weights)
+        target.num_updates = (source.num_updates if source else 0) + len(batch)
+        manifest = self._arena.manifest(target.mapping.address)
+        manifest.round, manifest.epoch, manifest.batch = task.round, task.epoch, len(batch)
+        manifest.weight, manifest.num_updates = target.weight, target.num_updates
+        for i, block in enumerate(batch):
+            manifest.blocks[i], manifest.generations[i] = block.index, block.generation
+        # The commit: from here on the batch counts.
+        if not self._arena.move(target.block, (self._me, State.ACCUM), (self._me, State.COMMITTED)):
+            raise RuntimeError(f"block {target.block.index} was taken from under a fold")
+        end = lib.lifl_now_ns()
+        for block, mapping, note in zip(batch, inputs, notes, strict=True):
+            note.begin_ns, note.end_ns = begin, end
+            mapping.close()
+            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
+            self._outbox.push(AGENT, Descriptor(Kind.FOLDED, task.round, block.index, block.generation))
+        if source is not None:
+            self._arena.move(source.block, (self._me, State.COMMITTED), (self._me, State.ACCUM))
+            task.spare.append(source)
+        task.current = target
+
+    # ------------------------------------------------------------ Send
+
+    def _send_sum(self, task: _Task, flush: Descriptor) -> None:
+        task.is_sent = True
+        top, held = flush.arg >> 8, task.current
+        message = Descriptor(Kind.SUM, task.round)
+        if held is not None:
+            # Handed over to the top; every input of it has been freed above.
+            self._arena.move(held.block, (self._me, State.COMMITTED), (top, State.COMMITTED))
+            message = message._replace(block=held.block.index, generation=held.block.generation)
+            held.mapping.close()
+            task.current = None
+        if top == self._me:
+            task.arrived.append(message)
+            return
+        # First everything is given back: the agent reclaims it when the top's result is there.
+        self._forget(task)
+        self._outbox.push(top, message)
+
+    def _finish(self, task: _Task, flush: Descriptor) -> None:
+        begin = lib.lifl_now_ns()
+        blocks = [Block(d.block, d.generation, 0) for d in task.arrived if d.block != NO_BLOCK]
+        for block in blocks:
+            if not self._arena.move(block, (self._me, State.COMMITTED), (self._me, State.READING)):
+                raise RuntimeError(f"partial sum {block.index} is stale")
+        sums = [self._arena.map(b.index, b.generation) for b in blocks]
+        manifests = [self._arena.manifest(s.address) for s in sums]
+        mean = self._arena.map(flush.block, flush.generation)
+        weight = sum(m.weight for m in manifests)
+        at = self._manifest_bytes
+        finite = fold.finish_at(task.layout, mean.address, [s.address + at for s in sums], weight)
+        num_updates = sum(m.num_updates for m in manifests)
+        for block, mapping in zip(blocks, sums, strict=True):
+            mapping.close()
+            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
+        self._send_mean(task, flush, mean, begin, weight, num_updates, finite)
+
+    def _flower(self, task: _Task) -> bool:
+        """Everything at once, in the order it came: the agent has put each factor in the note's weight."""
+        flush = task.flush
+        assert flush is not None
+        begin = lib.lifl_now_ns()
+        batch = list(task.pending)
+        inputs = [self._arena.map(b.index, b.generation) for b in batch]
+        notes = [self._arena.note(b.index) for b in batch]
+        factors = [n.weight for n in notes]
+        mean = self._arena.map(flush.block, flush.generation)
+        fold.flower_at(task.layout, mean.address, [i.address for i in inputs], factors)
+        end = lib.lifl_now_ns()
+        task.pending.clear()
+        for block, mapping, note in zip(batch, inputs, notes, strict=True):
+            note.begin_ns, note.end_ns = begin, end
+            mapping.close()
+            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
+            self._outbox.push(AGENT, Descriptor(Kind.FOLDED, task.round, block.index, block.generation))
+        self._send_mean(task, flush, mean, begin, sum(factors), len(batch), True)
+        return True
+
+    def _send_mean(
+        self,
+        task: _Task,
+        flush: Descriptor,
+        mean: Mapping,
+        begin: int,
+        weight: float,
+        num_updates: int,
+        finite: bool,
+    ) -> None:
+        note = self._arena.note(flush.block)
+        note.weight, note.tag, note.begin_ns, note.end_ns = weight, num_updates, begin, lib.lifl_now_ns()
+        mean.close()
+        self._forget(task)
+        block = Block(flush.block, flush.generation, 0)
+        self._arena.move(block, (self._me, State.WRITING), (AGENT, State.READY))
+        self._outbox.push(
+            AGENT, Descriptor(Kind.RESULT, task.round, flush.block, flush.generation, 0 if finite else 1)
+        )
+
+
+def main(arena_fd: int, bell_fd: int, me: int, spin_s: float) -> None:
+    """A worker process's life, after the fork of the clean process that makes workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then ends its workers
+    die_with_parent()
+    arena = Arena.attach(arena_fd)
+    ring_for(arena, AGENT, bell_fd)
+    Aggregator(arena, me).run(spin_s)
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to SIGKILL this process when the thread that made it ends."""
+    pr_set_pdeathsig = 1
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request
+        os._exit(1)
+

@@ -1,0 +1,306 @@
+"""A real Flower deployment on this machine: one SuperLink, some SuperNodes, `flwr run`.
+
+Owns: a temporary folder, the programs started in it and their logs; when it is closed none
+of them is left. Never imports flwr (it runs Flower's programs as a user would, found beside
+this Python), never listens on anything but loopback, and never touches `~/.flwr`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Self
+
+from lifl import _janitor
+
+_HOST = "127.0.0.1"
+# Below the range from which Linux takes the ports of outgoing connections (32768 and up):
+# in there, a port that is free now may be gone before the program listens on it.
+_PORTS = range(20_000, 32_000)
+# What flower-supernode logs once the SuperLink has registered it (flwr 1.41).
+_REGISTERED = "SuperNode ID:"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_POLL_S = 0.05
+_TAIL_LINES = 15
+
+
+class Deployment:
+    """`with Deployment(supernodes=4) as deployment: deployment.run(app_dir, {...})`.
+
+    `server_command` is the server to run, with its own first arguments: `flower-superlink`
+    or anything that takes the same flags. `env` is added to the environment of all the
+    programs. Their logs go to `log_dir` and stay there; without it they are in the temporary
+    folder and go with it. `on_progress` is told in words what is up. `start_timeout` is in
+    seconds.
+
+    Entering raises FileNotFoundError when a program is not installed, RuntimeError when one
+    ends during start-up and TimeoutError when they are not ready in time; both show the log
+    that tells why. However the owner ends, by Ctrl-C or SIGKILL too, the programs end.
+    """
+
+    def __init__(
+        self,
+        supernodes: int = 4,
+        server_command: Sequence[str] = ("flower-superlink",),
+        *,
+        env: Mapping[str, str] | None = None,
+        log_dir: Path | str | None = None,
+        on_progress: Callable[[str], None] | None = None,
+        start_timeout: float = 60.0,
+    ) -> None:
+        if supernodes < 1:
+            raise ValueError(f"a deployment needs at least 1 SuperNode, not {supernodes}")
+        self.folder = Path(tempfile.gettempdir()).resolve() / f"lifl-{secrets.token_hex(8)}"
+        self.log_dir = self.folder / "logs" if log_dir is None else Path(log_dir).resolve()
+        self.address = ""
+        self._supernodes = supernodes
+        self._server_command = tuple(server_command)
+        self._extra_env = dict(env or {})
+        self._on_progress = on_progress or (lambda _: None)
+        self._start_timeout = start_timeout
+        self._janitor: subprocess.Popen[bytes] | None = None
+        self._programs: dict[str, subprocess.Popen[bytes]] = {}
+        self._num_runs = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def run(
+        self,
+        app_dir: Path | str,
+        run_config: Mapping[str, str | int | float | bool] | None = None,
+        on_line: Callable[[str], None] | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        """Run the Flower app in `app_dir` to its end, as `flwr run APP --stream` does.
+
+        Every line that the ServerApp prints is handed to `on_line` as it comes, without its
+        line end and colours. Raises RuntimeError when the app cannot be started
+        or fails, and TimeoutError, after stopping it, when it takes longer than `timeout`
+        seconds; both show its last lines.
+        """
+        if self._janitor is None:
+            raise RuntimeError("this deployment is not open: use it in a `with` statement")
+        self._num_runs += 1
+        name = f"flwr-run-{self._num_runs}"
+        # A file, because on the command line flwr splits the overrides with a pattern of its
+        # own. JSON's strings, numbers and booleans are TOML's too.
+        config = self.folder / f"{name}.toml"
+        pairs = (run_config or {}).items()
+        config.write_text("".join(f"{json.dumps(k)} = {json.dumps(v)}\n" for k, v in pairs))
+        command = ["flwr", "run", str(app_dir), "--stream", "--run-config", str(config)]
+        deadline = time.monotonic() + timeout
+        stream = self._launch(name, command, home="cli")
+        try:
+            with open(self.log_dir / f"{name}.log", errors="replace") as log:
+                for line in _lines_while(log, lambda: stream.poll() is None):
+                    if line is None:
+                        self._check(deadline, f"the run did not end in {timeout:g} s", name)
+                    elif on_line is not None:
+                        on_line(line)
+        except TimeoutError:
+            for run in self._runs():
+                if not run["status"].startswith("finished"):
+                    self._flwr("stop", run["run-id"])
+            raise
+        finally:
+            stream.terminate()
+            del self._programs[name]
+            stream.wait()
+        if stream.returncode != 0:
+            raise RuntimeError(f"`flwr run {app_dir}` failed.\n{self._tail(name)}")
+        # The stream ends with 0 whether the ServerApp succeeded or not (flwr 1.41).
+        run = self._runs()[0]
+        if run["status"] != "finished:completed":
+            what = f"{run['status']}: {run['status-details']}"
+            raise RuntimeError(f"the run of {app_dir} ended as {what}\n{self._tail(name)}")
+
+    def close(self) -> None:
+        """End every program and remove the folder; takes up to about 3 s.
+
+        May be called twice. Interrupted by a second Ctrl-C, it leaves the rest to the
+        janitor, which finishes without us. Raises RuntimeError when a process would not go.
+        """
+        if self._janitor is not None:
+            assert self._janitor.stdin is not None
+            self._janitor.stdin.close()
+            self._janitor.wait()
+        # The check that nothing is left, and the work itself if somebody killed the janitor.
+        if not _janitor.end_all(str(self.folder)):
+            left = _janitor.marked_processes(str(self.folder))
+            raise RuntimeError(f"processes {left} of {self.folder} did not end, even by SIGKILL")
+        for program in self._programs.values():
+            program.wait()
+        self._programs.clear()
+        self._janitor = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        self.folder.mkdir(mode=0o700)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        # First of all: from here on, whatever we start is ended. In a session of its own, as
+        # everything here, so that the terminal's Ctrl-C reaches us alone and we decide.
+        self._janitor = subprocess.Popen(
+            [sys.executable, "-I", "-S", _janitor.__file__, str(self.folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            cwd="/",
+        )
+        server_port, *node_ports = _free_ports(1 + self._supernodes)
+        self.address = f"{_HOST}:{server_port}"
+        home = self.folder / "cli"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "lifl"\n\n[superlink.lifl]\naddress = "{self.address}"\n'
+            "insecure = true\n"
+        )
+        flags = ["--insecure", "--disable-runtime-dependency-installation"]
+        server = [*self._server_command, *flags, "--port", str(server_port)]
+        self._launch("superlink", server)
+        deadline = time.monotonic() + self._start_timeout
+        while not _is_listening(server_port):
+            self._check(deadline, "the SuperLink did not start to listen", "superlink")
+        self._on_progress(f"SuperLink listens on {self.address}")
+        for i, port in enumerate(node_ports):
+            node = ["flower-supernode", "--insecure", "--superlink", self.address]
+            config = f"partition-id={i} num-partitions={self._supernodes}"
+            self._launch(
+                f"supernode-{i}", [*node, "--port", str(port), "--node-config", config]
+            )
+        for i in range(self._supernodes):
+            log = self.log_dir / f"supernode-{i}.log"
+            while _REGISTERED not in log.read_text(errors="replace"):
+                self._check(deadline, f"SuperNode {i} did not register", log.stem)
+            self._on_progress(f"SuperNode {i} is registered")
+
+    def _launch(
+        self, name: str, command: Sequence[str], home: str = ""
+    ) -> subprocess.Popen[bytes]:
+        """Start a program with its own FLWR_HOME; its output goes to `name`.log."""
+        environment = self._environment(home or name)
+        with open(self.log_dir / f"{name}.log", "wb") as log:
+            self._programs[name] = subprocess.Popen(
+                [_program(command[0]), *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+        return self._programs[name]
+
+    def _environment(self, home: str) -> dict[str, str]:
+        environment = {**os.environ, **self._extra_env}
+        no_proxy = ",".join(filter(None, [environment.get("NO_PROXY"), _HOST]))
+        environment |= {
+            _janitor.MARK: str(self.folder),
+            "FLWR_HOME": str(self.folder / home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            # Flower starts its own programs by name: they must be this Python's.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
+            # Or a proxy of the user's would be asked to fetch 127.0.0.1.
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
+            # Lines must reach the log when they are printed, not 8 KiB later.
+            "PYTHONUNBUFFERED": "1",
+        }
+        return environment
+
+    def _check(self, deadline: float, complaint: str, name: str) -> None:
+        """Sleep a moment; raise when a program has ended or the deadline has passed."""
+        time.sleep(_POLL_S)
+        for other, program in self._programs.items():
+            # `flwr run` is meant to end; run() looks at its status itself.
+            if program.poll() is not None and not other.startswith("flwr-run"):
+                status = program.returncode
+                raise RuntimeError(f"{other} ended with status {status}.\n{self._tail(other)}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{complaint}.\n{self._tail(name)}")
+
+    def _tail(self, name: str) -> str:
+        text = _COLOURS.sub("", (self.log_dir / f"{name}.log").read_text(errors="replace"))
+        lines = [f"  {line}" for line in text.splitlines() if line.strip()]
+        return "\n".join([f"The last lines of {name}.log:", *lines[-_TAIL_LINES:]])
+
+    def _flwr(self, *arguments: str) -> str:
+        """What a short `flwr` command prints; raises RuntimeError when it fails."""
+        done = subprocess.run(
+            [_program("flwr"), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+            env=self._environment("cli"),
+            timeout=60,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"`flwr {' '.join(arguments)}` failed: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def _runs(self) -> list[dict[str, str]]:
+        """The SuperLink's runs, the newest first."""
+        runs: list[dict[str, str]] = json.loads(self._flwr("list", "--format", "json"))["runs"]
+        return runs
+
+
+def _program(name: str) -> str:
+    """The path of an installed program: beside this Python, or on the PATH."""
+    beside = Path(sys.executable).parent / name
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if path is None:
+        raise FileNotFoundError(f"{name} is not installed; `pip install flwr` brings it")
+    return path
+
+
+def _free_ports(count: int) -> list[int]:
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"no {count} free ports in {_PORTS.start}..{_PORTS.stop - 1}")
+
+
+def _is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((_HOST, port)) == 0
+
+
+def _lines_while(log: IO[str], is_alive: Callable[[], bool]) -> Iterator[str | None]:
+    """The lines of a growing file until its writer is gone; None when there is none yet."""
+    rest = ""
+    while True:
+        # Asked before reading: what the writer wrote last is read after it has ended.
+        was_alive = is_alive()
+        *lines, rest = (rest + log.read()).split("\n")
+        yield from (_COLOURS.sub("", line) for line in lines)
+        if not was_alive:
+            break
+        yield None
+    if rest:
+        yield _COLOURS.sub("", rest)

@@ -1,0 +1,59 @@
+"""Every exception that lifl raises on purpose. Imports nothing of lifl.
+
+A message says what happened, the value it got, and what to do. Wrong arguments are plain
+``ValueError`` or ``TypeError``; full and empty are return values.
+"""
+
+
+class LiflError(Exception):
+    """The root of the hierarchy; never raised itself."""
+
+
+class ShmError(LiflError, OSError):
+    """Shared memory could not be had or used: ``errno`` and what was asked for."""
+
+
+class ArenaCorruptError(ShmError):
+    """The arena's header, tables or sums contradict themselves."""
+
+
+class LeaseError(LiflError):
+    """A lease was used after its release, released twice, or released while a view of it lives."""
+
+
+class PeerGoneError(LiflError):
+    """A process on the other side of a ring died or closed."""
+
+
+class AdmissionError(LiflError, ValueError):
+    """One update was refused. The round goes on without it.
+
+    Attributes
+    ----------
+    client_id : str
+        Whose update it was.
+    rule : str
+        Which rule it broke: ``keys``, ``shape``, ``dtype``, ``weight``, ``values``, ``duplicate``,
+        ``closed``, ``format`` or ``error``.
+    value : object
+        What it sent instead.
+    """
+
+    def __init__(self, client_id: str, rule: str, reason: str, value: object = None) -> None:
+        super().__init__(f"update of client {client_id} refused ({rule}): {reason}")
+        self.client_id = client_id
+        self.rule = rule
+        self.reason = reason
+        self.value = value
+
+
+class RoundError(LiflError):
+    """A round has no result: too few good updates, the deadline, an overflow, or it was closed."""
+
+
+class PlanError(LiflError, ValueError):
+    """No plan fits; the message names the constraint that fails."""
+
+
+class EbpfUnavailableError(LiflError):
+    """The eBPF sidecar cannot run here: the reason, and what to enable."""

@@ -1,0 +1,207 @@
+"""The weighted mean: fast, over addresses, and slow, to be read.
+
+Pure: no clock, no process, no arena. A *state* is a partial sum; ``init`` makes an empty one, ``fold``
+adds updates to it, ``finish`` divides. With float64 sums the tree and the order in which updates come
+change the result by less than :func:`tolerance`; ``flower_mean`` repeats Flower's own arithmetic bit by
+bit. FedAvg: McMahan et al., AISTATS 2017, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import attrs
+import numpy as np
+
+from lifl import shm
+from lifl.tensor import CODES, Array, Layout, TensorSpec, dtype_name
+
+MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+
+
+# ---------------------------------------------------------------- over addresses: what workers call
+
+
+def fold_at(
+    layout: Layout, total: int, previous: int | None, updates: Sequence[int], weights: Sequence[float]
+) -> None:
+    """Sum at `total` = sum at `previous` (or 0) + the weighted updates; every segment in one pass.
+
+    Each update is read once; `previous` and `total` must not overlap. Releases the GIL.
+    """
+    for s in layout.segments:
+        if s.count:
+            before = None if previous is None else previous + s.sum_offset
+            inputs = [u + s.update_offset for u in updates]
+            shm.fold(CODES[s.dtype], total + s.sum_offset, before, inputs, weights, s.count)
+
+
+def finish_at(layout: Layout, mean: int, sums: Sequence[int], weight: float) -> bool:
+    """Mean at `mean` = (sum of the sums) / `weight`; false if a mean left the range of its dtype."""
+    finite = True
+    for s in layout.segments:
+        if s.count:
+            inputs = [t + s.sum_offset for t in sums]
+            finite &= shm.finish(CODES[s.dtype], mean + s.mean_offset, inputs, weight, s.count)
+    return finite
+
+
+def flower_at(layout: Layout, mean: int, updates: Sequence[int], factors: Sequence[float]) -> None:
+    """Flower's mean of updates in the order given; `layout` is a ``flower_layout``."""
+    for s in layout.segments:
+        if s.count:
+            inputs = [u + s.update_offset for u in updates]
+            shm.flower(CODES[s.dtype], mean + s.mean_offset, inputs, factors, s.count)
+
+
+# ---------------------------------------------------------------- over arrays: state first, then input
+
+
+@attrs.frozen
+class Sum:
+    """A partial sum: `buffer` holds ``spec.layout.sum_bytes`` (None while nothing has been folded)."""
+
+    spec: TensorSpec
+    buffer: Array | None = None
+    weight: float = 0.0
+    num_updates: int = 0
+
+
+def init(spec: TensorSpec) -> Sum:
+    """The sum of no updates."""
+    return Sum(spec)
+
+
+def fold(state: Sum, updates: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> Sum:
+    """A new sum with `updates` added, each times its weight; `state` stays as it was.
+
+    Raises ``ValueError`` if an update does not match the spec, or the two sequences differ in length.
+    """
+    if len(updates) != len(weights) or not updates:
+        raise ValueError(f"{len(updates)} updates with {len(weights)} weights: give one weight for each, at least one")
+    layout = state.spec.layout
+    packed = [_pack(state.spec, update) for update in updates]
+    buffer = np.empty(layout.sum_bytes, np.uint8)
+    before = None if state.buffer is None else shm.address_of(state.buffer)
+    fold_at(layout, shm.address_of(buffer), before, [shm.address_of(p) for p in packed], weights)
+    return Sum(state.spec, buffer, state.weight + sum(weights), state.num_updates + len(updates))
+
+
+def merge(state: Sum, *others: Sum) -> dict[str, Array]:
+    """The mean over several partial sums, as the top of a tree computes it."""
+    sums = [s for s in (state, *others) if s.buffer is not None]
+    mean = np.zeros(state.spec.layout.mean_bytes, np.uint8)
+    addresses = [shm.address_of(s.buffer) for s in sums]
+    finish_at(state.spec.layout, shm.address_of(mean), addresses, sum(s.weight for s in sums))
+    return state.spec.views(mean)
+
+
+def finish(state: Sum) -> dict[str, Array]:
+    """The mean: sum / weight, one division and one rounding to each tensor's dtype."""
+    return merge(state)
+
+
+def flower_mean(spec: TensorSpec, updates: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> dict[str, Array]:
+    """Flower's mean of `updates` in this order, bit by bit (``aggregate_arrayrecords``)."""
+    packed = [_pack(spec, update) for update in updates]
+    mean = np.zeros(spec.flower_layout.mean_bytes, np.uint8)
+    flower_at(
+        spec.flower_layout, shm.address_of(mean), [shm.address_of(p) for p in packed], flower_factors(weights)
+    )
+    return spec.flower_views(mean)
+
+
+def flower_factors(weights: Sequence[float]) -> list[float]:
+    """Each weight's share, computed as Flower does: Python's sum, then Python's division."""
+    total = sum(weights)
+    return [w / total for w in weights]
+
+
+def _pack(spec: TensorSpec, update: Mapping[str, Array]) -> Array:
+    if TensorSpec.from_arrays(update) != spec:
+        raise ValueError(f"update {dict(TensorSpec.from_arrays(update))} does not match {dict(spec)}")
+    packed = np.zeros(spec.layout.update_bytes, np.uint8)
+    for name, view in spec.views(packed).items():
+        view[...] = update[name]
+    return packed
+
+
+# ---------------------------------------------------------------- the slow reference and its tolerance
+
+
+def mean_reference(updates: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> dict[str, Array]:
+    """The weighted mean in exact rational arithmetic, rounded once: the oracle of the fast one.
+
+    For every element: ``round(sum(w_k * x_k) / sum(w_k))``, integers to the nearest even. Takes
+    microseconds per element. bfloat16 arrives and leaves as uint16 bits.
+    """
+    exact = [Fraction(w) for w in weights]
+    total = sum(exact)
+    means = {}
+    for name, first in updates[0].items():
+        columns = [_exact(update[name]) for update in updates]
+        mean = [sum((w * x for w, x in zip(exact, row, strict=True)), Fraction()) / total for row in zip(*columns, strict=True)]
+        means[name] = _rounded(mean, np.asarray(first).dtype).reshape(np.shape(first))
+    return means
+
+
+def _exact(array: Array) -> list[Fraction]:
+    values = (np.asarray(array).astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+    return [Fraction(v) for v in np.ravel(values).tolist()]
+
+
+def _rounded(mean: list[Fraction], dtype: np.dtype[Any]) -> Array:
+    if dtype == np.uint16:
+        return np.array([_nearest(m, "bfloat16") for m in mean], np.float32).view(np.uint32).__rshift__(16).astype(dtype)
+    if dtype.kind == "f":
+        return np.array([_nearest(m, dtype.name) for m in mean], dtype)
+    return np.array([round(m) for m in mean], dtype)
+
+
+def _nearest(value: Fraction, dtype: str) -> float:
+    """The nearest number of a binary format, ties to even; exact because it never passes another float."""
+    if value == 0:
+        return 0.0
+    exponent = value.numerator.bit_length() - value.denominator.bit_length()
+    exponent += abs(value) >= Fraction(2) ** (exponent + 1)
+    exponent -= abs(value) < Fraction(2) ** exponent
+    step = max(Fraction(2) ** (exponent - MANTISSA_BITS[dtype] + 1), Fraction(SMALLEST[dtype]))
+    return float(round(value / step) * step)
+
+
+def tolerance(
+    updates: Sequence[Mapping[str, Array]], weights: Sequence[float], spec: TensorSpec
+) -> dict[str, Array]:
+    """How far, per element, any tree over any order may be from :func:`mean_reference`.
+
+    With n updates, u = 2^-53 and S = sum(w_k |x_k|) / W: each product, addition and the final division
+    and the sum of the weights W rounds once, at most 2n + 2 roundings of relative size u, so the float64
+    mean is off by at most (2n + 2) u S (Higham, Accuracy and Stability, section 3.1, first order; 4n u S
+    covers the rest). Rounding to the output then adds one unit in its last place at most: half by itself,
+    half if the error moved the value over a midpoint. Integers: off by one only where the exact mean is
+    within 4n u S of a midpoint, 0 where 4n u S is 0. Sums of int64 are pairs of doubles, with u = 2^-100.
+    """
+    n, total = len(updates), float(sum(weights))
+    bounds = {}
+    for name, tensor in spec.items():
+        u = 2.0**-100 if tensor.dtype == "int64" else 2.0**-53
+        size = np.zeros(tensor.shape, np.float64)
+        for update, weight in zip(updates, weights, strict=True):
+            size += weight / total * np.abs(_as_float64(update[name]))
+        error = 4 * n * u * size
+        if tensor.dtype in MANTISSA_BITS:
+            ulp = np.maximum(size * 2.0 ** (1 - MANTISSA_BITS[tensor.dtype]), SMALLEST[tensor.dtype])
+            bounds[name] = error + ulp
+        else:
+            bounds[name] = np.where(size > 0, 1.0, 0.0) if error.any() else error
+    return bounds
+
+
+def _as_float64(array: Any) -> Array:
+    array = np.asarray(array)
+    if dtype_name(array) == "uint16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)

@@ -1,0 +1,94 @@
+"""What a round did: who counted, who did not and why, and where the time went. Values only.
+
+Times are seconds since the round was opened, on the monotonic clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen
+class Contribution:
+    """One update that is in the model.
+
+    ``runtime`` is the worker that folded it (0: the calling process), ``arrived_s`` when it was ready in
+    the arena, ``folded_s`` when it was committed to a partial sum.
+    """
+
+    client_id: str
+    weight: float
+    runtime: int
+    arrived_s: float
+    folded_s: float
+
+
+@attrs.frozen
+class Rejection:
+    """One update that is not, by which rule, and what was wrong with it."""
+
+    client_id: str
+    rule: str
+    reason: str
+
+
+@attrs.frozen
+class RoundReport:
+    """A round as it really was.
+
+    Attributes
+    ----------
+    round : int
+        The Node's number of the round.
+    expected : int
+        How many updates it waited for.
+    timing, order : str
+        As given to ``open_round``.
+    accepted : tuple of Contribution
+        In order of arrival. Exactly the updates in the result.
+    rejected : tuple of Rejection
+        In order of refusal.
+    late : tuple of str
+        Clients that were asked and did not answer in time.
+    runtimes : int
+        Workers that took part.
+    stages : dict
+        Seconds: ``receive`` (opened -> last update ready), ``land`` (copying and checking, all updates),
+        ``fold`` (workers' time in folds, all), ``finish`` (the top's), ``last_to_result``, ``total``.
+    error : str or None
+        Why there is no result.
+    """
+
+    round: int
+    expected: int
+    timing: str
+    order: str
+    accepted: tuple[Contribution, ...]
+    rejected: tuple[Rejection, ...]
+    late: tuple[str, ...]
+    runtimes: int
+    stages: dict[str, float]
+    error: str | None = None
+
+    @property
+    def weight(self) -> float:
+        """The sum of the accepted weights."""
+        return sum(c.weight for c in self.accepted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts, lists, strings and numbers, for JSON."""
+        return attrs.asdict(self)
+
+    def __str__(self) -> str:
+        """One line, as it is logged."""
+        line = f"{len(self.accepted)} of {self.expected} updates, weight {self.weight:g}"
+        if self.rejected:
+            line += "; refused: " + ", ".join(f"{r.client_id} ({r.rule}: {r.reason})" for r in self.rejected)
+        if self.late:
+            line += "; late: " + ", ".join(self.late)
+        if self.error:
+            return f"{line}; no result: {self.error}"
+        times = ", ".join(f"{name} {seconds:.3f}s" for name, seconds in self.stages.items())
+        return f"{line}; {times}"

@@ -1,0 +1,122 @@
+"""The clean process from which workers are forked, and the agent's handle on it.
+
+Why not fork the agent: it has threads (Flower, Jupyter), and a fork copies their locks as they happen to
+be. Why not `spawn`: it imports the user's main module again, which a script without a ``__main__`` guard,
+a notebook and a ServerApp do not survive. So the agent executes one small program that imports only
+lifl's worker, and that, single-threaded, forks with `multiprocess`. A worker costs milliseconds then.
+
+Who dies with whom: the agent's end of a socket closes when it ends, however it ends, and the nursery
+then ends its workers; the kernel kills the workers if the nursery is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from lifl.errors import PeerGoneError
+
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from lifl.nursery import main; main(*map(int, sys.argv[2:]))"
+)
+START_TIMEOUT_S = 60.0
+STOP_GRACE_S = 2.0
+
+
+class Nursery:
+    """The agent's handle: starts workers, is told of their death, ends them."""
+
+    def __init__(self, arena_fd: int, bell_fd: int, spin_s: float) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(START_TIMEOUT_S)
+        fds = (theirs.fileno(), arena_fd, bell_fd)
+        # One BLAS thread: NumPy would start one per core at import, and a process with threads must
+        # not fork. Workers do not use BLAS.
+        env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", BOOT, json.dumps(sys.path), *map(str, fds), str(int(spin_s * 1e9))]
+        with theirs:
+            self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=env)
+
+    def start_worker(self, me: int) -> tuple[int, int]:
+        """Forks the worker that is participant `me`; its pid and a pidfd of it, which the caller closes.
+
+        Raises :class:`PeerGoneError` if the nursery cannot.
+        """
+        try:
+            self._socket.send(json.dumps({"start": me}).encode())
+            data, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
+        except OSError as error:
+            raise PeerGoneError(f"the process that starts workers is gone: {error}") from error
+        if not fds:
+            code = self._process.poll()
+            raise PeerGoneError(f"the process that starts workers ended with status {code}: see its output above")
+        return int(json.loads(data)["pid"]), fds[0]
+
+    @property
+    def pid(self) -> int:
+        """The nursery's process id."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Ends the nursery and with it every worker; returns when they are gone."""
+        self._socket.close()
+        try:
+            self._process.wait(STOP_GRACE_S + 3)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its workers go with it, by their parent-death signal
+            self._process.wait()
+
+
+# ---------------------------------------------------------------- in the clean process
+
+
+def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int) -> None:
+    """Forks workers as asked until the agent's end of the socket closes, then ends them."""
+    import multiprocess
+
+    from lifl import aggregator
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=socket_fd)
+    context = multiprocess.get_context("fork")
+    workers: list[Any] = []
+
+    def child(me: int) -> None:
+        control.close()  # else the agent's death would go unnoticed while a worker lives
+        aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9)
+
+    with selectors.DefaultSelector() as selector:
+        selector.register(control, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is not control:  # a worker ended: reap it
+                    selector.unregister(key.fileobj)
+                    key.data.join()
+                    continue
+                request = control.recv(256)
+                if not request:
+                    end(workers)
+                    return
+                worker = context.Process(target=child, args=(json.loads(request)["start"],), daemon=True)
+                worker.start()
+                workers.append(worker)
+                selector.register(worker.sentinel, selectors.EVENT_READ, worker)
+                pidfd = os.pidfd_open(worker.pid)
+                socket.send_fds(control, [json.dumps({"pid": worker.pid}).encode()], [pidfd])
+                os.close(pidfd)
+
+
+def end(workers: list[Any]) -> None:
+    """Waits for workers that were told to stop; kills the ones that do not."""
+    for worker in workers:
+        worker.join(STOP_GRACE_S)
+        if worker.exitcode is None:
+            worker.kill()
+            worker.join()

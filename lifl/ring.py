@@ -1,0 +1,162 @@
+"""Descriptors on their way: one ring's two ends, and a consumer's whole inbox.
+
+Owns no memory: the rings are in the arena. Full and empty are return values. A descriptor is a hint;
+the ownership word of its block decides whether it still holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from enum import IntEnum
+from typing import NamedTuple
+
+from lifl.shm import Arena, check, ffi, lib
+
+NO_BLOCK = 0xFFFFFFFF
+WAIT_CAP_S = 0.1
+"""No sleep is longer: a lost peer or a signal is noticed within it."""
+
+
+class Kind(IntEnum):
+    """What a descriptor asks of, or tells, its receiver."""
+
+    OPEN = 1  # agent -> leaf: `block` is the control block of `round`
+    GRANT = 2  # agent -> leaf: `block` may hold your partial sum; two of them per round
+    UPDATE = 3  # agent -> leaf: `block` is READY
+    PRESS = 4  # agent -> leaf: fold what you hold, memory is short
+    FLUSH = 5  # agent -> leaf: that was all; `block` takes the mean; `arg` = top << 8 | number of leaves
+    ABORT = 6  # agent -> leaf: forget the round
+    STOP = 7  # agent -> worker: exit
+    SUM = 8  # leaf -> top: `block` is COMMITTED, or NO_BLOCK if nothing came
+    FOLDED = 9  # leaf -> agent: `block` has been counted and is FREE
+    RESULT = 10  # top -> agent: `block` is the mean; `arg` is 1 if it is not finite
+    ABORTED = 11  # leaf -> agent: nothing of the round is touched any more
+    FAILED = 12  # worker -> agent: the round met an error that its log describes
+
+
+class Descriptor(NamedTuple):
+    """Sixteen bytes in the ring: block and generation, round, what it means, a number more."""
+
+    kind: int
+    round: int
+    block: int = NO_BLOCK
+    generation: int = 0
+    arg: int = 0
+
+
+class Producer:
+    """The writing end of the ring from `source` to `target`. One process, one thread at a time."""
+
+    def __init__(self, arena: Arena, source: int, target: int) -> None:
+        self._arena, self._source, self._target = arena, source, target
+        self._desc = ffi.new("lifl_desc *")
+
+    @property
+    def capacity(self) -> int:
+        """Descriptors that fit."""
+        return int(check(lib.lifl_ring_capacity(self._arena.handle, self._source, self._target), "ring"))
+
+    def try_push(self, descriptor: Descriptor) -> bool:
+        """Publishes a descriptor and wakes its consumer if that sleeps; false if the ring is full."""
+        d = self._desc
+        d.kind, d.round, d.block, d.generation, d.arg = descriptor
+        status = lib.lifl_ring_push(self._arena.handle, self._source, self._target, d)
+        return check(status, f"push to participant {self._target}") == lib.LIFL_OK
+
+
+class Consumer:
+    """The reading end of the ring from `source` to `target`. One process, one thread at a time."""
+
+    def __init__(self, arena: Arena, source: int, target: int) -> None:
+        self._arena, self._source, self._target = arena, source, target
+        self._desc = ffi.new("lifl_desc *")
+
+    def try_pop(self) -> Descriptor | None:
+        """The oldest descriptor, or ``None`` if the ring is empty."""
+        d = self._desc
+        status = lib.lifl_ring_pop(self._arena.handle, self._source, self._target, d)
+        if check(status, f"pop from participant {self._source}") == lib.LIFL_EMPTY:
+            return None
+        return Descriptor(d.kind, d.round, d.block, d.generation, d.arg)
+
+
+class Inbox:
+    """All the rings that end at one participant: fan-in by scanning, round robin."""
+
+    def __init__(self, arena: Arena, me: int) -> None:
+        self._arena, self._me = arena, me
+        self._desc = ffi.new("lifl_desc *")
+        self._from = ffi.new("uint32_t *")
+
+    def try_pop(self) -> tuple[int, Descriptor] | None:
+        """The next descriptor and who sent it, or ``None``; in order per sender."""
+        d = self._desc
+        status = lib.lifl_inbox_pop(self._arena.handle, self._me, d, self._from)
+        if check(status, "inbox") == lib.LIFL_EMPTY:
+            return None
+        return self._from[0], Descriptor(d.kind, d.round, d.block, d.generation, d.arg)
+
+    def wait(self, spin_s: float, timeout_s: float = WAIT_CAP_S) -> bool:
+        """Waits until there is something: spins up to `spin_s` seconds (adaptive), then sleeps on a futex.
+
+        False at the time-out or when a signal came. Releases the GIL.
+        """
+        spin_ns, timeout_ns = int(spin_s * 1e9), int(min(timeout_s, WAIT_CAP_S) * 1e9)
+        return bool(lib.lifl_inbox_wait(self._arena.handle, self._me, spin_ns, timeout_ns) == lib.LIFL_OK)
+
+    def arm(self) -> bool:
+        """Asks for a write to this inbox's eventfd at the next arrival; false if there is one already."""
+        return bool(lib.lifl_inbox_arm(self._arena.handle, self._me) == lib.LIFL_EMPTY)
+
+
+class Outbox:
+    """Rings from one participant to all, with what did not fit kept in order until it does."""
+
+    def __init__(self, arena: Arena, me: int) -> None:
+        self._ends = [Producer(arena, me, target) for target in range(arena.participants)]
+        self._backlog: list[deque[Descriptor]] = [deque() for _ in self._ends]
+
+    def push(self, target: int, descriptor: Descriptor) -> None:
+        """Sends now if the ring has room and nothing waits before it, else at a later ``flush``."""
+        waiting = self._backlog[target]
+        if waiting or not self._ends[target].try_push(descriptor):
+            waiting.append(descriptor)
+
+    def flush(self) -> bool:
+        """Sends what waits, as far as there is room; true if nothing is left."""
+        for end, waiting in zip(self._ends, self._backlog, strict=True):
+            while waiting and end.try_push(waiting[0]):
+                waiting.popleft()
+        return not any(self._backlog)
+
+
+class Bell:
+    """An eventfd that rings for one participant: what an event loop or ``poll`` can wait on."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def attach(self, arena: Arena, target: int) -> None:
+        """Makes pushes from this process to an armed `target` ring it; every producer does this once."""
+        ring_for(arena, target, self.fd)
+
+    def ring(self) -> None:
+        """Rings it from this process."""
+        os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        """Makes it silent again."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass  # somebody else read it, or it never rang
+
+    def close(self) -> None:
+        """Closes the descriptor."""
+        os.close(self.fd)
+
+
+def ring_for(arena: Arena, target: int, fd: int) -> None:
+    """Makes pushes from this process to an armed `target` write to the eventfd `fd`."""
+    check(lib.lifl_peer_eventfd(arena.handle, target, fd), f"eventfd of participant {target}")

@@ -1,0 +1,400 @@
+"""The wiring: a Node owns an arena, its workers, and the thread that hears them.
+
+It opens rounds, carries descriptors between rounds and workers, and ends everything it started. It does
+no arithmetic and reads no update.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import math
+import os
+import re
+import select
+import threading
+import weakref
+from types import TracebackType
+
+from lifl import shm
+from lifl.aggregator import FLOWER, LAZY, Aggregator
+from lifl.errors import LeaseError, PeerGoneError, ShmError
+from lifl.nursery import Nursery
+from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.round import Order, Round, Timing, wait_for_block
+from lifl.shm import AGENT, Arena, Block, State
+from lifl.tensor import Layout, TensorSpec
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+DEFAULT_MEMORY = 2 * 2**30
+MAX_WORKERS = 255
+SPIN_S = 50e-6
+
+
+def parse_bytes(memory: str | int) -> int:
+    """``"2GiB"``, ``"512 MB"`` or a number of bytes, as bytes.
+
+    Raises ``ValueError`` for anything else and for less than 1.
+    """
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", memory)
+        factor = UNITS.get(match[2].lower()) if match else None
+        if not match or factor is None:
+            raise ValueError(f"memory={memory!r} is not a size: write '2GiB', '512MiB' or a number of bytes")
+        memory = int(float(match[1]) * factor)
+    if memory < 1:
+        raise ValueError(f"memory={memory} bytes: at least 1 is needed")
+    return memory
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+class Node:
+    """A machine's share of the work: one arena and warm workers.
+
+    Parameters
+    ----------
+    memory : str or int, optional
+        The arena's size, taken from the machine at once: ``"2GiB"`` or bytes. Default: 2 GiB, or a
+        quarter of what is available if that is less.
+    workers : int, optional
+        Worker processes. Default: one per core. 0 folds in the calling process, through the same code.
+    debug : bool
+        Overwrite freed blocks with 0xA5, so that a stale view shows itself.
+
+    Raises
+    ------
+    ShmError
+        If the memory cannot be had, or the machine is not Linux.
+    PeerGoneError
+        If the workers cannot be started.
+
+    Examples
+    --------
+    >>> spec = lifl.TensorSpec.from_arrays(model)
+    >>> with lifl.Node(memory="1GiB") as node, node.open_round(spec, expected=2) as round_:
+    ...     round_.submit(update_a, weight=10, client_id="a")
+    ...     round_.submit(update_b, weight=30, client_id="b")
+    ...     mean = round_.result(timeout=30).arrays
+    """
+
+    def __init__(
+        self, memory: str | int | None = None, workers: int | None = None, *, debug: bool = False
+    ) -> None:
+        shm.require()
+        workers = cores() if workers is None else workers
+        if not 0 <= workers <= MAX_WORKERS:
+            raise ValueError(f"workers={workers}: give 0 (fold in this process) to {MAX_WORKERS}")
+        if memory is None:
+            memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4)
+        self._pid = os.getpid()
+        self.workers = workers
+        self.changed = threading.Condition(threading.RLock())
+        self._rounds: dict[int, Round] = {}
+        self._number = 0
+        self._is_closed = False
+        self._gone: PeerGoneError | None = None
+        self._pids: dict[int, tuple[int, int]] = {}  # pidfd -> participant, pid
+        self._nursery: Nursery | None = None
+        self._thread: threading.Thread | None = None
+        self._inline: Aggregator | None = None
+        self._bell = Bell()
+        try:
+            self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
+            self.outbox, self._inbox = Outbox(self.arena, AGENT), Inbox(self.arena, AGENT)
+            if workers:
+                self._start_workers()
+            else:
+                self._inline = Aggregator(self.arena, 1)
+        except BaseException:
+            self._end_workers()
+            self._bell.close()
+            raise
+        _nodes.add(self)
+
+    # ------------------------------------------------------------ workers
+
+    def _start_workers(self) -> None:
+        spin_s = SPIN_S if cores() > 1 else 0.0
+        self._nursery = Nursery(self.arena.fd, self._bell.fd, spin_s)
+        for me in range(1, 1 + self.workers):
+            pid, pidfd = self._nursery.start_worker(me)
+            self._pids[pidfd] = (me, pid)
+        # A daemon: a Node that is never closed must not keep the interpreter from ending.
+        self._thread = threading.Thread(target=self._hear, name="lifl-agent", daemon=True)
+        self._thread.start()
+
+    def _hear(self) -> None:
+        """The agent's thread: sleeps until a worker writes or dies, then puts it into the books."""
+        poll = select.poll()
+        for fd in (self._bell.fd, *self._pids):
+            poll.register(fd, select.POLLIN)
+        while True:
+            self._bell.clear()
+            with self.changed:
+                if self._is_closed:
+                    return
+                self._drain()
+                is_sent = self.outbox.flush()
+                if not self._inbox.arm():
+                    continue
+            # What did not fit into a full ring is tried again soon: its consumer does not ring.
+            for fd, _ in poll.poll(None if is_sent else 2):
+                if fd in self._pids:
+                    poll.unregister(fd)
+                    self._lose(*self._pids[fd])
+
+    def _drain(self) -> None:
+        worked = False
+        while (item := self._inbox.try_pop()) is not None:
+            worked = True
+            sender, descriptor = item
+            if (round_ := self._rounds.get(descriptor.round)) is not None:
+                round_.handle(sender, descriptor)
+        if worked:
+            self.changed.notify_all()
+
+    def _lose(self, me: int, pid: int) -> None:
+        with self.changed:
+            if self._is_closed:
+                return
+            self._gone = PeerGoneError(f"worker {me} (pid {pid}) died: close this Node and make another")
+            for round_ in self._rounds.values():
+                round_.fail(self._gone)
+            self.changed.notify_all()
+
+    def pids(self) -> tuple[int, ...]:
+        """The workers' process ids."""
+        return tuple(pid for _, pid in self._pids.values())
+
+    # ------------------------------------------------------------ what a round needs
+
+    def pump(self) -> None:
+        """Without workers: does the work that is there, now, in the calling thread."""
+        if self._inline is not None:
+            with self.changed:
+                while self._inline.step():
+                    self._drain()
+                self._drain()
+                self.outbox.flush()
+
+    def check_workers(self) -> None:
+        """Raises :class:`PeerGoneError` if a worker died, :class:`LeaseError` if the Node is closed."""
+        if self._gone:
+            raise self._gone
+        if self._is_closed:
+            raise LeaseError("the Node is closed")
+        if os.getpid() != self._pid:
+            raise LeaseError(f"this Node belongs to process {self._pid}, not to its fork {os.getpid()}")
+
+    def relieve(self) -> bool:
+        """Makes lazy rounds fold what they hold; false if no block will come free without help."""
+        for round_ in self._rounds.values():
+            round_.press()
+        self.pump()
+        return any(round_.is_moving for round_ in self._rounds.values())
+
+    def forget(self, round_: Round) -> None:
+        """Takes a closed round out of the books."""
+        self._rounds.pop(round_.number, None)
+
+    # ------------------------------------------------------------ rounds
+
+    def open_round(
+        self, spec: TensorSpec, expected: int, timing: Timing = "eager", order: Order = "any"
+    ) -> Round:
+        """Opens a round for updates of one spec. Several may be open at once.
+
+        Parameters
+        ----------
+        spec : TensorSpec
+            What every update looks like.
+        expected : int
+            The round is complete when so many updates have been accepted; at least 1.
+        timing : {"eager", "lazy"}
+            Fold each update when it is ready, or all when they are complete (sooner if memory is short).
+        order : {"any", "flower"}
+            ``"flower"`` makes the mean in Flower's order (that of submission), arithmetic and dtypes, bit
+            by bit; it keeps every update until the last is in.
+
+        Raises
+        ------
+        ShmError
+            ENOSPC if the arena has no room for the round's sums, its mean and one update.
+        ValueError
+            For an unknown timing or order, ``expected`` below 1, bfloat16 with ``order="flower"``.
+        """
+        if timing not in ("eager", "lazy"):
+            raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
+        if order not in ("any", "flower"):
+            raise ValueError(f"order={order!r}: use 'any' or 'flower'")
+        if not isinstance(expected, int) or expected < 1:
+            raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
+        if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
+            raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
+        with self.changed:
+            self.check_workers()
+            self._number += 1
+            number = self._number
+            layout = spec.flower_layout if order == "flower" else spec.layout
+            leaves = self._choose_leaves(spec, layout, expected, order)
+            round_ = self._reserve(number, spec, layout, expected, timing, order, leaves)
+            self._rounds[number] = round_
+        return round_
+
+    def _choose_leaves(self, spec: TensorSpec, layout: Layout, expected: int, order: Order) -> tuple[int, ...]:
+        """As many leaves as there are workers, updates and memory for; waits while memory comes free."""
+        most = 1 if order == "flower" else min(max(self.workers, 1), expected)
+        updates = [r.spec.layout.update_bytes for r in self._rounds.values()]
+        one_update = _units(max([layout.update_bytes, *updates]))
+        fixed = 2 * _units(0) + _units(layout.mean_bytes) + one_update
+        per_leaf = 0 if order == "flower" else 2 * _units(_sum_bytes(layout))
+        while True:
+            free = self.arena.free_bytes
+            fitting = most if per_leaf == 0 else min(most, (free - fixed) // per_leaf)
+            if free >= fixed and fitting >= 1:
+                break
+            if not self.relieve():
+                needed = fixed + per_leaf
+                raise ShmError(
+                    errno.ENOSPC,
+                    f"no room for a round of {spec.nbytes:,} bytes per update: {needed:,} bytes are needed (two sums, "
+                    f"the mean, one update), {free:,} of {self.arena.block_bytes:,} are free; give the Node at "
+                    f"least memory={needed}, close rounds, or drop old results",
+                )
+            self.changed.wait(0.1)
+        # The next round begins with the next worker, so that tops are spread.
+        workers = max(self.workers, 1)
+        return tuple(1 + (self._number + i) % workers for i in range(fitting))
+
+    def _reserve(
+        self,
+        number: int,
+        spec: TensorSpec,
+        layout: Layout,
+        expected: int,
+        timing: Timing,
+        order: Order,
+        leaves: tuple[int, ...],
+    ) -> Round:
+        flags = (LAZY if timing == "lazy" else 0) | (FLOWER if order == "flower" else 0)
+        encoded = layout.encode(flags)
+        control = wait_for_block(self, len(encoded), 0, "a round's control block")
+        self.arena.buffer(control)[:] = encoded
+        mean = wait_for_block(self, layout.mean_bytes, 0, "a round's mean")
+        reserved = [control]
+        for leaf in leaves:
+            self.outbox.push(leaf, Descriptor(Kind.OPEN, number, control.index, control.generation))
+            for _ in range(0 if order == "flower" else 2):
+                block = self.arena.alloc(_sum_bytes(layout), leaf, State.ACCUM)
+                assert block is not None, "checked by _choose_leaves under the same lock"
+                reserved.append(block)
+                self.outbox.push(leaf, Descriptor(Kind.GRANT, number, block.index, block.generation))
+        return Round(self, number, spec, expected, timing, order, leaves, mean, reserved)
+
+    # ------------------------------------------------------------ the end
+
+    @property
+    def is_open(self) -> bool:
+        """False after :meth:`close`, or when a worker died."""
+        return not self._is_closed and self._gone is None
+
+    @property
+    def has_rounds(self) -> bool:
+        """True while a round is open."""
+        return bool(self._rounds)
+
+    def close(self) -> None:
+        """Closes every round, ends every process, gives the memory back. Results stay valid.
+
+        Harmless when closed, and in a forked child, whose Node it is not.
+        """
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        for round_ in list(self._rounds.values()):
+            round_.close()
+        with self.changed:
+            self._is_closed = True
+            for me in range(1, 1 + self.workers):
+                self.outbox.push(me, Descriptor(Kind.STOP, 0))
+            self.changed.notify_all()
+        self._bell.ring()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._end_workers()
+        self._bell.close()
+        self.arena.close()
+
+    def _end_workers(self) -> None:
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+        for pidfd in self._pids:
+            os.close(pidfd)
+        self._pids = {}
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if not self.is_open:
+            return "<Node: closed>"
+        free, total = self.arena.free_bytes, self.arena.block_bytes
+        return f"<Node: {self.workers} workers, {len(self._rounds)} rounds, {free:,} of {total:,} bytes free>"
+
+
+def _units(nbytes: int) -> int:
+    """What a block of `nbytes` takes: whole units, at least one."""
+    unit = 65536
+    return max(1, math.ceil(nbytes / unit)) * unit
+
+
+def _sum_bytes(layout: Layout) -> int:
+    return 4096 + layout.sum_bytes
+
+
+def round_bytes(spec: TensorSpec, workers: int, updates: int) -> int:
+    """Memory with which a round of `spec` runs on all `workers` and `updates` fit beside each other."""
+    layout = spec.layout
+    sums = 2 * max(workers, 1) * _units(_sum_bytes(layout))
+    return sums + 2 * _units(0) + 2 * _units(layout.mean_bytes) + updates * _units(layout.update_bytes)
+
+
+# ---------------------------------------------------------------- the embedded Node
+
+_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+_embedded: Node | None = None
+_embedding = threading.Lock()
+
+
+def embedded(spec: TensorSpec, updates: int) -> Node:
+    """The process's own Node: made on first use, closed at exit, made anew when a model needs more room.
+
+    `updates` are meant to fit beside each other; less memory is taken if the machine has less.
+    """
+    global _embedded
+    with _embedding:
+        wanted = round_bytes(spec, cores(), min(updates, 16))
+        least = round_bytes(spec, 1, 1)
+        node = _embedded
+        if node is not None and node.is_open and (node.has_rounds or node.arena.block_bytes >= wanted):
+            return node
+        if node is not None:
+            node.close()
+        memory = max(least, min(max(wanted, 2**28), shm.available_bytes() // 2))
+        _embedded = Node(memory)
+        return _embedded
+
+
+@atexit.register
+def _close_all() -> None:
+    for node in list(_nodes):
+        node.close()
