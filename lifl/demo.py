@@ -91,9 +91,7 @@ def run_demo(
     return {**results, "accuracy_difference": difference, "logs": str(logs) if logs else None}
 
 
-def _run_both(
-    console: Console, rounds: int, supernodes: int, logs: Path | None
-) -> dict[str, dict[str, Any]]:
+def _run_both(console: Console, rounds: int, supernodes: int, logs: Path | None) -> dict[str, dict[str, Any]]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -137,8 +135,7 @@ def _run_one(
             round_, accuracy = int(match[1]), match[2]
             seconds = time.monotonic() - started
             progress.console.print(
-                f"{name}: round {round_} of {rounds} done after {seconds:.1f} s, "
-                f"accuracy {accuracy}",
+                f"{name}: round {round_} of {rounds} done after {seconds:.1f} s, accuracy {accuracy}",
                 highlight=False,
             )
             what = f"round {round_ + 1} of {rounds}" if round_ < rounds else "ending the ServerApp"

@@ -1,12 +1,13 @@
 """A real Flower deployment on this machine: one SuperLink, some SuperNodes, `flwr run`.
 
-Owns: a temporary folder, the programs started in it and their logs; when it is closed none
-of them is left. Never imports flwr (it runs Flower's programs as a user would, found beside
-this Python), never listens on anything but loopback, and never touches `~/.flwr`.
+Owns: a temporary folder, the programs started in it and their logs; when it is closed none of them is left
+(`_janitor.py` says how). Never imports flwr (it runs Flower's programs as a user would, found beside this
+Python), never listens on anything but loopback, and never touches `~/.flwr`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -25,8 +26,8 @@ from typing import IO, Self
 from lifl import _janitor
 
 _HOST = "127.0.0.1"
-# Below the range from which Linux takes the ports of outgoing connections (32768 and up):
-# in there, a port that is free now may be gone before the program listens on it.
+# Below the range from which Linux takes the ports of outgoing connections (32768 and up): in there, a port
+# that is free now may be gone before the program listens on it.
 _PORTS = range(20_000, 32_000)
 # What flower-supernode logs once the SuperLink has registered it (flwr 1.41).
 _REGISTERED = "SuperNode ID:"
@@ -38,15 +39,14 @@ _TAIL_LINES = 15
 class Deployment:
     """`with Deployment(supernodes=4) as deployment: deployment.run(app_dir, {...})`.
 
-    `server_command` is the server to run, with its own first arguments: `flower-superlink`
-    or anything that takes the same flags. `env` is added to the environment of all the
-    programs. Their logs go to `log_dir` and stay there; without it they are in the temporary
-    folder and go with it. `on_progress` is told in words what is up. `start_timeout` is in
-    seconds.
+    `server_command` is the server to run, with its own first arguments: `flower-superlink` or anything that
+    takes the same flags. `env` is added to the environment of all the programs. Their logs go to `log_dir`
+    and stay there; without it they are in the temporary `folder` and go with it. `on_progress` is told in
+    words what is up. `start_timeout` is in seconds.
 
-    Entering raises FileNotFoundError when a program is not installed, RuntimeError when one
-    ends during start-up and TimeoutError when they are not ready in time; both show the log
-    that tells why. However the owner ends, by Ctrl-C or SIGKILL too, the programs end.
+    Entering raises FileNotFoundError when a program is not installed, RuntimeError when one ends during
+    start-up and TimeoutError when they are not ready in time; both show the log that tells why. However
+    the owner ends, by Ctrl-C or SIGKILL too, the programs end.
     """
 
     def __init__(
@@ -93,20 +93,19 @@ class Deployment:
     ) -> None:
         """Run the Flower app in `app_dir` to its end, as `flwr run APP --stream` does.
 
-        Every line that the ServerApp prints is handed to `on_line` as it comes, without its
-        line end and colours. Raises RuntimeError when the app cannot be started
-        or fails, and TimeoutError, after stopping it, when it takes longer than `timeout`
-        seconds; both show its last lines.
+        Every line of the ServerApp goes to `on_line` as it comes, without line end and colours. Raises
+        RuntimeError when the app cannot start or fails or a program of the deployment ends meanwhile, and
+        TimeoutError after `timeout` seconds; both show the last lines of the log. The app is then stopped.
         """
         if self._janitor is None:
             raise RuntimeError("this deployment is not open: use it in a `with` statement")
         self._num_runs += 1
         name = f"flwr-run-{self._num_runs}"
-        # A file, because on the command line flwr splits the overrides with a pattern of its
-        # own. JSON's strings, numbers and booleans are TOML's too.
+        # A file, because on the command line flwr splits the overrides with a pattern of its own. JSON's
+        # strings, numbers and booleans are TOML's too.
         config = self.folder / f"{name}.toml"
-        pairs = (run_config or {}).items()
-        config.write_text("".join(f"{json.dumps(k)} = {json.dumps(v)}\n" for k, v in pairs))
+        pairs = [f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in (run_config or {}).items()]
+        config.write_text("".join(pairs))
         command = ["flwr", "run", str(app_dir), "--stream", "--run-config", str(config)]
         deadline = time.monotonic() + timeout
         stream = self._launch(name, command, home="cli")
@@ -117,10 +116,12 @@ class Deployment:
                         self._check(deadline, f"the run did not end in {timeout:g} s", name)
                     elif on_line is not None:
                         on_line(line)
-        except TimeoutError:
-            for run in self._runs():
-                if not run["status"].startswith("finished"):
-                    self._flwr("stop", run["run-id"])
+            self._check(deadline, f"the run did not end in {timeout:g} s", name)
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # nobody to ask, if it is the SuperLink that ended
+                for run in self._runs():
+                    if not run["status"].startswith("finished"):
+                        self._flwr("stop", run["run-id"])
             raise
         finally:
             stream.terminate()
@@ -137,8 +138,8 @@ class Deployment:
     def close(self) -> None:
         """End every program and remove the folder; takes up to about 3 s.
 
-        May be called twice. Interrupted by a second Ctrl-C, it leaves the rest to the
-        janitor, which finishes without us. Raises RuntimeError when a process would not go.
+        May be called twice. Interrupted by a second Ctrl-C, it leaves the rest to the janitor, which
+        finishes without us. Raises RuntimeError when a process would not go.
         """
         if self._janitor is not None:
             assert self._janitor.stdin is not None
@@ -149,7 +150,7 @@ class Deployment:
             left = _janitor.marked_processes(str(self.folder))
             raise RuntimeError(f"processes {left} of {self.folder} did not end, even by SIGKILL")
         for program in self._programs.values():
-            program.wait()
+            program.wait()  # dead already, not yet reaped
         self._programs.clear()
         self._janitor = None
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -157,21 +158,20 @@ class Deployment:
     def _start(self) -> None:
         self.folder.mkdir(mode=0o700)
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        # First of all: from here on, whatever we start is ended. In a session of its own, as
-        # everything here, so that the terminal's Ctrl-C reaches us alone and we decide.
+        # First of all: from here on, whatever we start is ended. In a session of its own, as everything
+        # here, so that the terminal's Ctrl-C reaches us alone and we decide.
         self._janitor = subprocess.Popen(
             [sys.executable, "-I", "-S", _janitor.__file__, str(self.folder)],
             stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             start_new_session=True,
             cwd="/",
         )
         server_port, *node_ports = _free_ports(1 + self._supernodes)
         self.address = f"{_HOST}:{server_port}"
-        home = self.folder / "cli"
-        home.mkdir()
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "lifl"\n\n[superlink.lifl]\naddress = "{self.address}"\n'
-            "insecure = true\n"
+        (self.folder / "cli").mkdir()
+        (self.folder / "cli" / "config.toml").write_text(
+            f'[superlink]\ndefault = "lifl"\n[superlink.lifl]\naddress = "{self.address}"\ninsecure = true\n'
         )
         flags = ["--insecure", "--disable-runtime-dependency-installation"]
         server = [*self._server_command, *flags, "--port", str(server_port)]
@@ -183,23 +183,18 @@ class Deployment:
         for i, port in enumerate(node_ports):
             node = ["flower-supernode", "--insecure", "--superlink", self.address]
             config = f"partition-id={i} num-partitions={self._supernodes}"
-            self._launch(
-                f"supernode-{i}", [*node, "--port", str(port), "--node-config", config]
-            )
+            self._launch(f"supernode-{i}", [*node, "--port", str(port), "--node-config", config])
         for i in range(self._supernodes):
-            log = self.log_dir / f"supernode-{i}.log"
-            while _REGISTERED not in log.read_text(errors="replace"):
-                self._check(deadline, f"SuperNode {i} did not register", log.stem)
+            while _REGISTERED not in self._log(f"supernode-{i}"):
+                self._check(deadline, f"SuperNode {i} did not register", f"supernode-{i}")
             self._on_progress(f"SuperNode {i} is registered")
 
-    def _launch(
-        self, name: str, command: Sequence[str], home: str = ""
-    ) -> subprocess.Popen[bytes]:
+    def _launch(self, name: str, command: Sequence[str], home: str = "") -> subprocess.Popen[bytes]:
         """Start a program with its own FLWR_HOME; its output goes to `name`.log."""
         environment = self._environment(home or name)
         with open(self.log_dir / f"{name}.log", "wb") as log:
             self._programs[name] = subprocess.Popen(
-                [_program(command[0]), *command[1:]],
+                [_program(command[0], environment), *command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -209,52 +204,57 @@ class Deployment:
         return self._programs[name]
 
     def _environment(self, home: str) -> dict[str, str]:
-        environment = {**os.environ, **self._extra_env}
-        no_proxy = ",".join(filter(None, [environment.get("NO_PROXY"), _HOST]))
-        environment |= {
+        inherited = {**os.environ, **self._extra_env}
+        no_proxy = ",".join(filter(None, [inherited.get("NO_PROXY"), _HOST]))
+        return inherited | {
             _janitor.MARK: str(self.folder),
             "FLWR_HOME": str(self.folder / home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_LOG_LEVEL": "INFO",  # _REGISTERED is of that level
             # Flower starts its own programs by name: they must be this Python's.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', '')}",
             # Or a proxy of the user's would be asked to fetch 127.0.0.1.
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
             # Lines must reach the log when they are printed, not 8 KiB later.
             "PYTHONUNBUFFERED": "1",
         }
-        return environment
 
     def _check(self, deadline: float, complaint: str, name: str) -> None:
         """Sleep a moment; raise when a program has ended or the deadline has passed."""
         time.sleep(_POLL_S)
         for other, program in self._programs.items():
-            # `flwr run` is meant to end; run() looks at its status itself.
-            if program.poll() is not None and not other.startswith("flwr-run"):
-                status = program.returncode
-                raise RuntimeError(f"{other} ended with status {status}.\n{self._tail(other)}")
+            has_ended = program.poll() is not None
+            if has_ended and not other.startswith("flwr-run"):  # that one is meant to end
+                raise RuntimeError(f"{other} ended with status {program.returncode}.\n{self._tail(other)}")
         if time.monotonic() > deadline:
             raise TimeoutError(f"{complaint}.\n{self._tail(name)}")
 
+    def _log(self, name: str) -> str:
+        return _COLOURS.sub("", (self.log_dir / f"{name}.log").read_text(errors="replace"))
+
     def _tail(self, name: str) -> str:
-        text = _COLOURS.sub("", (self.log_dir / f"{name}.log").read_text(errors="replace"))
-        lines = [f"  {line}" for line in text.splitlines() if line.strip()]
+        lines = [f"  {line}" for line in self._log(name).splitlines() if line.strip()]
         return "\n".join([f"The last lines of {name}.log:", *lines[-_TAIL_LINES:]])
 
     def _flwr(self, *arguments: str) -> str:
-        """What a short `flwr` command prints; raises RuntimeError when it fails."""
-        done = subprocess.run(
-            [_program("flwr"), *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            start_new_session=True,
-            env=self._environment("cli"),
-            timeout=60,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"`flwr {' '.join(arguments)}` failed: {done.stdout}{done.stderr}")
+        """What a short `flwr` command prints; raises RuntimeError when it fails or takes a minute."""
+        environment = self._environment("cli")
+        try:
+            done = subprocess.run(
+                [_program("flwr", environment), *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                start_new_session=True,
+                env=environment,
+                timeout=60,
+                check=True,
+            )
+        except subprocess.SubprocessError as error:
+            said = f"{getattr(error, 'stdout', '')}{getattr(error, 'stderr', '')}"
+            raise RuntimeError(f"`flwr {' '.join(arguments)}` failed.\n{error}\n{said}") from None
         return done.stdout
 
     def _runs(self) -> list[dict[str, str]]:
@@ -263,27 +263,21 @@ class Deployment:
         return runs
 
 
-def _program(name: str) -> str:
-    """The path of an installed program: beside this Python, or on the PATH."""
-    beside = Path(sys.executable).parent / name
-    path = str(beside) if beside.exists() else shutil.which(name)
+def _program(name: str, environment: Mapping[str, str]) -> str:
+    path = shutil.which(name, path=environment["PATH"])
     if path is None:
         raise FileNotFoundError(f"{name} is not installed; `pip install flwr` brings it")
     return path
 
 
 def _free_ports(count: int) -> list[int]:
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
-        with socket.socket() as probe:
-            try:
-                probe.bind((_HOST, port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError(f"no {count} free ports in {_PORTS.start}..{_PORTS.stop - 1}")
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((_HOST, port))
+            ports.add(port)
+    return list(ports)
 
 
 def _is_listening(port: int) -> bool:

@@ -51,9 +51,7 @@ class RoundReport:
     rejected : tuple of Rejection
         In order of refusal.
     late : tuple of str
-        Clients that were asked and did not answer in time.
-    runtimes : int
-        Workers that took part.
+        Clients that were asked and did not answer in time; a strategy knows them, a Node does not.
     stages : dict
         Seconds: ``receive`` (opened -> last update ready), ``land`` (copying and checking, all updates),
         ``fold`` (workers' time in folds, all), ``finish`` (the top's), ``last_to_result``, ``total``.
@@ -65,12 +63,16 @@ class RoundReport:
     expected: int
     timing: str
     order: str
-    accepted: tuple[Contribution, ...]
-    rejected: tuple[Rejection, ...]
-    late: tuple[str, ...]
-    runtimes: int
-    stages: dict[str, float]
+    accepted: tuple[Contribution, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+    late: tuple[str, ...] = ()
+    stages: dict[str, float] = attrs.field(factory=dict)
     error: str | None = None
+
+    @property
+    def runtimes(self) -> int:
+        """Workers that took part."""
+        return len({c.runtime for c in self.accepted})
 
     @property
     def weight(self) -> float:

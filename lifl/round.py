@@ -194,7 +194,6 @@ class Round:
         self._by_block: dict[tuple[int, int], _Update] = {}
         self._clients: set[str] = set()  # accepted, or with a loan out
         self._rejected: list[Rejection] = []
-        self._late: list[str] = []
         self._outstanding = dict.fromkeys(leaves, 0)
         self._loans = 0
         self._acks: set[int] = set()
@@ -295,11 +294,6 @@ class Round:
         """Puts a refusal into the report, also one decided elsewhere (an error reply, a bad format)."""
         with self._host.changed:
             self._rejected.append(Rejection(error.client_id, error.rule, error.reason))
-
-    def mark_late(self, client_id: object) -> None:
-        """Puts a client that did not answer in time into the report."""
-        with self._host.changed:
-            self._late.append(str(client_id))
 
     def _name(self, client_id: object) -> str:
         if client_id is not None:
@@ -467,8 +461,6 @@ class Round:
                 Contribution(u.client_id, u.weight, u.runtime, u.arrived_s, u.folded_s) for u in updates
             ),
             rejected=tuple(self._rejected),
-            late=tuple(self._late),
-            runtimes=len({u.runtime for u in updates}),
             stages=stages,
             error=None if self._error is None else str(self._error),
         )

@@ -56,9 +56,7 @@ def load_partition(partition_id: int, num_partitions: int) -> tuple[Examples, Ex
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def train(
-    model: Model, images: Floats, labels: Labels, seed: list[int]
-) -> tuple[Model, float]:
+def train(model: Model, images: Floats, labels: Labels, seed: list[int]) -> tuple[Model, float]:
     """Mini-batch gradient descent from `model`; returns the new model and its loss."""
     weight, bias = model["weight"].copy(), model["bias"].copy()
     rng = np.random.default_rng([SEED, *seed])

@@ -1,0 +1,121 @@
+"""Messages out, replies in as they become ready: what replaces Flower's poll every three seconds.
+
+Owns no round. Works with any Grid: it asks only `push_messages` and `pull_messages` of it, for few
+message ids at a time, because one pull inflates every reply that is ready.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+FIRST_PAUSE_S = 0.005
+LONGEST_PAUSE_S = 1.0
+PAUSE_SHARE = 0.1
+"""A pause is this share of the time since something last came: it adds at most so much to a wait."""
+
+PULL_BYTES = 256 * 2**20
+"""Replies pulled at once are meant to stay under this, by the size of the model that was sent."""
+
+FEWEST_PER_PULL = 4
+
+
+def exchange(
+    grid: Grid,
+    messages: list[Message],
+    timeout: float | None,
+    reply_bytes: int,
+    take: Callable[[Message], Message],
+    missing: Callable[[int], None],
+) -> list[Message]:
+    """Pushes `messages`, then pulls replies one small subset after another until all are in.
+
+    Parameters
+    ----------
+    timeout : float or None
+        Seconds, counted from the end of the push; ``None`` waits for all.
+    reply_bytes : int
+        What one reply is expected to take in memory.
+    take : callable
+        Called with each reply as it comes; what it returns is in the list that is returned.
+    missing : callable
+        Called with the node id of each message that has no reply at the time-out.
+    """
+    grid.push_messages(messages)
+    nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    pending = list(nodes)
+    messages.clear()  # they hold the model, which the grid has by now
+    replies: list[Message] = []
+    at_once = max(FEWEST_PER_PULL, PULL_BYTES // max(reply_bytes, 1))
+    end = None if timeout is None else time.monotonic() + timeout
+    last = time.monotonic()
+    while pending and (end is None or time.monotonic() < end):
+        for subset in _subsets(pending, at_once):
+            came = list(grid.pull_messages(subset))
+            answered = {reply.metadata.reply_to_message_id for reply in came}
+            while came:
+                replies.append(take(came.pop(0)))
+                last = time.monotonic()
+            pending = [i for i in pending if i not in answered]
+        now = time.monotonic()
+        if pending and now - last > 0:
+            pause = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, PAUSE_SHARE * (now - last)))
+            time.sleep(pause if end is None else max(0.0, min(pause, end - now)))
+    for message_id in pending:
+        missing(nodes[message_id])
+    return replies
+
+
+def _subsets(ids: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+class EventGrid(Grid):
+    """The user's grid with another `send_and_receive`; everything else is passed on to it."""
+
+    def __init__(
+        self, grid: Grid, send_and_receive: Callable[[Grid, list[Message], float | None], list[Message]]
+    ) -> None:
+        self._grid, self._exchange = grid, send_and_receive
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Flower's, event-driven."""
+        return self._exchange(self._grid, list(messages), timeout)
+
+    def set_run(self, run: Any) -> None:
+        """Passed on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Passed on."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Passed on."""
+        return self._grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Passed on."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Any:
+        """Passed on."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Passed on."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Passed on."""
+        return self._grid.pull_messages(message_ids)
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the user's grid has."""
+        return getattr(self._grid, name)

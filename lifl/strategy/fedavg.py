@@ -1,0 +1,282 @@
+"""Flower's FedAvg with the mean made by a Node, while the replies still come.
+
+The run's loop, its log and its hooks stay Flower's: `start` hands Flower's own loop a grid whose
+`send_and_receive` is event-driven and lands each reply as it comes. `aggregate_train` then has only to
+fetch the mean. Called by itself, with any list of replies, it folds them through the same workers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import ERROR, INFO, WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy import Result as FlowerResult
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from flwr.supercore import log
+
+from lifl.metrics import RoundReport
+from lifl.round import Order, Timing
+from lifl.runtime import Node
+from lifl.strategy.exchange import EventGrid, exchange
+from lifl.strategy.landing import Landing, spec_of, to_record
+
+
+def _show_flowers_arguments(cls: type) -> None:
+    """Gives ``cls.__init__`` the signature that its users see: Flower's arguments, then lifl's."""
+    if "__init__" in vars(cls):
+        return
+    merged: dict[str, inspect.Parameter] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" not in vars(base):
+            continue
+        for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
+            if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                merged[name] = parameter
+    ordered = sorted(merged.values(), key=lambda p: p.kind)
+    cls.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Result(FlowerResult):
+    """Flower's Result and, per round, the report of who counted, who did not and why, and the times."""
+
+    reports: dict[int, RoundReport] = field(default_factory=dict)
+
+    __repr__ = FlowerResult.__repr__
+
+
+class RoundOptions:
+    """lifl's own arguments, for any strategy whose mean is :class:`FedAvg`'s.
+
+    Parameters
+    ----------
+    quorum : float or int, optional
+        The least number of accepted updates for a round to count: a fraction of the sampled nodes (a
+        float up to 1.0) or a number (an int). Default: one update, as in Flower.
+    deadline : float, optional
+        Seconds after which a round, of training or of evaluation, goes on without the replies that are
+        still out. Default: Flower's ``timeout``.
+    timing : {"eager", "lazy"}
+        Fold each update when it is there, or all when the last is.
+    order : {"any", "flower"}
+        ``"flower"``: Flower's result bit by bit, from the replies in their order of arrival.
+    node : lifl.Node, optional
+        Where to fold. Default: the process's own, made on first use and closed at exit.
+    """
+
+    quorum: float | int | None
+    deadline: float | None
+    timing: Timing
+    order: Order
+    node: Node | None
+
+    def __init__(
+        self,
+        *args: Any,
+        quorum: float | int | None = None,
+        deadline: float | None = None,
+        timing: Timing = "eager",
+        order: Order = "any",
+        node: Node | None = None,
+        **flower: Any,
+    ) -> None:
+        super().__init__(*args, **flower)
+        if quorum is not None and (quorum <= 0 or (isinstance(quorum, float) and quorum > 1)):
+            raise ValueError(f"quorum={quorum!r}: give a fraction up to 1.0, or a number of updates as an int")
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline={deadline!r}: give seconds above 0")
+        if timing not in ("eager", "lazy"):
+            raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
+        if order not in ("any", "flower"):
+            raise ValueError(f"order={order!r}: use 'any' or 'flower'")
+        self.quorum, self.deadline, self.timing, self.order, self.node = quorum, deadline, timing, order, node
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _show_flowers_arguments(cls)
+
+
+class Mean(FlowerFedAvg):
+    """Flower's FedAvg, its mean made by a Node; without arguments of its own (see RoundOptions)."""
+
+    quorum: float | int | None = None
+    deadline: float | None = None
+    timing: Timing = "eager"
+    order: Order = "any"
+    node: Node | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reports: dict[int, RoundReport] = {}
+        self._landing: Landing | None = None
+
+    # ------------------------------------------------------------ the run
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Flower's ``Strategy.start``, event-driven; the same arguments, hooks and log.
+
+        Returns Flower's Result with ``reports`` beside. Where no round had a result, its ``arrays`` are
+        `initial_arrays`.
+        """
+        self.reports = {}
+        try:
+            result = super().start(
+                EventGrid(grid, self._send_and_receive),
+                initial_arrays,
+                num_rounds,
+                timeout,
+                train_config,
+                evaluate_config,
+                evaluate_fn,
+            )
+        finally:
+            self._drop_landing()
+        if not result.arrays:
+            result.arrays = initial_arrays
+        return Result(**vars(result), reports=dict(self.reports))
+
+    def summary(self) -> None:
+        """Logs lifl's settings, then Flower's."""
+        where = "embedded" if self.node is None else repr(self.node)
+        quorum = "1 update" if self.quorum is None else self.quorum
+        deadline = "Flower's timeout" if self.deadline is None else f"{self.deadline:g}s"
+        log(INFO, "\t├──> lifl settings:")
+        log(INFO, "\t│\t├── Timing: %s | order: %s", self.timing, self.order)
+        log(INFO, "\t│\t├── Quorum: %s | deadline: %s", quorum, deadline)
+        log(INFO, "\t│\t└── Node: %s", where)
+        super().summary()
+
+    def _send_and_receive(self, grid: Grid, messages: list[Message], timeout: float | None) -> list[Message]:
+        """What the loop calls for training, for evaluation, and what a user's hook may call besides."""
+        if not messages:
+            return []
+        if self.deadline is not None:
+            timeout = self.deadline if timeout is None else min(timeout, self.deadline)
+        is_train = messages[0].metadata.message_type.split(".")[0] == MessageType.TRAIN
+        take: Callable[[Message], Message] = _as_it_is
+        missing: Callable[[int], None] = _not_reported
+        reply_bytes = 0
+        if is_train:
+            self._drop_landing()
+            sent = messages[0].content.array_records.get(self.arrayrecord_key)
+            spec = None if sent is None else spec_of(sent)
+            reply_bytes = 0 if spec is None else spec.nbytes
+            self._landing = landing = self._new_landing(spec, len(messages), keeps=self._is_looked_at())
+            take, missing = landing.take, landing.mark_late
+        return exchange(grid, messages, timeout, reply_bytes, take, missing)
+
+    def _new_landing(self, spec: Any, expected: int, *, keeps: bool) -> Landing:
+        return Landing(self.node, spec, expected, self.weighted_by_key, self.timing, self.order, keeps)
+
+    def _drop_landing(self) -> None:
+        if self._landing is not None:
+            self._landing.close()
+            self._landing = None
+
+    def _is_looked_at(self) -> bool:
+        """True if code that is neither Flower's nor lifl's will see the replies after they have landed."""
+        if self.train_metrics_aggr_fn is not aggregate_metricrecords:
+            return True
+        for cls in type(self).__mro__:
+            theirs = not cls.__module__.startswith(("lifl.", "flwr."))
+            if theirs and {"aggregate_train", "_check_and_log_replies"} & vars(cls).keys():
+                return True
+        return False
+
+    # ------------------------------------------------------------ the mean
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The weighted mean of the replies' arrays and metrics.
+
+        Replies that landed during :meth:`start` are folded already; any others, or changed ones, are
+        folded now. A round with fewer accepted updates than the quorum has no result: that is logged as
+        an error and reported, the run goes on, and the model stays as it was.
+
+        Raises
+        ------
+        flwr.serverapp.exception.InconsistentMessageReplies
+            As Flower does, if replies that did not land before do not have the same keys.
+        """
+        replies = list(replies)
+        landing, self._landing = self._landing, None
+        try:
+            if landing is not None and landing.is_of(replies):
+                valid, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
+            else:
+                if landing is not None:
+                    landing.close()
+                valid, _ = self._check_and_log_replies(replies, is_train=True)
+                if not valid:
+                    return None, None
+                landing = self._new_landing(None, len(replies), keeps=True)
+                landed = [landing.take(reply) for reply in replies]
+                valid = [reply for reply in landed if not reply.has_error()]
+            return self._conclude(server_round, landing, valid)
+        finally:
+            if landing is not None:
+                landing.close()
+
+    def _conclude(
+        self, server_round: int, landing: Landing, valid: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        needed = self._needed(landing.expected)
+        if landing.num_accepted < needed:
+            short = f"{landing.num_accepted} of {landing.expected} updates were accepted, the quorum is {needed}"
+            self.reports[server_round] = report = landing.report(short)
+            log(ERROR, "aggregate_train: round %s has no new model, the model stays as it was: %s", server_round, report)
+            return None, None
+        result = landing.result()
+        self.reports[server_round] = report = landing.report()
+        log(INFO, "\t└──> lifl: %s", report)
+        metrics = self.train_metrics_aggr_fn(_consistent([m.content for m in valid]), self.weighted_by_key)
+        return to_record(result), metrics
+
+    def _needed(self, expected: int) -> int:
+        if self.quorum is None:
+            return 1
+        # Rounded first: 0.7 * 10 is a little more than 7.
+        return self.quorum if isinstance(self.quorum, int) else max(1, math.ceil(round(self.quorum * expected, 9)))
+
+
+class FedAvg(RoundOptions, Mean):
+    """Federated Averaging (McMahan et al., 2017, https://arxiv.org/abs/1602.05629), Flower's class.
+
+    Flower's arguments, and those of :class:`RoundOptions`: ``quorum``, ``deadline``, ``timing``, ``order``,
+    ``node``.
+    """
+
+
+def _consistent(contents: list[RecordDict]) -> list[RecordDict]:
+    """The contents whose metrics have the keys that most have: the others cannot be averaged."""
+    keys = [frozenset(next(iter(c.metric_records.values()))) for c in contents]
+    common, count = Counter(keys).most_common(1)[0]
+    if count < len(contents):
+        log(WARNING, "aggregate_train: metrics of %s replies have other keys and are left out", len(contents) - count)
+    return [content for content, k in zip(contents, keys, strict=True) if k == common]
+
+
+def _as_it_is(reply: Message) -> Message:
+    return reply
+
+
+def _not_reported(_: int) -> None:
+    """Flower returns what it has, silently; so does an evaluation round here."""

@@ -1,0 +1,72 @@
+"""Flower's strategies that only work on the mean afterwards: Flower's classes over lifl's mean.
+
+Nothing is computed here. Each class is Flower's own with :class:`lifl.strategy.fedavg.Mean` put between it
+and Flower's FedAvg, so that its ``super().aggregate_train`` finds lifl's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import FedAdagrad as FlowerFedAdagrad
+from flwr.serverapp.strategy import FedAdam as FlowerFedAdam
+from flwr.serverapp.strategy import FedAvgM as FlowerFedAvgM
+from flwr.serverapp.strategy import FedProx as FlowerFedProx
+from flwr.serverapp.strategy import FedYogi as FlowerFedYogi
+
+from lifl.strategy.fedavg import Mean, RoundOptions
+
+
+class DtypeKept:
+    """Keeps the model's dtypes where Flower's arithmetic leaves float64.
+
+    Parameters
+    ----------
+    keep_dtype : bool
+        True: the new arrays have the dtypes of the mean, so the model does not double in size from the
+        first round on. False: Flower's own dtypes (NumPy 2 promotes them to float64).
+    """
+
+    def __init__(self, *args: Any, keep_dtype: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keep_dtype = keep_dtype
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Flower's, and then the dtypes."""
+        # The dtypes to keep are those that the clients were sent, which is what they reply with.
+        kept = _dtypes(self.current_arrays)  # type: ignore[attr-defined,has-type]
+        arrays, metrics = super().aggregate_train(server_round, replies)  # type: ignore[misc]
+        if arrays is not None and self.keep_dtype and kept:
+            for key, array in arrays.items():
+                if array.dtype != kept[key]:
+                    arrays[key] = Array(array.numpy().astype(kept[key]))
+        return arrays, metrics
+
+
+def _dtypes(current: Any) -> dict[str, str]:
+    """FedAvgM keeps an ArrayRecord, the adaptive ones a dict of arrays; both begin as None."""
+    return {} if current is None else {key: str(array.dtype) for key, array in current.items()}
+
+
+class FedProx(RoundOptions, FlowerFedProx, Mean):
+    """Flower's FedProx (Li et al., 2018, https://arxiv.org/abs/1812.06127); options: RoundOptions."""
+
+
+class FedAvgM(RoundOptions, DtypeKept, FlowerFedAvgM, Mean):
+    """Flower's FedAvgM (Hsu et al., 2019, https://arxiv.org/abs/1909.06335); RoundOptions, DtypeKept."""
+
+
+class FedAdagrad(RoundOptions, DtypeKept, FlowerFedAdagrad, Mean):
+    """Flower's FedAdagrad (Reddi et al., 2020, https://arxiv.org/abs/2003.00295); RoundOptions, DtypeKept."""
+
+
+class FedAdam(RoundOptions, DtypeKept, FlowerFedAdam, Mean):
+    """Flower's FedAdam (Reddi et al., 2020, https://arxiv.org/abs/2003.00295); RoundOptions, DtypeKept."""
+
+
+class FedYogi(RoundOptions, DtypeKept, FlowerFedYogi, Mean):
+    """Flower's FedYogi (Reddi et al., 2020, https://arxiv.org/abs/2003.00295); RoundOptions, DtypeKept."""
