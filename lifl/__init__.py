@@ -4,8 +4,10 @@
 """
 
 from lifl import errors
+from lifl.loan import Loan
 from lifl.metrics import Contribution, Rejection, RoundReport
-from lifl.round import Loan, Round, RoundResult
+from lifl.result import RoundResult
+from lifl.round import Round
 from lifl.runtime import Node
 from lifl.tensor import TensorSpec
 

@@ -8,9 +8,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-DECLARATIONS = "\n".join(
-    line for line in (HERE / "_shm.h").read_text().splitlines() if not line.startswith("#")
-)
+DECLARATIONS = "\n".join(line for line in (HERE / "_shm.h").read_text().splitlines() if not line.startswith("#"))
 
 ffibuilder = FFI()
 ffibuilder.cdef(DECLARATIONS)

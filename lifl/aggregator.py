@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 from collections import deque
+from itertools import islice
 
 import attrs
 
@@ -67,6 +68,8 @@ class Aggregator:
         self._arena, self._me = arena, me
         self._inbox, self._outbox = Inbox(arena, me), Outbox(arena, me)
         self._tasks: dict[int, _Task] = {}
+        self._newest = 0  # the highest round that was opened here; rounds are opened in order
+        self._early: dict[int, list[Descriptor]] = {}
         self._manifest_bytes = int(lib.lifl_manifest_bytes())
         self._batch_max = int(lib.lifl_batch_max())
         self.is_stopped = False
@@ -104,13 +107,14 @@ class Aggregator:
             control = self._arena.map(d.block, d.generation)
             layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
             control.close()
-            self._tasks[d.round] = _Task(d.round, layout, flags)
+            self._tasks[d.round] = _Task(d.round, layout, flags, arrived=self._early.pop(d.round, []))
+            self._newest = d.round
         elif d.kind == Kind.ABORT:
             if (task := self._tasks.get(d.round)) is not None:
                 self._forget(task)
             self._outbox.push(AGENT, Descriptor(Kind.ABORTED, d.round))
         elif (task := self._tasks.get(d.round)) is None:
-            return  # of a round that was aborted meanwhile
+            self._receive_unknown(d)
         elif d.kind == Kind.GRANT:
             self._grant(task, d)
         elif d.kind == Kind.UPDATE:
@@ -124,6 +128,19 @@ class Aggregator:
         elif d.kind == Kind.SUM:
             task.arrived.append(d)
 
+    def _receive_unknown(self, d: Descriptor) -> None:
+        """Of a round that was aborted meanwhile; or a leaf's sum has overtaken the round's opening."""
+        if d.kind == Kind.SUM and d.round > self._newest:
+            self._early.setdefault(d.round, []).append(d)
+        elif d.kind == Kind.SUM:
+            self._give_back(Block(d.block, d.generation, 0))
+
+    def _give_back(self, block: Block) -> None:
+        """Frees a block that this worker holds, whatever it was doing with it."""
+        for state in (State.ACCUM, State.COMMITTED, State.READING):
+            if block.index != NO_BLOCK and self._arena.move(block, (self._me, state), (AGENT, State.FREE)):
+                return
+
     def _grant(self, task: _Task, d: Descriptor) -> None:
         mapping = self._arena.map(d.block, d.generation)
         if mapping.nbytes < self._manifest_bytes + task.layout.sum_bytes:
@@ -133,11 +150,12 @@ class Aggregator:
     def _forget(self, task: _Task) -> None:
         """Gives back all that this worker holds of a round."""
         for block in task.pending:
-            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
+            self._give_back(block)
         for held in [*task.spare, *([task.current] if task.current else [])]:
             held.mapping.close()
-            for state in (State.ACCUM, State.COMMITTED):
-                self._arena.move(held.block, (self._me, state), (AGENT, State.FREE))
+            self._give_back(held.block)
+        for d in task.arrived:
+            self._give_back(Block(d.block, d.generation, 0))
         self._tasks.pop(task.round, None)
 
     # ------------------------------------------------------------ Agg
@@ -146,8 +164,7 @@ class Aggregator:
         if task.flags & FLOWER:
             return self._flower(task) if task.flush else False
         if task.is_foldable():
-            batch = [task.pending.popleft() for _ in range(min(len(task.pending), self._batch_max))]
-            self._fold(task, batch)
+            self._fold(task, list(islice(task.pending, self._batch_max)))
             task.is_pressed = task.is_pressed and bool(task.pending)
             return True
         if task.flush and not task.is_sent:
@@ -160,7 +177,7 @@ class Aggregator:
 
     def _fold(self, task: _Task, batch: list[Block]) -> None:
         begin = lib.lifl_now_ns()
-        target, source = task.spare.pop(), task.current
+        target, source = task.spare[-1], task.current
         inputs = [self._arena.map(b.index, b.generation) for b in batch]
         notes = [self._arena.note(b.index) for b in batch]
         weights = [note.weight for note in notes]
@@ -183,6 +200,9 @@ class Aggregator:
         # The commit: from here on the batch counts.
         if not self._arena.move(target.block, (self._me, State.ACCUM), (self._me, State.COMMITTED)):
             raise RuntimeError(f"block {target.block.index} was taken from under a fold")
+        task.spare.pop()
+        for _ in batch:
+            task.pending.popleft()
         end = lib.lifl_now_ns()
         for block, mapping, note in zip(batch, inputs, notes, strict=True):
             note.begin_ns, note.end_ns = begin, end
@@ -226,9 +246,8 @@ class Aggregator:
         at = self._manifest_bytes
         finite = fold.finish_at(task.layout, mean.address, [s.address + at for s in sums], weight)
         num_updates = sum(m.num_updates for m in manifests)
-        for block, mapping in zip(blocks, sums, strict=True):
+        for mapping in sums:
             mapping.close()
-            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
         self._send_mean(task, flush, mean, begin, weight, num_updates, finite)
 
     def _flower(self, task: _Task) -> bool:
@@ -268,9 +287,7 @@ class Aggregator:
         self._forget(task)
         block = Block(flush.block, flush.generation, 0)
         self._arena.move(block, (self._me, State.WRITING), (AGENT, State.READY))
-        self._outbox.push(
-            AGENT, Descriptor(Kind.RESULT, task.round, flush.block, flush.generation, 0 if finite else 1)
-        )
+        self._outbox.push(AGENT, Descriptor(Kind.RESULT, task.round, flush.block, flush.generation, 0 if finite else 1))
 
 
 def main(arena_fd: int, bell_fd: int, me: int, spin_s: float) -> None:
@@ -289,4 +306,3 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request
         os._exit(1)
-

@@ -32,9 +32,7 @@ _APP = Path(__file__).with_name("_demo_app")
 _ROUND_ENDED = re.compile(r"Round (\d+) of \d+: accuracy ([\d.]+)")
 
 
-def run_demo(
-    console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: bool = False
-) -> dict[str, Any]:
+def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: bool = False) -> dict[str, Any]:
     """Run the app with both strategies on one deployment, show and return what came out.
 
     Returns the two runs under "lifl" and "flower" (each: "strategy", "rounds" with round,
@@ -84,8 +82,7 @@ def run_demo(
         raise SystemExit(1)
     verdict = "exactly the same" if difference == 0 else f"the same within {difference:.4f}"
     console.print(
-        f"[green]lifl and Flower end with {verdict} accuracy: {last['lifl']:.4f} and "
-        f"{last['flower']:.4f}.[/]",
+        f"[green]lifl and Flower end with {verdict} accuracy: {last['lifl']:.4f} and {last['flower']:.4f}.[/]",
         highlight=False,
     )
     return {**results, "accuracy_difference": difference, "logs": str(logs) if logs else None}
@@ -121,9 +118,7 @@ def _run_both(console: Console, rounds: int, supernodes: int, logs: Path | None)
     return results
 
 
-def _run_one(
-    deployment: Deployment, strategy: str, rounds: int, supernodes: int, progress: Progress
-) -> dict[str, Any]:
+def _run_one(deployment: Deployment, strategy: str, rounds: int, supernodes: int, progress: Progress) -> dict[str, Any]:
     name = NAMES[strategy]
     running = progress.add_task(f"{name}: starting the ServerApp", total=rounds)
     started = time.monotonic()

@@ -25,9 +25,7 @@ SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "b
 # ---------------------------------------------------------------- over addresses: what workers call
 
 
-def fold_at(
-    layout: Layout, total: int, previous: int | None, updates: Sequence[int], weights: Sequence[float]
-) -> None:
+def fold_at(layout: Layout, total: int, previous: int | None, updates: Sequence[int], weights: Sequence[float]) -> None:
     """Sum at `total` = sum at `previous` (or 0) + the weighted updates; every segment in one pass.
 
     Each update is read once; `previous` and `total` must not overlap. Releases the GIL.
@@ -108,9 +106,7 @@ def flower_mean(spec: TensorSpec, updates: Sequence[Mapping[str, Array]], weight
     """Flower's mean of `updates` in this order, bit by bit (``aggregate_arrayrecords``)."""
     packed = [_pack(spec, update) for update in updates]
     mean = np.zeros(spec.flower_layout.mean_bytes, np.uint8)
-    flower_at(
-        spec.flower_layout, shm.address_of(mean), [shm.address_of(p) for p in packed], flower_factors(weights)
-    )
+    flower_at(spec.flower_layout, shm.address_of(mean), [shm.address_of(p) for p in packed], flower_factors(weights))
     return spec.flower_views(mean)
 
 
@@ -143,7 +139,10 @@ def mean_reference(updates: Sequence[Mapping[str, Array]], weights: Sequence[flo
     means = {}
     for name, first in updates[0].items():
         columns = [_exact(update[name]) for update in updates]
-        mean = [sum((w * x for w, x in zip(exact, row, strict=True)), Fraction()) / total for row in zip(*columns, strict=True)]
+        mean = [
+            sum((w * x for w, x in zip(exact, row, strict=True)), Fraction()) / total
+            for row in zip(*columns, strict=True)
+        ]
         means[name] = _rounded(mean, np.asarray(first).dtype).reshape(np.shape(first))
     return means
 
@@ -155,7 +154,9 @@ def _exact(array: Array) -> list[Fraction]:
 
 def _rounded(mean: list[Fraction], dtype: np.dtype[Any]) -> Array:
     if dtype == np.uint16:
-        return np.array([_nearest(m, "bfloat16") for m in mean], np.float32).view(np.uint32).__rshift__(16).astype(dtype)
+        return (
+            np.array([_nearest(m, "bfloat16") for m in mean], np.float32).view(np.uint32).__rshift__(16).astype(dtype)
+        )
     if dtype.kind == "f":
         return np.array([_nearest(m, dtype.name) for m in mean], dtype)
     return np.array([round(m) for m in mean], dtype)
@@ -172,9 +173,7 @@ def _nearest(value: Fraction, dtype: str) -> float:
     return float(round(value / step) * step)
 
 
-def tolerance(
-    updates: Sequence[Mapping[str, Array]], weights: Sequence[float], spec: TensorSpec
-) -> dict[str, Array]:
+def tolerance(updates: Sequence[Mapping[str, Array]], weights: Sequence[float], spec: TensorSpec) -> dict[str, Array]:
     """How far, per element, any tree over any order may be from :func:`mean_reference`.
 
     With n updates, u = 2^-53 and S = sum(w_k |x_k|) / W: each product, addition and the final division
@@ -201,7 +200,7 @@ def tolerance(
 
 
 def _as_float64(array: Any) -> Array:
-    array = np.asarray(array)
-    if dtype_name(array) == "uint16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float64)
+    values: Array = np.asarray(array)
+    if dtype_name(values) == "uint16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64)

@@ -19,9 +19,7 @@ MAX_HEADER_BYTES = 10_000
 MAX_DIMENSIONS = 64  # NumPy's own limit
 
 _DESCRIPTIONS = {NUMPY_DTYPES[name].str: name for name in ITEM_BYTES if name != "bfloat16"}
-_HEADER = re.compile(
-    rb"\{'descr': '([^']{1,32})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), ?\} *\n?"
-)
+_HEADER = re.compile(rb"\{'descr': '([^']{1,32})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), ?\} *\n?")
 
 
 @attrs.frozen

@@ -6,6 +6,7 @@ the ownership word of its block decides whether it still holds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from enum import IntEnum
@@ -62,7 +63,7 @@ class Producer:
         d = self._desc
         d.kind, d.round, d.block, d.generation, d.arg = descriptor
         status = lib.lifl_ring_push(self._arena.handle, self._source, self._target, d)
-        return check(status, f"push to participant {self._target}") == lib.LIFL_OK
+        return bool(check(status, f"push to participant {self._target}") == lib.LIFL_OK)
 
 
 class Consumer:
@@ -147,10 +148,8 @@ class Bell:
 
     def clear(self) -> None:
         """Makes it silent again."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # somebody else read it, or it never rang
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            pass  # somebody else read it, or it never rang
 
     def close(self) -> None:
         """Closes the descriptor."""

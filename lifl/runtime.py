@@ -19,10 +19,11 @@ from types import TracebackType
 from lifl import shm
 from lifl.aggregator import FLOWER, LAZY, Aggregator
 from lifl.errors import LeaseError, PeerGoneError, ShmError
+from lifl.host import wait_for_block
 from lifl.nursery import Nursery
 from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
-from lifl.round import Order, Round, Timing, wait_for_block
-from lifl.shm import AGENT, Arena, Block, State
+from lifl.round import Order, Round, Timing
+from lifl.shm import AGENT, Arena, State
 from lifl.tensor import Layout, TensorSpec
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -81,9 +82,7 @@ class Node:
     ...     mean = round_.result(timeout=30).arrays
     """
 
-    def __init__(
-        self, memory: str | int | None = None, workers: int | None = None, *, debug: bool = False
-    ) -> None:
+    def __init__(self, memory: str | int | None = None, workers: int | None = None, *, debug: bool = False) -> None:
         shm.require()
         workers = cores() if workers is None else workers
         if not 0 <= workers <= MAX_WORKERS:
@@ -197,15 +196,13 @@ class Node:
         self.pump()
         return any(round_.is_moving for round_ in self._rounds.values())
 
-    def forget(self, round_: Round) -> None:
+    def forget(self, number: int) -> None:
         """Takes a closed round out of the books."""
-        self._rounds.pop(round_.number, None)
+        self._rounds.pop(number, None)
 
     # ------------------------------------------------------------ rounds
 
-    def open_round(
-        self, spec: TensorSpec, expected: int, timing: Timing = "eager", order: Order = "any"
-    ) -> Round:
+    def open_round(self, spec: TensorSpec, expected: int, timing: Timing = "eager", order: Order = "any") -> Round:
         """Opens a round for updates of one spec. Several may be open at once.
 
         Parameters
@@ -368,33 +365,13 @@ def round_bytes(spec: TensorSpec, workers: int, updates: int) -> int:
     return sums + 2 * _units(0) + 2 * _units(layout.mean_bytes) + updates * _units(layout.update_bytes)
 
 
-# ---------------------------------------------------------------- the embedded Node
+# ---------------------------------------------------------------- at exit
 
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
-_embedded: Node | None = None
-_embedding = threading.Lock()
-
-
-def embedded(spec: TensorSpec, updates: int) -> Node:
-    """The process's own Node: made on first use, closed at exit, made anew when a model needs more room.
-
-    `updates` are meant to fit beside each other; less memory is taken if the machine has less.
-    """
-    global _embedded
-    with _embedding:
-        wanted = round_bytes(spec, cores(), min(updates, 16))
-        least = round_bytes(spec, 1, 1)
-        node = _embedded
-        if node is not None and node.is_open and (node.has_rounds or node.arena.block_bytes >= wanted):
-            return node
-        if node is not None:
-            node.close()
-        memory = max(least, min(max(wanted, 2**28), shm.available_bytes() // 2))
-        _embedded = Node(memory)
-        return _embedded
 
 
 @atexit.register
-def _close_all() -> None:
+def close_all() -> None:
+    """Closes every Node of this process."""
     for node in list(_nodes):
         node.close()

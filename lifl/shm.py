@@ -21,17 +21,18 @@ import attrs
 
 from lifl.errors import ArenaCorruptError, LeaseError, ShmError
 
+ffi: Any = None
+lib: Any = None
+MISSING: str | None = None
 try:
-    from lifl._shm_ffi import ffi, lib
+    from lifl import _shm_ffi
 except ImportError as _error:  # not Linux, or not built: importing lifl works, making a Node says why
-    ffi = lib = None
-    MISSING: str | None = (
-        f"lifl's shared memory needs Linux (memfd, futex); this is {sys.platform}"
-        if not sys.platform.startswith("linux")
-        else f"the extension lifl._shm_ffi is missing ({_error}): run `pip install .` with a C compiler"
-    )
+    if sys.platform.startswith("linux"):
+        MISSING = f"the extension lifl._shm_ffi is missing ({_error}): run `pip install .` with a C compiler"
+    else:
+        MISSING = f"lifl's shared memory needs Linux (memfd, futex); this is {sys.platform}"
 else:
-    MISSING = None
+    ffi, lib = _shm_ffi.ffi, _shm_ffi.lib
 
 AGENT = 0
 """The participant that owns the arena: it alone allocates."""
@@ -216,7 +217,7 @@ class Arena:
         self._deferred.discard(block)
         with self._lock:
             status = lib.lifl_block_reclaim(self.handle, block.index, block.generation, self.debug)
-        return check(status, f"reclaim {block}") == lib.LIFL_OK
+        return bool(check(status, f"reclaim {block}") == lib.LIFL_OK)
 
     def _bury_orphans(self) -> None:
         while self._orphans:
@@ -226,7 +227,7 @@ class Arena:
     def move(self, block: Block, source: tuple[int, State], target: tuple[int, State]) -> bool:
         """One compare-and-swap of the ownership word, (owner, state) to (owner, state); false if stale."""
         status = lib.lifl_block_move(self.handle, block.index, block.generation, *source, *target)
-        return check(status, f"move {block}") == lib.LIFL_OK
+        return bool(check(status, f"move {block}") == lib.LIFL_OK)
 
     def describe(self, index: int) -> tuple[int, int, State, int, int]:
         """A block's generation, owner, state, bytes and number of extents, as the words say now."""
@@ -369,7 +370,7 @@ def fold(
 def finish(dtype: int, mean: int, sums: Sequence[int], weight: float, count: int) -> bool:
     """mean = (sum of sums) / weight, rounded once to `dtype`; false if a mean is not finite."""
     status = lib.lifl_finish(dtype, ffi.cast("void *", mean), _pointers(sums), len(sums), weight, count)
-    return check(status, "finish") != lib.LIFL_OVERFLOW
+    return bool(check(status, "finish") != lib.LIFL_OVERFLOW)
 
 
 def flower(dtype: int, mean: int, updates: Sequence[int], factors: Sequence[float], count: int) -> None:

@@ -242,7 +242,9 @@ class Mean(FlowerFedAvg):
         if landing.num_accepted < needed:
             short = f"{landing.num_accepted} of {landing.expected} updates were accepted, the quorum is {needed}"
             self.reports[server_round] = report = landing.report(short)
-            log(ERROR, "aggregate_train: round %s has no new model, the model stays as it was: %s", server_round, report)
+            log(
+                ERROR, "aggregate_train: round %s has no new model, the model stays as it was: %s", server_round, report
+            )
             return None, None
         result = landing.result()
         self.reports[server_round] = report = landing.report()

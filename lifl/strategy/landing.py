@@ -17,10 +17,12 @@ from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode, SType
 
 from lifl import npy
+from lifl.embedded import embedded
 from lifl.errors import AdmissionError
 from lifl.metrics import Rejection, RoundReport
-from lifl.round import Order, Round, RoundResult, Timing
-from lifl.runtime import Node, embedded
+from lifl.result import RoundResult
+from lifl.round import Order, Round, Timing
+from lifl.runtime import Node
 from lifl.tensor import TensorSpec
 
 
@@ -81,9 +83,7 @@ class Landing:
             round_.submit(_widened(views, round_.spec), weight, client)
         except AdmissionError as error:
             self.refused.append(error)
-            return make_message(
-                metadata=reply.metadata, error=Error(ErrorCode.MOD_FAILED_PRECONDITION, str(error))
-            )
+            return make_message(metadata=reply.metadata, error=Error(ErrorCode.MOD_FAILED_PRECONDITION, str(error)))
         datas = {key: array.data for key, array in arrays.items()} if self._keeps else {}
         self._folded[reply.metadata.message_id or client] = (weight, datas)
         if not self._keeps:
@@ -113,7 +113,7 @@ class Landing:
         return views
 
     def mark_late(self, node_id: int) -> None:
-        """This node did not answer in time."""
+        """Notes that a node did not answer in time."""
         self._late.append(str(node_id))
 
     def is_of(self, replies: Iterable[Message]) -> bool:
@@ -141,10 +141,9 @@ class Landing:
         """Replies in the arena."""
         return len(self._folded)
 
-    def result(self) -> RoundResult | None:
-        """The mean of what has been accepted; ``None`` if that is nothing. Ends the round."""
-        if self._round is None or not self._folded:
-            return None
+    def result(self) -> RoundResult:
+        """The mean of what has been accepted, which must not be nothing. Ends the round."""
+        assert self._round is not None, "nothing has landed"
         self._round.close_early()
         return self._round.result()
 

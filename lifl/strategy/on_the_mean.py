@@ -38,7 +38,7 @@ class DtypeKept:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Flower's, and then the dtypes."""
         # The dtypes to keep are those that the clients were sent, which is what they reply with.
-        kept = _dtypes(self.current_arrays)  # type: ignore[attr-defined,has-type]
+        kept = _dtypes(self.current_arrays)  # type: ignore[attr-defined]
         arrays, metrics = super().aggregate_train(server_round, replies)  # type: ignore[misc]
         if arrays is not None and self.keep_dtype and kept:
             for key, array in arrays.items():
