@@ -25,7 +25,7 @@ ffi: Any = None
 lib: Any = None
 MISSING: str | None = None
 try:
-    from lifl import _shm_ffi
+    import lifl._shm_ffi as _shm_ffi
 except ImportError as _error:  # not Linux, or not built: importing lifl works, making a Node says why
     if sys.platform.startswith("linux"):
         MISSING = f"the extension lifl._shm_ffi is missing ({_error}): run `pip install .` with a C compiler"

@@ -1,0 +1,47 @@
+# Two commands do all: `make demo` and `make test`. Both work from a clean clone with Python 3.11+ (venv,
+# headers), a C compiler and make.
+PYTHON ?= python3
+BIN := .venv/bin
+BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_shm.c lifl/_fold.c
+
+.PHONY: demo test install lint types docs bench clean
+
+demo: .venv/demo
+	$(BIN)/lifl demo
+
+test: lint types
+	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory docs
+
+install: .venv/dev
+
+lint: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/dev
+	$(BIN)/mypy
+
+docs: .venv/dev
+	$(BIN)/mkdocs build --quiet --strict
+
+bench: .venv/dev
+	$(BIN)/lifl bench limits
+	$(BIN)/lifl bench fold
+	$(BIN)/lifl bench handoff
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lifl needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+
+# The stamps are files in the environment, so that removing it removes them.
+.venv/demo: .venv/bin/python $(BUILT_FROM)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+.venv/dev: .venv/bin/python $(BUILT_FROM)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ .venv/demo
+
+clean:
+	rm -rf .venv build dist site *.egg-info lifl/*.so lifl/_shm_ffi.c

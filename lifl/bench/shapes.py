@@ -1,0 +1,90 @@
+"""The models that lifl is measured with: every tensor's name, shape and dtype, and no weights.
+
+Owns the three ResNets as torchvision's ``state_dict()`` lists them, generated from the architecture
+(He et al., CVPR 2016, table 1). Imports no torch and holds no numbers but lengths.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from lifl.tensor import Tensor, TensorSpec
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+"""What a batch normalisation keeps beside its parameters."""
+
+
+@attrs.frozen
+class Architecture:
+    """A ResNet for ImageNet.
+
+    Attributes
+    ----------
+    depths : tuple of int
+        Blocks in each of the four stages.
+    is_bottleneck : bool
+        Blocks of three convolutions (1x1, 3x3, 1x1, four times as wide at the end), else two of 3x3.
+    """
+
+    depths: tuple[int, int, int, int]
+    is_bottleneck: bool
+
+
+MODELS = {
+    "resnet18": Architecture((2, 2, 2, 2), False),
+    "resnet34": Architecture((3, 4, 6, 3), False),
+    "resnet152": Architecture((3, 8, 36, 3), True),
+}
+WIDTHS = (64, 128, 256, 512)
+CLASSES = 1000
+
+
+def model_spec(model: str) -> TensorSpec:
+    """The state dict of a model in ``MODELS``, in torchvision's order.
+
+    Raises ``ValueError`` for another name.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is not known: choose one of {', '.join(MODELS)}")
+    architecture = MODELS[model]
+    tensors = [*_convolution("conv1", 3, WIDTHS[0], 7), *_normalisation("bn1", WIDTHS[0])]
+    channels = WIDTHS[0]
+    for stage, (width, depth) in enumerate(zip(WIDTHS, architecture.depths, strict=True), 1):
+        out = 4 * width if architecture.is_bottleneck else width
+        for block in range(depth):
+            tensors += _block(f"layer{stage}.{block}", channels, width, out, stage, block)
+            channels = out
+    tensors.append(Tensor("fc.weight", "float32", (CLASSES, channels)))
+    tensors.append(Tensor("fc.bias", "float32", (CLASSES,)))
+    return TensorSpec(tuple(tensors))
+
+
+def num_parameters(spec: TensorSpec) -> int:
+    """Weights and biases: what training changes, without running statistics and counters."""
+    return sum(t.size for t in spec.tensors if not t.name.endswith(RUNNING))
+
+
+def _block(name: str, channels: int, width: int, out: int, stage: int, block: int) -> list[Tensor]:
+    if out == width:
+        lengths = ((channels, width, 3), (width, out, 3))
+    else:
+        lengths = ((channels, width, 1), (width, width, 3), (width, out, 1))
+    tensors = []
+    for i, (before, after, kernel) in enumerate(lengths, 1):
+        tensors += _convolution(f"{name}.conv{i}", before, after, kernel)
+        tensors += _normalisation(f"{name}.bn{i}", after)
+    # The shortcut needs a convolution where the block halves the image or changes its channels.
+    if block == 0 and (stage > 1 or channels != out):
+        tensors += _convolution(f"{name}.downsample.0", channels, out, 1)
+        tensors += _normalisation(f"{name}.downsample.1", out)
+    return tensors
+
+
+def _convolution(name: str, channels: int, out: int, kernel: int) -> list[Tensor]:
+    return [Tensor(f"{name}.weight", "float32", (out, channels, kernel, kernel))]
+
+
+def _normalisation(name: str, width: int) -> list[Tensor]:
+    vectors = ("weight", "bias", *RUNNING[:2])
+    counter = Tensor(f"{name}.{RUNNING[2]}", "int64", ())
+    return [*(Tensor(f"{name}.{vector}", "float32", (width,)) for vector in vectors), counter]

@@ -1,0 +1,170 @@
+"""Fixtures of all tests: above all, that none of them leaves a process, a descriptor or a file behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import lifl
+from lifl.shm import Arena
+
+MARK = "LIFL_TESTS"
+SETTLE_S = 10.0
+"""How long a test's processes and descriptors may take to go: a bound on liveness, not a measurement."""
+
+FAILED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers and marks this process's environment, which all its descendants inherit."""
+    config.addinivalue_line("markers", "big: takes about 8 GiB of memory; deselect with -m 'not big'")
+    config.addinivalue_line("markers", "leaves(reason): leaves what lifl does not own; exempt from the check")
+    os.environ[MARK] = str(os.getpid())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Remembers that a test failed: its traceback then keeps alive what it held."""
+    report = yield
+    if call.excinfo is not None:
+        item.stash[FAILED] = True
+    return report
+
+
+def processes() -> dict[int, str]:
+    """Descendants of this process, and those that were re-parented but carry its mark; zombies too."""
+    mark = f"{MARK}={os.getpid()}".encode()
+    parents, names, found = {}, {}, set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        try:
+            name, _, rest = (entry / "stat").read_text().rpartition(")")
+            parents[pid], names[pid] = int(rest.split()[1]), f"{name}) {rest.split()[0]}"
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.add(pid)
+        except OSError:  # it ended meanwhile, or is another user's
+            continue
+    for pid in parents:
+        line = [pid]
+        while line[-1] in parents:
+            line.append(parents[line[-1]])
+        if os.getpid() in line[1:]:
+            found.add(pid)
+    return {pid: names[pid] for pid in found - {os.getpid()} if pid in names}
+
+
+def descriptors() -> dict[int, str]:
+    """This process's open file descriptors and what they lead to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # that of the listing itself
+            continue
+    return found
+
+
+def shared_memory() -> set[str]:
+    """The names in /dev/shm."""
+    return set(os.listdir("/dev/shm"))
+
+
+def left_behind(before: tuple[dict[int, str], dict[int, str], set[str]]) -> list[str]:
+    """What is there now and was not there before, in words."""
+    gc.collect()
+    children, fds, files = before
+    left = [f"process {pid}: {name}" for pid, name in processes().items() if pid not in children]
+    now = descriptors()
+    if len(now) > len(fds):
+        left += [f"descriptor {fd}: {to}" for fd, to in now.items() if fds.get(fd) != to]
+    return left + [f"/dev/shm/{name}" for name in shared_memory() - files]
+
+
+def close_embedded() -> None:
+    """Closes the process's embedded Node, which otherwise lives until exit."""
+    runtime = sys.modules.get("lifl.runtime")
+    node = getattr(runtime, "_embedded", None)
+    if node is not None:
+        node.close()
+
+
+def check_nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The body of the two fixtures below."""
+    gc.collect()
+    before = (processes(), descriptors(), shared_memory())
+    yield
+    close_embedded()
+    if request.node.stash.get(FAILED, False) or request.node.get_closest_marker("leaves"):
+        return
+    deadline = time.monotonic() + SETTLE_S
+    while (left := left_behind(before)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, "left behind: " + "; ".join(left)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a module's fixtures made is gone when they are."""
+    yield from check_nothing_left(request)
+
+
+@pytest.fixture(autouse=True)
+def test_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test made is gone when it ends."""
+    yield from check_nothing_left(request)
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    """A small arena of 16 units for four participants that poisons what is freed."""
+    arena = Arena.create(16 * 65536, 4, debug=True)
+    yield arena
+    arena.close()
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2, 5], ids="{}-workers".format)
+def warm_node(request: pytest.FixtureRequest) -> Iterator[lifl.Node]:
+    """One long-lived Node per number of workers: for property tests, which use it for every example."""
+    with lifl.Node("64MiB", workers=request.param, debug=True) as node:
+        yield node
+
+
+@pytest.fixture
+def node(warm_node: lifl.Node) -> Iterator[lifl.Node]:
+    """The long-lived Node; after the test its arena has every block back."""
+    free = warm_node.arena.free_bytes
+    yield warm_node
+    deadline = time.monotonic() + SETTLE_S
+    while warm_node.arena.free_bytes != free and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert warm_node.arena.free_bytes == free, "the arena has not every block back"
+    assert not warm_node.has_rounds
+
+
+@pytest.fixture
+def in_fork() -> Callable[[Callable[[], None]], int]:
+    """Runs a function in a fork of this process and gives its exit status: 0 if it returned."""
+
+    def run(function: Callable[[], None]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                function()
+                status = 0
+            except BaseException as error:
+                print(f"in the fork: {error!r}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    return run
