@@ -43,6 +43,8 @@ def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: 
     fails or when the accuracies differ by more than MAX_DIFFERENCE or are below
     MIN_ACCURACY, 130 on Ctrl-C. Nothing is left running in any case.
     """
+    if rounds < 1:
+        raise ValueError(f"the demo needs at least 1 round, not {rounds}")
     if importlib.util.find_spec("sklearn") is None:
         console.print("[red]The demo needs scikit-learn:[/] pip install scikit-learn")
         raise SystemExit(1)
@@ -60,10 +62,12 @@ def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: 
         if logs is not None:
             console.print(f"The logs are in {logs}", highlight=False)
 
-    for table in (_comparison(results), _contributions(results["lifl"]), _times(results["lifl"])):
-        console.print(table)
+    console.print(_comparison(results))
+    if any(_report(entry) for entry in results["lifl"]["rounds"]):
+        console.print(_contributions(results["lifl"]))
+        console.print(_times(results["lifl"]))
     for note in _exceptions(results["lifl"]):
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
     last = {name: result["rounds"][-1]["accuracy"] for name, result in results.items()}
     difference = abs(last["lifl"] - last["flower"])
     seconds = {name: result["seconds"] for name, result in results.items()}

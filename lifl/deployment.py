@@ -40,9 +40,8 @@ class Deployment:
     """`with Deployment(supernodes=4) as deployment: deployment.run(app_dir, {...})`.
 
     `server_command` is the server to run, with its own first arguments: `flower-superlink` or anything that
-    takes the same flags. `env` is added to the environment of all the programs. Their logs go to `log_dir`
-    and stay there; without it they are in the temporary `folder` and go with it. `on_progress` is told in
-    words what is up. `start_timeout` is in seconds.
+    takes the same flags. `env` is added to every program's environment. Logs go to `log_dir` and stay; without
+    it they go with the temporary `folder`. `on_progress` hears what is up; `start_timeout` is in seconds.
 
     Entering raises FileNotFoundError when a program is not installed, RuntimeError when one ends during
     start-up and TimeoutError when they are not ready in time; both show the log that tells why. However
@@ -173,9 +172,8 @@ class Deployment:
         (self.folder / "cli" / "config.toml").write_text(
             f'[superlink]\ndefault = "lifl"\n[superlink.lifl]\naddress = "{self.address}"\ninsecure = true\n'
         )
-        flags = ["--insecure", "--disable-runtime-dependency-installation"]
-        server = [*self._server_command, *flags, "--port", str(server_port)]
-        self._launch("superlink", server)
+        server = [*self._server_command, "--insecure", "--disable-runtime-dependency-installation"]
+        self._launch("superlink", [*server, "--port", str(server_port)])
         deadline = time.monotonic() + self._start_timeout
         while not _is_listening(server_port):
             self._check(deadline, "the SuperLink did not start to listen", "superlink")
@@ -217,8 +215,7 @@ class Deployment:
             # Or a proxy of the user's would be asked to fetch 127.0.0.1.
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
-            # Lines must reach the log when they are printed, not 8 KiB later.
-            "PYTHONUNBUFFERED": "1",
+            "PYTHONUNBUFFERED": "1",  # or lines reach the log 8 KiB late
         }
 
     def _check(self, deadline: float, complaint: str, name: str) -> None:
@@ -258,15 +255,18 @@ class Deployment:
         return done.stdout
 
     def _runs(self) -> list[dict[str, str]]:
-        """The SuperLink's runs, the newest first."""
-        runs: list[dict[str, str]] = json.loads(self._flwr("list", "--format", "json"))["runs"]
+        """The SuperLink's runs, the newest first. Flower's exit status is 0 even if nobody answered."""
+        listing = self._flwr("list", "--format", "json")
+        runs: list[dict[str, str]] | None = json.loads(listing).get("runs")
+        if runs is None:
+            raise RuntimeError(f"`flwr list` failed: {listing}")
         return runs
 
 
 def _program(name: str, environment: Mapping[str, str]) -> str:
     path = shutil.which(name, path=environment["PATH"])
     if path is None:
-        raise FileNotFoundError(f"{name} is not installed; `pip install flwr` brings it")
+        raise FileNotFoundError(f"{name} is neither beside {sys.executable} nor on the PATH: install it there")
     return path
 
 

@@ -41,8 +41,12 @@ class Nursery:
         # not fork. Workers do not use BLAS.
         env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", BOOT, json.dumps(sys.path), *map(str, fds), str(int(spin_s * 1e9))]
+        # A process group of its own: Ctrl-C in the terminal is the agent's business, from the first
+        # instruction on.
         with theirs:
-            self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=env)
+            self._process = subprocess.Popen(
+                command, pass_fds=fds, stdin=subprocess.DEVNULL, env=env, process_group=0
+            )
 
     def start_worker(self, me: int) -> tuple[int, int]:
         """Forks the worker that is participant `me`; its pid and a pidfd of it, which the caller closes.

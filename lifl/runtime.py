@@ -18,7 +18,7 @@ from types import TracebackType
 
 from lifl import shm
 from lifl.aggregator import FLOWER, LAZY, Aggregator
-from lifl.errors import LeaseError, PeerGoneError, ShmError
+from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
 from lifl.host import wait_for_block
 from lifl.nursery import Nursery
 from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
@@ -26,7 +26,7 @@ from lifl.round import Order, Round, Timing
 from lifl.shm import AGENT, Arena, State
 from lifl.tensor import Layout, TensorSpec
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 DEFAULT_MEMORY = 2 * 2**30
 MAX_WORKERS = 255
 SPIN_S = 50e-6
@@ -151,8 +151,12 @@ class Node:
         while (item := self._inbox.try_pop()) is not None:
             worked = True
             sender, descriptor = item
-            if (round_ := self._rounds.get(descriptor.round)) is not None:
+            if (round_ := self._rounds.get(descriptor.round)) is None:
+                continue
+            try:
                 round_.handle(sender, descriptor)
+            except LiflError as error:  # that round is lost; the thread that hears workers must go on
+                round_.fail(error)
         if worked:
             self.changed.notify_all()
 

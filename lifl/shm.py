@@ -97,7 +97,8 @@ def _disown_in_child() -> None:
         arena.forked = True
 
 
-os.register_at_fork(after_in_child=_disown_in_child)
+if hasattr(os, "register_at_fork"):  # not on Windows, where importing lifl must work too
+    os.register_at_fork(after_in_child=_disown_in_child)
 
 
 class Arena:
@@ -258,7 +259,7 @@ class Arena:
         status = lib.lifl_block_map(self.handle, index, generation, address, nbytes)
         if check(status, f"map block {index}") == lib.LIFL_STALE:
             raise LeaseError(f"block {index} is no longer at generation {generation}")
-        return Mapping(self, int(ffi.cast("uintptr_t", address[0])), int(nbytes[0]))
+        return Mapping(self, address[0], int(nbytes[0]))
 
     def buffer(self, block: Block) -> Any:
         """A block as a writable buffer that every view of it keeps alive, and the mapping with it."""
@@ -278,14 +279,16 @@ class Arena:
 class Mapping:
     """A mapped block: its address, its bytes. Closed by its owner; closing twice is harmless."""
 
-    def __init__(self, arena: Arena, address: int, nbytes: int) -> None:
-        self._arena, self.address, self.nbytes = arena, address, nbytes
-        self._handle = arena.handle  # keeps the arena mapped as long as this is
+    def __init__(self, arena: Arena, pointer: Any, nbytes: int) -> None:
+        self.address, self.nbytes = int(ffi.cast("uintptr_t", pointer)), nbytes
+        # Everything that close needs is kept here: the last view may die when the interpreter ends and
+        # this module's globals are gone. The handle keeps the arena mapped as long as this is.
+        self._handle, self._pointer, self._unmap = arena.handle, pointer, lib.lifl_block_unmap
 
     def close(self) -> None:
         """Undoes what laying several extents side by side took; nothing for a block of one."""
         if self._handle is not None:
-            lib.lifl_block_unmap(self._handle, ffi.cast("void *", self.address), self.nbytes)
+            self._unmap(self._handle, self._pointer, self.nbytes)
             self._handle = None
 
 

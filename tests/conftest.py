@@ -62,7 +62,7 @@ def processes() -> dict[int, str]:
 
 
 def descriptors() -> dict[int, str]:
-    """This process's open file descriptors and what they lead to."""
+    """Open file descriptors and what they lead to."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:

@@ -193,7 +193,13 @@ def test_any_bytes_as_control_block_are_refused_or_stay_inside(data: bytes) -> N
 
 @pytest.mark.parametrize(
     ("at", "value", "message"),
-    [(0, 11, "claims 11"), (0, 2, "claims 2"), (32, 10, "names dtype 10"), (40, 2**40, "leaves"), (56, 2**50, "leaves")],
+    [
+        (0, 11, "claims 11"),
+        (0, 2, "claims 2"),
+        (32, 10, "names dtype 10"),
+        (40, 2**40, "leaves"),
+        (56, 2**50, "leaves"),
+    ],
     ids=["too many segments", "truncated", "unknown dtype", "count", "offset"],
 )
 def test_damaged_control_block_names_its_damage(at: int, value: int, message: str) -> None:

@@ -65,6 +65,7 @@ def num_parameters(spec: TensorSpec) -> int:
 
 
 def _block(name: str, channels: int, width: int, out: int, stage: int, block: int) -> list[Tensor]:
+    lengths: tuple[tuple[int, int, int], ...]
     if out == width:
         lengths = ((channels, width, 3), (width, out, 3))
     else:

@@ -1,0 +1,198 @@
+"""What this machine can do at most: memory, hashing, wake-ups, starting processes.
+
+Owns the limits that other figures are held against. It measures the machine and lifl's start, never a
+round's work. Nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from lifl import shm
+from lifl.bench import pair
+from lifl.bench.handoff import one_way
+from lifl.errors import PeerGoneError
+from lifl.nursery import Nursery
+from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.runtime import Node, cores
+from lifl.shm import AGENT, Arena
+from lifl.tensor import Array, TensorSpec
+
+MEMORY_BYTES = 512 * 2**20
+"""Large enough that most caches hold little of it."""
+
+WAYS = {"spin": "ring_spinning", "futex": "ring_sleeping", "eventfd": "eventfd"}
+ANSWER_TIMEOUT_S = 60.0
+
+
+def measure_limits(
+    memory_bytes: int = MEMORY_BYTES,
+    repetitions: int = 5,
+    messages: int = 5_000,
+    *,
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measures the limits; every figure is a median of `repetitions`, or of `messages` round trips.
+
+    Takes twice `memory_bytes` of memory. Every process that it starts is gone on return.
+
+    Returns
+    -------
+    dict
+        ``cores``, ``vector_width``, ``memory_bytes``;
+        ``read_one_core_gb_per_s``, ``read_all_cores_gb_per_s``, ``copy_gb_per_s`` (bytes copied, so
+        twice as many are moved), ``sha256_gb_per_s``, all in 10^9 bytes per second;
+        ``wake_spin_us``, ``wake_futex_us``, ``wake_eventfd_us``: one way between two Python processes;
+        ``node_cold_s``: from nothing to the first result of a Node with one worker;
+        ``worker_cold_s``: from nothing to a worker's first answer;
+        ``worker_start_s``: one more worker, to its first answer;
+        ``worker_warm_s``: a question to a worker that is there, and its answer.
+    """
+    say = on_progress or (lambda _: None)
+    if memory_bytes < 4096 or repetitions < 1 or messages < 1:
+        raise ValueError("give at least 4096 bytes of memory, 1 repetition and 1 message")
+    figures: dict[str, Any] = {
+        "cores": cores(),
+        "vector_width": shm.vector_width(),
+        "memory_bytes": memory_bytes,
+    }
+    say("memory")
+    source, target = np.ones(memory_bytes, np.uint8), np.ones(memory_bytes, np.uint8)
+    ways: dict[str, Callable[[], float]] = {
+        "read_one_core_gb_per_s": lambda: read_gb_per_s(source, 1),
+        "read_all_cores_gb_per_s": lambda: read_gb_per_s(source, cores()),
+        "copy_gb_per_s": lambda: _gb_per_s(memory_bytes, lambda: np.copyto(target, source)),
+        "sha256_gb_per_s": lambda: _sha256_gb_per_s(source),
+    }
+    figures |= medians(ways, repetitions)
+    del source, target
+    for name, way in WAYS.items():
+        say(f"wake-up: {name}")
+        figures[f"wake_{name}_us"] = one_way(pair.run(way, messages))["median_us"]
+    say("starting processes")
+    figures |= medians({"node_cold_s": _node_cold_s}, repetitions)
+    starts = [_start_workers() for _ in range(repetitions)]
+    return figures | {name: statistics.median(start[name] for start in starts) for name in starts[0]}
+
+
+def medians(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str, float]:
+    """Runs all `ways` in turn, `repetitions` times over, so that a noisy moment spares none of them."""
+    runs = [{name: way() for name, way in ways.items()} for _ in range(repetitions)]
+    return {name: statistics.median(run[name] for run in runs) for name in ways}
+
+
+def read_gb_per_s(source: Array, threads: int) -> float:
+    """How fast `threads` cores together read `source` once, in 10^9 bytes per second."""
+    part = source.nbytes // threads
+    starts = [source.ctypes.data + i * part for i in range(threads)]
+    ready = threading.Barrier(threads + 1)
+
+    def read(start: int) -> None:
+        ready.wait()
+        shm.read_memory(start, part, 1)
+
+    readers = [threading.Thread(target=read, args=(start,)) for start in starts]
+    for reader in readers:
+        reader.start()
+    ready.wait()
+    begin = time.perf_counter()
+    for reader in readers:
+        reader.join()
+    return part * threads / (time.perf_counter() - begin) / 1e9
+
+
+def _gb_per_s(nbytes: int, work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return nbytes / (time.perf_counter() - begin) / 1e9
+
+
+def _sha256_gb_per_s(source: Array) -> float:
+    some = source[: 64 * 2**20]  # its rate does not depend on the size, its time does
+    return _gb_per_s(some.nbytes, lambda: hashlib.sha256(some).digest())
+
+
+def _node_cold_s() -> float:
+    arrays = {"w": np.ones(4, np.float32)}
+    spec = TensorSpec.from_arrays(arrays)
+    begin = time.perf_counter()
+    with Node(memory="2MiB", workers=1) as node, node.open_round(spec, expected=1) as round_:
+        round_.submit(arrays)
+        round_.result(timeout=ANSWER_TIMEOUT_S)
+        return time.perf_counter() - begin
+
+
+def _start_workers() -> dict[str, float]:
+    """The first worker (with the process that forks them), one more, and one that is there already."""
+    arena, bell = Arena.create(1, 3), Bell()
+    inbox, outbox = Inbox(arena, AGENT), Outbox(arena, AGENT)
+
+    def ask(worker: int) -> None:
+        # A worker answers so for every round, also for one that it has never heard of.
+        outbox.push(worker, Descriptor(Kind.ABORT, 1))
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while inbox.try_pop() is None:
+            if time.monotonic() > deadline:
+                raise PeerGoneError(f"worker {worker} did not answer in {ANSWER_TIMEOUT_S:g} s")
+            inbox.wait(0.0)
+
+    seconds, pidfds, nursery = {}, [], None
+    try:
+        begin = time.perf_counter()
+        nursery = Nursery(arena.fd, bell.fd, 0.0)
+        for worker, name in ((1, "worker_cold_s"), (2, "worker_start_s")):
+            pidfds.append(nursery.start_worker(worker)[1])
+            ask(worker)
+            seconds[name] = time.perf_counter() - begin
+            begin = time.perf_counter()
+        ask(1)
+        seconds["worker_warm_s"] = time.perf_counter() - begin
+        for worker in (1, 2):
+            outbox.push(worker, Descriptor(Kind.STOP, 0))
+    finally:
+        if nursery is not None:
+            nursery.close()
+        for pidfd in pidfds:
+            os.close(pidfd)
+        bell.close()
+        arena.close()
+    return seconds
+
+
+def limits_table(figures: dict[str, Any]) -> Table:
+    """The figures of :func:`measure_limits` as a table."""
+    table = Table(title=f"The limits of this machine ({figures['cores']} cores, {figures['vector_width']})")
+    table.add_column("what")
+    table.add_column("at most", justify="right")
+    for title, name in (
+        ("read memory, one core", "read_one_core_gb_per_s"),
+        ("read memory, all cores", "read_all_cores_gb_per_s"),
+        ("copy memory, one core", "copy_gb_per_s"),
+        ("SHA-256, one core", "sha256_gb_per_s"),
+    ):
+        table.add_row(title, f"{figures[name]:.1f} GB/s")
+    table.add_section()
+    for title, name in (
+        ("wake a process that spins", "wake_spin_us"),
+        ("wake a process that sleeps on a futex", "wake_futex_us"),
+        ("wake a process that sleeps on an eventfd", "wake_eventfd_us"),
+    ):
+        table.add_row(title, f"{figures[name]:.1f} us")
+    table.add_section()
+    for title, name in (
+        ("a new Node, to its first result", "node_cold_s"),
+        ("the first worker, to its first answer", "worker_cold_s"),
+        ("one more worker, to its first answer", "worker_start_s"),
+        ("a worker that is there, to its answer", "worker_warm_s"),
+    ):
+        table.add_row(title, f"{figures[name] * 1000:,.2f} ms")
+    return table

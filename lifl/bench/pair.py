@@ -1,0 +1,314 @@
+"""Two clean processes that hand one message back and forth, in every way that is compared.
+
+Owns the processes: `run` executes a fresh interpreter, which imports nothing of the user's, forks its
+echo while it is single-threaded, measures and ends. Both die with the process that asked. Nothing here
+judges or prints the figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from lifl.aggregator import die_with_parent
+from lifl.errors import PeerGoneError
+from lifl.ring import Bell, Descriptor, Inbox, Kind, Producer
+from lifl.shm import Arena
+
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from lifl.bench.pair import main; main(sys.argv[2], int(sys.argv[3]))"
+)
+TIMEOUT_S = 120.0
+SPIN_S = 0.01
+WARM_UP = 200
+ASKER, ECHO = 0, 1
+"""Participants of the arena between the two."""
+
+PING, END = Descriptor(Kind.UPDATE, 1), Descriptor(Kind.STOP, 0)
+PAYLOAD = bytes(16)
+"""What the ways without rings carry: as many bytes as a descriptor has."""
+
+Measure = Callable[[int], list[int]]
+"""Makes so many round trips; the nanoseconds of each."""
+
+
+def run(way: str, messages: int) -> list[int]:
+    """Nanoseconds of each of `messages` round trips between two new processes.
+
+    `way` is a key of ``WAYS``. Raises :class:`PeerGoneError` with their output if they fail or take
+    longer than two minutes.
+    """
+    # One BLAS thread: NumPy starts one per core at import, and a process with threads must not fork.
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BOOT, json.dumps(sys.path), way, str(messages)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=env) as process:
+        try:
+            out, errors = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise PeerGoneError(f"two processes that pass messages ({way}) took over {TIMEOUT_S:g} s") from None
+        finally:
+            process.kill()  # nothing if it has ended; else its echo goes with it
+    if process.returncode:
+        raise PeerGoneError(f"two processes that pass messages ({way}) failed:\n{errors.decode().strip()}")
+    trips: list[int] = json.loads(out)
+    return trips
+
+
+# ---------------------------------------------------------------- in the clean processes
+
+
+def main(way: str, messages: int) -> None:
+    """The asking process's life: its answer is a JSON list on stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked: it kills this one
+    die_with_parent()
+    with WAYS[way]() as measure:
+        measure(min(WARM_UP, messages))
+        trips = measure(messages)
+    json.dump(trips, sys.stdout)
+
+
+def _timed(trip: Callable[[], object], messages: int) -> list[int]:
+    trips = []
+    for _ in range(messages):
+        begin = time.perf_counter_ns()
+        trip()
+        trips.append(time.perf_counter_ns() - begin)
+    return trips
+
+
+@contextmanager
+def _forked(echo: Callable[[], None]) -> Iterator[None]:
+    """Runs `echo` in a child until it returns; the caller makes it return before the end."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            die_with_parent()
+            if os.getppid() == parent:
+                _take_half(ECHO)
+                echo()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _take_half(ASKER)
+    yield
+    os.waitpid(pid, 0)
+
+
+def _take_half(me: int) -> None:
+    """Each side keeps to its half of the cores.
+
+    Left alone, the scheduler sometimes puts both on one core: then a wake-up is a context switch, ten
+    times as fast as waking an idle core, and the figures jump between the two.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores[me::2])
+
+
+@contextmanager
+def ring(spin_s: float) -> Iterator[Measure]:
+    """lifl's rings; a consumer spins up to `spin_s` seconds, then sleeps on a futex."""
+    arena = Arena.create(1, 2)
+    fd = arena.fd
+
+    def echo() -> None:
+        arena = Arena.attach(fd)
+        inbox, back = Inbox(arena, ECHO), Producer(arena, ECHO, ASKER)
+        while True:
+            inbox.wait(spin_s)
+            if (item := inbox.try_pop()) is not None:
+                if item[1].kind == Kind.STOP:
+                    return
+                back.try_push(item[1])
+
+    with _forked(echo):
+        inbox, there = Inbox(arena, ASKER), Producer(arena, ASKER, ECHO)
+
+        def trip() -> None:
+            there.try_push(PING)
+            inbox.wait(spin_s)
+            while inbox.try_pop() is None:
+                inbox.wait(spin_s)
+
+        yield lambda messages: _timed(trip, messages)
+        there.try_push(END)
+
+
+@contextmanager
+def ring_poll() -> Iterator[Measure]:
+    """lifl's rings; a consumer sleeps in poll(2) on its eventfd, as a Node's thread does."""
+    arena, bells = Arena.create(1, 2), (Bell(), Bell())
+    fd = arena.fd
+
+    def receive(inbox: Inbox, bell: Bell, poll: select.poll) -> Descriptor:
+        while True:
+            if (item := inbox.try_pop()) is not None:
+                return item[1]
+            if inbox.arm():
+                poll.poll()
+                bell.clear()
+
+    def end(arena: Arena, me: int) -> tuple[Inbox, Producer, select.poll]:
+        other = 1 - me
+        bells[other].attach(arena, other)
+        poll = select.poll()
+        poll.register(bells[me].fd, select.POLLIN)
+        return Inbox(arena, me), Producer(arena, me, other), poll
+
+    def echo() -> None:
+        inbox, back, poll = end(Arena.attach(fd), ECHO)
+        while (descriptor := receive(inbox, bells[ECHO], poll)).kind != Kind.STOP:
+            back.try_push(descriptor)
+
+    with _forked(echo):
+        inbox, there, poll = end(arena, ASKER)
+
+        def trip() -> None:
+            there.try_push(PING)
+            receive(inbox, bells[ASKER], poll)
+
+        yield lambda messages: _timed(trip, messages)
+        there.try_push(END)
+
+
+@contextmanager
+def ring_asyncio() -> Iterator[Measure]:
+    """lifl's rings; a consumer is an asyncio event loop that its eventfd wakes."""
+    arena, bells = Arena.create(1, 2), (Bell(), Bell())
+    fd = arena.fd
+
+    async def receive(inbox: Inbox, bell: Bell, rung: asyncio.Event) -> Descriptor:
+        while True:
+            if (item := inbox.try_pop()) is not None:
+                return item[1]
+            rung.clear()
+            if inbox.arm():
+                await rung.wait()
+                bell.clear()
+
+    def end(arena: Arena, me: int) -> tuple[Inbox, Producer, asyncio.Event]:
+        rung = asyncio.Event()
+        asyncio.get_running_loop().add_reader(bells[me].fd, rung.set)
+        bells[1 - me].attach(arena, 1 - me)
+        return Inbox(arena, me), Producer(arena, me, 1 - me), rung
+
+    async def serve() -> None:
+        inbox, back, rung = end(Arena.attach(fd), ECHO)
+        while (descriptor := await receive(inbox, bells[ECHO], rung)).kind != Kind.STOP:
+            back.try_push(descriptor)
+
+    async def measure(messages: int) -> list[int]:
+        inbox, there, rung = end(arena, ASKER)
+        trips = []
+        for _ in range(messages):
+            begin = time.perf_counter_ns()
+            there.try_push(PING)
+            await receive(inbox, bells[ASKER], rung)
+            trips.append(time.perf_counter_ns() - begin)
+        return trips
+
+    with _forked(lambda: asyncio.run(serve())), asyncio.Runner() as runner:
+        yield lambda messages: runner.run(measure(messages))
+        Producer(arena, ASKER, ECHO).try_push(END)
+
+
+@contextmanager
+def eventfd() -> Iterator[Measure]:
+    """Two blocking eventfds and nothing else: what the kernel's wake-up costs from Python."""
+    ask, answer = os.eventfd(0), os.eventfd(0)
+
+    def echo() -> None:
+        while os.eventfd_read(ask) == 1:
+            os.eventfd_write(answer, 1)
+
+    with _forked(echo):
+
+        def trip() -> None:
+            os.eventfd_write(ask, 1)
+            os.eventfd_read(answer)
+
+        yield lambda messages: _timed(trip, messages)
+        os.eventfd_write(ask, 2)
+
+
+@contextmanager
+def queue() -> Iterator[Measure]:
+    """``multiprocessing.Queue``, one in each direction."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    ask: Any = context.Queue()
+    answer: Any = context.Queue()
+
+    def echo() -> None:
+        while message := ask.get():
+            answer.put(message)
+
+    with _forked(echo):
+
+        def trip() -> None:
+            ask.put(PAYLOAD)
+            answer.get()
+
+        yield lambda messages: _timed(trip, messages)
+        ask.put(b"")
+
+
+@contextmanager
+def grpc_unary() -> Iterator[Measure]:
+    """A unary gRPC call over loopback TCP; request and response are the bytes."""
+    (until, end), (port_in, port_out) = os.pipe(), os.pipe()
+
+    # Each side imports gRPC after the fork: it does not survive one.
+    def echo() -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        import grpc
+
+        os.close(end)
+        method = grpc.unary_unary_rpc_method_handler(lambda request, _: request)
+        server = grpc.server(ThreadPoolExecutor(1))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("lifl.Bench", {"Pass": method}),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        os.write(port_out, str(port).encode())
+        os.read(until, 1)  # ends when the other side closes `end`
+        server.stop(None).wait()
+
+    with _forked(echo):
+        import grpc
+
+        os.close(port_out)
+        port = os.read(port_in, 16).decode()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/lifl.Bench/Pass")
+            yield lambda messages: _timed(lambda: call(PAYLOAD), messages)
+        os.close(end)
+
+
+WAYS: dict[str, Callable[[], AbstractContextManager[Measure]]] = {
+    "ring_spinning": lambda: ring(SPIN_S),
+    "ring_sleeping": lambda: ring(0.0),
+    "ring_poll": ring_poll,
+    "ring_asyncio": ring_asyncio,
+    "eventfd": eventfd,
+    "queue": queue,
+    "grpc": grpc_unary,
+}
+"""What `run` knows; each is set up in the asking process and forks its echo."""
