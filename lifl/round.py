@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -59,8 +60,9 @@ class Round:
         self._by_block: dict[tuple[int, int], Update] = {}
         self._clients: set[str] = set()  # accepted, or with a loan out
         self._outstanding = dict.fromkeys(leaves, 0)
-        self._loans = 0
+        self._loans: dict[str, int] = {}  # client -> the thread that holds its loan
         self._acks: set[int] = set()
+        self._unnamed = 0
         self._result: RoundResult | None = None
 
     # ------------------------------------------------------------ updates in
@@ -151,7 +153,7 @@ class Round:
             block = wait_for_block(host, self.spec.layout.update_bytes, timeout, f"an update of client {who}")
             self._check_open(who)
             self._clients.add(who)
-            self._loans += 1
+            self._loans[who] = threading.get_ident()
         return Loan(self, who, Lease(host.arena, block))
 
     def reject(self, error: AdmissionError) -> None:
@@ -163,7 +165,8 @@ class Round:
         if client_id is not None:
             return str(client_id)
         with self._host.changed:
-            return f"#{len(self._books.updates) + len(self._books.rejected) + self._loans + 1}"
+            self._unnamed += 1
+            return f"#{self._unnamed}"
 
     def _check_open(self, who: str) -> None:
         if who in self._clients:
@@ -179,7 +182,7 @@ class Round:
     def returned(self, loan: Loan) -> None:
         """A loan ended unsent: its client may try again."""
         with self._host.changed:
-            self._loans -= 1
+            del self._loans[loan.client_id]
             self._clients.discard(loan.client_id)
             self._host.changed.notify_all()
 
@@ -206,7 +209,7 @@ class Round:
             note = host.arena.note(block.index)
             note.weight, note.tag = weight, len(self._books.updates)
             loan.hand_over()
-            self._loans -= 1
+            del self._loans[loan.client_id]
             self._books.updates.append(update)
             self._by_block[block.index, block.generation] = update
             if self.order == "any":
@@ -232,8 +235,9 @@ class Round:
 
     @property
     def is_moving(self) -> bool:
-        """True if blocks of this round will come free without anybody's help. The host holds the lock."""
-        return self._phase == "folding" or any(self._outstanding.values()) or self._loans > 0
+        """True if blocks of this round will come free while this thread waits. The host holds the lock."""
+        others = any(thread != threading.get_ident() for thread in self._loans.values())
+        return self._phase == "folding" or any(self._outstanding.values()) or others
 
     def _flush(self) -> None:
         """Everything that will come has come: commit, send to the top, finish."""

@@ -238,10 +238,10 @@ class Node:
             raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
         with self.changed:
             self.check_workers()
-            self._number += 1
-            number = self._number
             layout = spec.flower_layout if order == "flower" else spec.layout
             leaves = self._choose_leaves(spec, layout, expected, order)
+            # After the wait: workers count on rounds being opened in the order of their numbers.
+            self._number = number = self._number + 1
             round_ = self._reserve(number, spec, layout, expected, timing, order, leaves)
             self._rounds[number] = round_
         return round_
