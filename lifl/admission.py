@@ -10,8 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lifl.errors import AdmissionError
 from lifl.tensor import TensorSpec, dtype_name
+
+NO_WEIGHTS = (bool, complex, str, np.bool_, np.complexfloating)  # each of them would pass as a float
 
 
 def check_weight(client_id: str, weight: object) -> float:
@@ -19,7 +23,7 @@ def check_weight(client_id: str, weight: object) -> float:
 
     NumPy scalars are numbers; booleans are not weights.
     """
-    if isinstance(weight, bool) or not hasattr(weight, "__float__") or isinstance(weight, complex):
+    if isinstance(weight, NO_WEIGHTS) or not hasattr(weight, "__float__"):
         raise AdmissionError(client_id, "weight", f"the weight is a {type(weight).__name__}: send a number", weight)
     try:
         value = float(weight)

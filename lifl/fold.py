@@ -16,7 +16,7 @@ import attrs
 import numpy as np
 
 from lifl import shm
-from lifl.tensor import CODES, Array, Layout, TensorSpec, dtype_name
+from lifl.tensor import CODES, NUMPY_DTYPES, Array, Layout, TensorSpec, dtype_name
 
 MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
@@ -117,8 +117,9 @@ def flower_factors(weights: Sequence[float]) -> list[float]:
 
 
 def _pack(spec: TensorSpec, update: Mapping[str, Array]) -> Array:
-    if TensorSpec.from_arrays(update) != spec:
-        raise ValueError(f"update {dict(TensorSpec.from_arrays(update))} does not match {dict(spec)}")
+    form = {name: (array.dtype, array.shape) for name, array in update.items()}
+    if form != {tensor.name: (NUMPY_DTYPES[tensor.dtype], tensor.shape) for tensor in spec.values()}:
+        raise ValueError(f"update {form} does not match {dict(spec)}")
     packed = np.zeros(spec.layout.update_bytes, np.uint8)
     for name, view in spec.views(packed).items():
         view[...] = update[name]

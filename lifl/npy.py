@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from io import BytesIO
+from typing import Literal
 
 import attrs
 import numpy as np
@@ -19,7 +20,10 @@ MAX_HEADER_BYTES = 10_000
 MAX_DIMENSIONS = 64  # NumPy's own limit
 
 _DESCRIPTIONS = {NUMPY_DTYPES[name].str: name for name in ITEM_BYTES if name != "bfloat16"}
-_HEADER = re.compile(rb"\{'descr': '([^']{1,32})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), ?\} *\n?")
+_LENGTH = rb"(?:0|[1-9][0-9]{0,18})"
+# Python's tuples, which "(3)", "(3 4)" and "(03,)" are not: NumPy refuses those too.
+_SHAPE = rb"(?:%b,|%b(?:, ?%b)+,?)?" % (_LENGTH, _LENGTH, _LENGTH)
+_HEADER = re.compile(rb"\{'descr': '([^']{1,32})', 'fortran_order': (True|False), 'shape': \((%b)\), ?\} *\n?" % _SHAPE)
 
 
 @attrs.frozen
@@ -45,8 +49,8 @@ def parse_header(data: bytes | memoryview) -> Header:
     if head[:6] != MAGIC or len(head) < 10:
         raise ValueError(f"not a .npy stream: it begins with {head[:6]!r}")
     wide = head[6] in (2, 3)
-    if head[6] not in (1, 2, 3):
-        raise ValueError(f".npy version {head[6]} is not known")
+    if head[6] not in (1, 2, 3) or head[7] != 0:
+        raise ValueError(f".npy version {head[6]}.{head[7]} is not known")
     begin = 12 if wide else 10
     length = int.from_bytes(head[8:begin], "little")
     if length > MAX_HEADER_BYTES or begin + length > len(data):
@@ -59,7 +63,7 @@ def parse_header(data: bytes | memoryview) -> Header:
     if dtype is None:
         raise ValueError(f"dtype {description!r} is not one of {', '.join(sorted(_DESCRIPTIONS))}")
     lengths = [n for n in match[3].replace(b" ", b"").split(b",") if n]
-    if len(lengths) > MAX_DIMENSIONS or any(len(n) > 19 for n in lengths):
+    if len(lengths) > MAX_DIMENSIONS:
         raise ValueError(f"the shape ({match[3][:80].decode()}) is beyond any array")
     shape = tuple(int(n) for n in lengths)
     count = 1
@@ -74,17 +78,17 @@ def parse_header(data: bytes | memoryview) -> Header:
 def view(data: bytes | memoryview) -> Array:
     """The array in a stream, without a copy: read-only, and it keeps `data` alive."""
     header = parse_header(data)
-    flat = np.frombuffer(data, NUMPY_DTYPES[header.dtype], -1, header.offset) if len(data) > header.offset else None
-    if flat is None:
-        return np.empty(header.shape, NUMPY_DTYPES[header.dtype])
-    return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
+    order: Literal["C", "F"] = "F" if header.is_fortran else "C"
+    return np.ndarray(header.shape, NUMPY_DTYPES[header.dtype], data, header.offset, order=order)
 
 
 def encode(array: Array) -> bytes:
     """The same bytes as ``np.save`` writes, with one copy of the numbers instead of two."""
     array = np.asarray(array)
-    if not array.flags.c_contiguous:
+    if not array.flags.forc:
         array = np.array(array, order="C")
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return b"".join((header.getvalue(), array.data))
+    # NumPy writes an array in Fortran's order as it lies.
+    numbers = array if array.flags.c_contiguous else array.T
+    return b"".join((header.getvalue(), numbers.data))

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ import lifl
 from lifl.shm import Arena
 
 MARK = "LIFL_TESTS"
-SETTLE_S = 10.0
+SETTLE_S = 5.0
 """How long a test's processes and descriptors may take to go: a bound on liveness, not a measurement."""
 
 FAILED = pytest.StashKey[bool]()
@@ -41,15 +40,15 @@ def processes() -> dict[int, str]:
     """Descendants of this process, and those that were re-parented but carry its mark; zombies too."""
     mark = f"{MARK}={os.getpid()}".encode()
     parents, names, found = {}, {}, set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        pid = int(entry.name)
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
-            name, _, rest = (entry / "stat").read_text().rpartition(")")
-            parents[pid], names[pid] = int(rest.split()[1]), f"{name}) {rest.split()[0]}"
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.add(pid)
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                name, _, rest = file.read().rpartition(b") ")
+            state, parent, _ = rest.split(b" ", 2)
+            parents[pid], names[pid] = int(parent), f"{name.decode()}) {state.decode()}"
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if mark in file.read().split(b"\0"):
+                    found.add(pid)
         except OSError:  # it ended meanwhile, or is another user's
             continue
     for pid in parents:
@@ -79,7 +78,6 @@ def shared_memory() -> set[str]:
 
 def left_behind(before: tuple[dict[int, str], dict[int, str], set[str]]) -> list[str]:
     """What is there now and was not there before, in words."""
-    gc.collect()
     children, fds, files = before
     left = [f"process {pid}: {name}" for pid, name in processes().items() if pid not in children]
     now = descriptors()
@@ -90,15 +88,13 @@ def left_behind(before: tuple[dict[int, str], dict[int, str], set[str]]) -> list
 
 def close_embedded() -> None:
     """Closes the process's embedded Node, which otherwise lives until exit."""
-    runtime = sys.modules.get("lifl.runtime")
-    node = getattr(runtime, "_embedded", None)
+    node = getattr(sys.modules.get("lifl.embedded"), "_node", None)
     if node is not None:
         node.close()
 
 
 def check_nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """The body of the two fixtures below."""
-    gc.collect()
     before = (processes(), descriptors(), shared_memory())
     yield
     close_embedded()
@@ -106,7 +102,8 @@ def check_nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     deadline = time.monotonic() + SETTLE_S
     while (left := left_behind(before)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        gc.collect()  # only now: a full collection takes longer than most tests
+        time.sleep(0.01)
     assert not left, "left behind: " + "; ".join(left)
 
 
@@ -138,15 +135,17 @@ def warm_node(request: pytest.FixtureRequest) -> Iterator[lifl.Node]:
 
 
 @pytest.fixture
-def node(warm_node: lifl.Node) -> Iterator[lifl.Node]:
+def node(warm_node: lifl.Node, request: pytest.FixtureRequest) -> Iterator[lifl.Node]:
     """The long-lived Node; after the test its arena has every block back."""
     free = warm_node.arena.free_bytes
     yield warm_node
+    if request.node.stash.get(FAILED, False):
+        return
     deadline = time.monotonic() + SETTLE_S
-    while warm_node.arena.free_bytes != free and time.monotonic() < deadline:
+    while warm_node.arena.free_bytes < free and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
-    assert warm_node.arena.free_bytes == free, "the arena has not every block back"
+    assert warm_node.arena.free_bytes >= free, "the arena has not every block back"
     assert not warm_node.has_rounds
 
 

@@ -6,12 +6,16 @@ message ids at a time, because one pull inflates every reply that is ready.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
 
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 1.0
@@ -29,7 +33,7 @@ def exchange(
     messages: list[Message],
     timeout: float | None,
     reply_bytes: int,
-    take: Callable[[Message], Message],
+    take: Callable[[Message, int], Message],
     missing: Callable[[int], None],
 ) -> list[Message]:
     """Pushes `messages`, then pulls replies one small subset after another until all are in.
@@ -41,38 +45,57 @@ def exchange(
     reply_bytes : int
         What one reply is expected to take in memory.
     take : callable
-        Called with each reply as it comes; what it returns is in the list that is returned.
+        Called with each reply as it comes and the node that was asked (an error reply may be the
+        SuperLink's own); what it returns is in the list that is returned.
     missing : callable
         Called with the node id of each message that has no reply at the time-out.
     """
-    grid.push_messages(messages)
+    # A Grid leaves out what it could not push (InMemoryGrid, and HttpGrid if all is too large) or gives
+    # None in its place (HttpGrid): to wait for those would be to wait for the time-out.
+    waiting = {i: None for i in grid.push_messages(messages) if i}
     nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-    pending = list(nodes)
     messages.clear()  # they hold the model, which the grid has by now
     replies: list[Message] = []
     at_once = max(FEWEST_PER_PULL, PULL_BYTES // max(reply_bytes, 1))
-    end = None if timeout is None else time.monotonic() + timeout
     last = time.monotonic()
-    while pending and (end is None or time.monotonic() < end):
-        for subset in _subsets(pending, at_once):
+    end = None if timeout is None else last + timeout
+    while waiting:
+        for subset in _subsets(list(waiting), at_once):
             came = list(grid.pull_messages(subset))
-            answered = {reply.metadata.reply_to_message_id for reply in came}
             while came:
-                replies.append(take(came.pop(0)))
+                reply = came.pop(0)
+                if reply.metadata.reply_to_message_id not in waiting:
+                    log(WARNING, "A second reply of node %s to one message is left out", reply.metadata.src_node_id)
+                    continue
+                del waiting[reply.metadata.reply_to_message_id]
+                node_id = nodes.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+                replies.append(take(reply, node_id))
                 last = time.monotonic()
-            pending = [i for i in pending if i not in answered]
         now = time.monotonic()
-        if pending and now - last > 0:
-            pause = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, PAUSE_SHARE * (now - last)))
-            time.sleep(pause if end is None else max(0.0, min(pause, end - now)))
-    for message_id in pending:
-        missing(nodes[message_id])
+        if not waiting or (end is not None and now >= end):
+            break
+        pause = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, PAUSE_SHARE * (now - last)))
+        # The last look is at the time-out, so that a reply that was there in time counts.
+        time.sleep(pause if end is None else min(pause, end - now))
+    answered = {reply.metadata.reply_to_message_id for reply in replies}
+    for message_id, node_id in nodes.items():
+        if message_id not in answered:
+            missing(node_id)
     return replies
 
 
 def _subsets(ids: list[str], size: int) -> Iterator[list[str]]:
     for start in range(0, len(ids), size):
         yield ids[start : start + size]
+
+
+def as_it_is(reply: Message, _: int) -> Message:
+    """For `take`: nothing is done with a reply."""
+    return reply
+
+
+def not_reported(_: int) -> None:
+    """For `missing`: Flower returns what it has, silently."""
 
 
 class EventGrid(Grid):
@@ -85,7 +108,12 @@ class EventGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Flower's, event-driven."""
-        return self._exchange(self._grid, list(messages), timeout)
+        batch = list(messages)
+        del messages  # whose models the exchange lets go of
+        # Only Flower's loop asks for a round. What a user's hook sends and gets is its own affair.
+        if sys._getframe(1).f_code is Strategy.start.__code__:
+            return self._exchange(self._grid, batch, timeout)
+        return exchange(self._grid, batch, timeout, 0, as_it_is, not_reported)
 
     def set_run(self, run: Any) -> None:
         """Passed on."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from logging import ERROR, INFO, WARNING
-from typing import Any
+from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -22,17 +22,16 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 
+from lifl.errors import RoundError
 from lifl.metrics import RoundReport
 from lifl.round import Order, Timing
 from lifl.runtime import Node
-from lifl.strategy.exchange import EventGrid, exchange
+from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
 from lifl.strategy.landing import Landing, spec_of, to_record
 
 
-def _show_flowers_arguments(cls: type) -> None:
-    """Gives ``cls.__init__`` the signature that its users see: Flower's arguments, then lifl's."""
-    if "__init__" in vars(cls):
-        return
+def _show_flowers_arguments(cls: type[RoundOptions]) -> None:
+    """Gives a class the signature that its users see: Flower's arguments, then lifl's."""
     merged: dict[str, inspect.Parameter] = {}
     for base in reversed(cls.__mro__):
         if "__init__" not in vars(base):
@@ -41,7 +40,7 @@ def _show_flowers_arguments(cls: type) -> None:
             if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 merged[name] = parameter
     ordered = sorted(merged.values(), key=lambda p: p.kind)
-    cls.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    cls.__signature__ = inspect.Signature(ordered)
 
 
 @dataclass
@@ -72,6 +71,7 @@ class RoundOptions:
         Where to fold. Default: the process's own, made on first use and closed at exit.
     """
 
+    __signature__: ClassVar[inspect.Signature]
     quorum: float | int | None
     deadline: float | None
     timing: Timing
@@ -101,7 +101,11 @@ class RoundOptions:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _show_flowers_arguments(cls)
+        if "__init__" in vars(cls):  # it shows its own arguments, not the ones inherited with __signature__
+            signature = inspect.signature(vars(cls)["__init__"])
+            cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        elif cls.__module__.startswith("lifl."):
+            _show_flowers_arguments(cls)
 
 
 class Mean(FlowerFedAvg):
@@ -164,17 +168,17 @@ class Mean(FlowerFedAvg):
         super().summary()
 
     def _send_and_receive(self, grid: Grid, messages: list[Message], timeout: float | None) -> list[Message]:
-        """What the loop calls for training, for evaluation, and what a user's hook may call besides."""
+        """What the loop calls for training and for evaluation."""
+        self._drop_landing()
         if not messages:
             return []
         if self.deadline is not None:
             timeout = self.deadline if timeout is None else min(timeout, self.deadline)
         is_train = messages[0].metadata.message_type.split(".")[0] == MessageType.TRAIN
-        take: Callable[[Message], Message] = _as_it_is
-        missing: Callable[[int], None] = _not_reported
+        take: Callable[[Message, int], Message] = as_it_is
+        missing: Callable[[int], None] = not_reported
         reply_bytes = 0
         if is_train:
-            self._drop_landing()
             sent = messages[0].content.array_records.get(self.arrayrecord_key)
             spec = None if sent is None else spec_of(sent)
             reply_bytes = 0 if spec is None else spec.nbytes
@@ -194,11 +198,9 @@ class Mean(FlowerFedAvg):
         """True if code that is neither Flower's nor lifl's will see the replies after they have landed."""
         if self.train_metrics_aggr_fn is not aggregate_metricrecords:
             return True
-        for cls in type(self).__mro__:
-            theirs = not cls.__module__.startswith(("lifl.", "flwr."))
-            if theirs and {"aggregate_train", "_check_and_log_replies"} & vars(cls).keys():
-                return True
-        return False
+        theirs = [vars(cls) for cls in type(self).__mro__ if not cls.__module__.startswith(("lifl.", "flwr."))]
+        hooks = {"aggregate_train", "_check_and_log_replies"}
+        return any(hooks & names.keys() for names in (*theirs, vars(self)))
 
     # ------------------------------------------------------------ the mean
 
@@ -214,26 +216,31 @@ class Mean(FlowerFedAvg):
         Raises
         ------
         flwr.serverapp.exception.InconsistentMessageReplies
-            As Flower does, if replies that did not land before do not have the same keys.
+            As Flower does, if it is called outside a run with replies that do not have the same keys.
         """
         replies = list(replies)
         landing, self._landing = self._landing, None
         try:
             if landing is not None and landing.is_of(replies):
-                valid, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
+                valid, _ = self._check_and_log_replies(landing.counted(replies), is_train=True, validate=False)
             else:
-                if landing is not None:
-                    landing.close()
-                valid, _ = self._check_and_log_replies(replies, is_train=True)
-                if not valid:
+                # During a run one bad reply must not end it: the landing refuses it alone.
+                valid, _ = self._check_and_log_replies(replies, is_train=True, validate=landing is None)
+                if landing is None and not valid:
                     return None, None
-                landing = self._new_landing(None, len(replies), keeps=True)
-                landed = [landing.take(reply) for reply in replies]
-                valid = [reply for reply in landed if not reply.has_error()]
+                landing = self._land_again(landing, replies)
+                valid = landing.take_all(replies)
             return self._conclude(server_round, landing, valid)
         finally:
             if landing is not None:
                 landing.close()
+
+    def _land_again(self, before: Landing | None, replies: list[Message]) -> Landing:
+        landing = self._new_landing(None, len(replies), keeps=True)
+        if before is not None:
+            landing.follow(before, replies)
+            before.close()
+        return landing
 
     def _conclude(
         self, server_round: int, landing: Landing, valid: list[Message]
@@ -241,16 +248,22 @@ class Mean(FlowerFedAvg):
         needed = self._needed(landing.expected)
         if landing.num_accepted < needed:
             short = f"{landing.num_accepted} of {landing.expected} updates were accepted, the quorum is {needed}"
-            self.reports[server_round] = report = landing.report(short)
-            log(
-                ERROR, "aggregate_train: round %s has no new model, the model stays as it was: %s", server_round, report
-            )
-            return None, None
-        result = landing.result()
+            return self._fail(server_round, landing.report(short))
+        try:
+            result = landing.result()
+        except RoundError as error:
+            return self._fail(server_round, landing.report(str(error)))
         self.reports[server_round] = report = landing.report()
         log(INFO, "\t└──> lifl: %s", report)
-        metrics = self.train_metrics_aggr_fn(_consistent([m.content for m in valid]), self.weighted_by_key)
+        contents = [m.content for m in valid]
+        is_flowers = self.train_metrics_aggr_fn is aggregate_metricrecords
+        metrics = self.train_metrics_aggr_fn(_consistent(contents, is_flowers), self.weighted_by_key)
         return to_record(result), metrics
+
+    def _fail(self, server_round: int, report: RoundReport) -> tuple[None, None]:
+        self.reports[server_round] = report
+        log(ERROR, "aggregate_train: round %s has no new model, the model stays as it was: %s", server_round, report)
+        return None, None
 
     def _needed(self, expected: int) -> int:
         if self.quorum is None:
@@ -267,18 +280,20 @@ class FedAvg(RoundOptions, Mean):
     """
 
 
-def _consistent(contents: list[RecordDict]) -> list[RecordDict]:
-    """The contents whose metrics have the keys that most have: the others cannot be averaged."""
-    keys = [frozenset(next(iter(c.metric_records.values()))) for c in contents]
-    common, count = Counter(keys).most_common(1)[0]
+def _consistent(contents: list[RecordDict], looks_into_lists: bool) -> list[RecordDict]:
+    """The contents whose metrics have the form that most have: the others cannot be averaged.
+
+    The form is the keys, as Flower demands; if `looks_into_lists` also which are lists, and of what length,
+    as Flower's own mean of metrics demands.
+    """
+    forms = [frozenset(_form(c, looks_into_lists)) for c in contents]
+    common, count = Counter(forms).most_common(1)[0]
     if count < len(contents):
-        log(WARNING, "aggregate_train: metrics of %s replies have other keys and are left out", len(contents) - count)
-    return [content for content, k in zip(contents, keys, strict=True) if k == common]
+        message = "aggregate_train: metrics of %s replies have another form and are left out"
+        log(WARNING, message, len(contents) - count)
+    return [content for content, form in zip(contents, forms, strict=True) if form == common]
 
 
-def _as_it_is(reply: Message) -> Message:
-    return reply
-
-
-def _not_reported(_: int) -> None:
-    """Flower returns what it has, silently; so does an evaluation round here."""
+def _form(content: RecordDict, looks_into_lists: bool) -> Iterator[tuple[str, int | None]]:
+    for key, value in next(iter(content.metric_records.values())).items():
+        yield key, len(value) if looks_into_lists and isinstance(value, list) else None

@@ -6,6 +6,7 @@ names it, as if the client had failed, so that Flower's own code never meets it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode, SType
 
-from lifl import npy
+from lifl import admission, npy
 from lifl.embedded import embedded
 from lifl.errors import AdmissionError
 from lifl.metrics import Rejection, RoundReport
@@ -24,6 +25,33 @@ from lifl.result import RoundResult
 from lifl.round import Order, Round, Timing
 from lifl.runtime import Node
 from lifl.tensor import TensorSpec
+
+
+@attrs.frozen(eq=False)
+class _Seen:
+    """A reply that came, why it was refused if it was, and what it said if it is to be recognised later."""
+
+    reply: Message
+    refusal: Rejection | None
+    said: _Said | None
+
+
+@attrs.frozen(eq=False)
+class _Said:
+    """The bytes objects in a reply: bytes cannot change, so the same ones later prove that it says the same."""
+
+    datas: Mapping[tuple[str, str], bytes]
+    weights: Mapping[str, Any]
+
+    @classmethod
+    def by(cls, content: RecordDict, weight_key: str) -> _Said:
+        arrays = content.array_records.items()
+        datas = {(name, key): array.data for name, record in arrays for key, array in record.items()}
+        return cls(datas, {name: record.get(weight_key) for name, record in content.metric_records.items()})
+
+    def is_same(self, other: _Said) -> bool:
+        same = self.datas.keys() == other.datas.keys() and self.weights == other.weights
+        return same and all(data is other.datas[key] for key, data in self.datas.items())
 
 
 class Landing:
@@ -34,14 +62,14 @@ class Landing:
     node : Node or None
         ``None``: the process's embedded one.
     spec : TensorSpec or None
-        The model that was sent. ``None``: that of the first readable reply.
+        The model that was sent. ``None``: that of most replies, or of the first.
     expected : int
         Replies that may come.
     weight_key : str
         Flower's ``weighted_by_key``.
     keeps : bool
-        Whether the replies keep their arrays after they are in the arena, because the user's own code
-        will look at them.
+        Whether replies stay as they came, because the user's own code will look at them. If not, accepted
+        ones lose their arrays and refused ones become error replies as soon as they have landed.
     """
 
     def __init__(
@@ -54,44 +82,53 @@ class Landing:
         order: Order,
         keeps: bool,
     ) -> None:
-        self._node, self._spec, self.expected = node, spec, expected
+        self._node, self._spec, self._capacity = node, spec, expected
         self._weight_key, self._timing, self._order, self._keeps = weight_key, timing, order, keeps
+        self.expected = expected
         self._round: Round | None = None
-        # The bytes objects that were folded, per reply: bytes cannot change, so finding the same ones
-        # in a reply later proves that it says the same.
-        self._folded: dict[str, tuple[float, dict[str, bytes]]] = {}
-        self.refused: list[AdmissionError] = []
+        self._seen: list[_Seen] = []
+        self._names: Counter[str] = Counter()
         self._late: list[str] = []
-        if spec is not None:
+        if spec is not None and order == "any":
             self._open(spec)
 
-    def _open(self, spec: TensorSpec) -> Round:
-        node = self._node or embedded(spec, self.expected)
-        self._spec, self._round = spec, node.open_round(spec, self.expected, self._timing, self._order)
-        return self._round
+    def follow(self, before: Landing, replies: Iterable[Message]) -> None:
+        """Takes over what an earlier landing of the same round knows of those who are not in `replies`."""
+        again = {id(reply) for reply in replies}
+        self.expected, self._late = before.expected, before._late
+        self._seen = [seen for seen in before._seen if seen.refusal is not None and id(seen.reply) not in again]
 
-    def take(self, reply: Message) -> Message:
-        """Lands one reply. Returns it, or the error reply that takes its place if it was refused."""
-        client = str(reply.metadata.src_node_id)
+    # ------------------------------------------------------------ replies in
+
+    def take(self, reply: Message, node_id: int) -> Message:
+        """Lands one reply of a node; returns it, or the error reply that takes its place."""
+        return self._settle(reply, self._parse(reply, str(node_id)))
+
+    def take_all(self, replies: list[Message]) -> list[Message]:
+        """Lands replies that are all there already; returns those that were accepted."""
+        parsed = [self._parse(reply, str(reply.metadata.src_node_id)) for reply in replies]
+        if self._spec is None:
+            specs = [TensorSpec.from_arrays(p.views) for p in parsed if isinstance(p, _Update)]
+            votes = Counter(frozenset(spec.tensors) for spec in specs)
+            self._spec = max(specs, key=lambda spec: votes[frozenset(spec.tensors)], default=None)
+        for reply, update in zip(replies, parsed, strict=True):
+            self._settle(reply, update)
+        refused = {id(seen.reply) for seen in self._seen if seen.refusal is not None}
+        return [reply for reply in replies if id(reply) not in refused]
+
+    def _parse(self, reply: Message, client: str) -> _Update | Rejection:
+        self._names[client] += 1
+        if self._names[client] > 1:  # as in Flower, a node that was sent two messages counts twice
+            client = f"{client}#{self._names[client]}"
         if reply.has_error():
-            self.refused.append(AdmissionError(client, "error", str(reply.error.reason), reply.error.code))
-            return reply
+            return Rejection(client, "error", str(reply.error.reason))
         try:
             arrays, weight = self._read(client, reply.content)
-            views = self._views(client, arrays)
-            round_ = self._round or self._open(TensorSpec.from_arrays(views))
-            round_.submit(_widened(views, round_.spec), weight, client)
-        except AdmissionError as error:
-            self.refused.append(error)
-            return make_message(metadata=reply.metadata, error=Error(ErrorCode.MOD_FAILED_PRECONDITION, str(error)))
-        datas = {key: array.data for key, array in arrays.items()} if self._keeps else {}
-        self._folded[reply.metadata.message_id or client] = (weight, datas)
-        if not self._keeps:
-            for key, array in arrays.items():
-                arrays[key] = Array(dtype=array.dtype, shape=tuple(array.shape), stype=array.stype, data=b"")
-        return reply
+            return _Update(client, _views(client, arrays), weight)
+        except AdmissionError as refusal:
+            return _rejection(refusal)
 
-    def _read(self, client: str, content: RecordDict) -> tuple[ArrayRecord, float]:
+    def _read(self, client: str, content: RecordDict) -> tuple[ArrayRecord, Any]:
         for name, records in (("ArrayRecord", content.array_records), ("MetricRecord", content.metric_records)):
             if len(records) != 1:
                 raise AdmissionError(client, "format", f"{len(records)} {name}s, one is expected", len(records))
@@ -99,50 +136,80 @@ class Landing:
         if self._weight_key not in metrics:
             reason = f"no {self._weight_key!r} among the metrics {sorted(metrics)}"
             raise AdmissionError(client, "weight", reason, sorted(metrics))
-        return next(iter(content.array_records.values())), metrics[self._weight_key]  # type: ignore[return-value]
+        return next(iter(content.array_records.values())), metrics[self._weight_key]
 
-    def _views(self, client: str, arrays: ArrayRecord) -> dict[str, Any]:
-        views = {}
-        for key, array in arrays.items():
-            if array.stype != SType.NUMPY:
-                raise AdmissionError(client, "format", f"{key!r} is {array.stype!r}, not {SType.NUMPY!r}", array.stype)
-            try:
-                views[key] = npy.view(array.data)
-            except ValueError as error:
-                raise AdmissionError(client, "format", f"{key!r}: {error}", array.dtype) from None
-        return views
+    def _settle(self, reply: Message, update: _Update | Rejection) -> Message:
+        refusal = update if isinstance(update, Rejection) else self._submit(update)
+        if self._keeps:
+            said = None if reply.has_error() else _Said.by(reply.content, self._weight_key)
+            self._seen.append(_Seen(reply, refusal, said))
+            return reply
+        if refusal is not None:
+            reply = _error_reply(reply, refusal)
+        else:
+            reply.content = _without_arrays(reply.content)
+        self._seen.append(_Seen(reply, refusal, None))
+        return reply
+
+    def _submit(self, update: _Update) -> Rejection | None:
+        try:
+            round_ = self._round or self._open(self._spec_for(update))
+            round_.submit(_widened(update.views, round_.spec), update.weight, update.client)
+        except AdmissionError as refusal:
+            return _rejection(refusal)
+        return None
+
+    def _spec_for(self, update: _Update) -> TensorSpec:
+        """What the round's updates look like, when `update` is the first one."""
+        if self._spec is None or self._order == "any":
+            return self._spec or TensorSpec.from_arrays(update.views)
+        # Flower computes in the dtypes of the replies, which need not be the model's: see _widened.
+        admission.check_arrays(update.client, self._spec, _widened(update.views, self._spec))
+        return TensorSpec.from_arrays(update.views)
+
+    def _open(self, spec: TensorSpec) -> Round:
+        node = self._node or embedded(spec, self._capacity)
+        self._round = node.open_round(spec, self._capacity, self._timing, self._order)
+        return self._round
 
     def mark_late(self, node_id: int) -> None:
         """Notes that a node did not answer in time."""
         self._late.append(str(node_id))
 
+    # ------------------------------------------------------------ the mean out
+
     def is_of(self, replies: Iterable[Message]) -> bool:
-        """True if `replies` are those that were folded, all of them and unchanged."""
-        left = dict(self._folded)
+        """True if `replies` are those that landed, unchanged: all that were accepted, and no strangers."""
+        known = {id(seen.reply): seen for seen in self._seen}
+        present = []
         for reply in replies:
-            if reply.has_error():
-                continue
-            weight, datas = left.pop(reply.metadata.message_id or str(reply.metadata.src_node_id), (None, {}))
-            if weight is None:
+            seen = known.get(id(reply))
+            if seen is None:
                 return False
-            if self._keeps:
-                if len(reply.content.array_records) != 1 or len(reply.content.metric_records) != 1:
-                    return False
-                arrays = next(iter(reply.content.array_records.values()))
-                metrics = next(iter(reply.content.metric_records.values()))
-                if metrics.get(self._weight_key) != weight or arrays.keys() != datas.keys():
-                    return False
-                if any(array.data is not datas[key] for key, array in arrays.items()):
-                    return False
-        return not left
+            if seen.said and (reply.has_error() or not seen.said.is_same(_Said.by(reply.content, self._weight_key))):
+                return False
+            if seen.refusal is None:
+                present.append(seen)
+        landed = [seen for seen in self._seen if seen.refusal is None]
+        if self._order == "flower":  # its bits depend on the order
+            return present == landed
+        return len(present) == len(landed) and set(present) == set(landed)
+
+    def counted(self, replies: Iterable[Message]) -> list[Message]:
+        """`replies`, of which ``is_of`` is true, with an error reply in the place of each refused one."""
+        refusals = {id(seen.reply): seen.refusal for seen in self._seen}
+        return [_error_reply(r, refusal) if (refusal := refusals[id(r)]) is not None else r for r in replies]
 
     @property
     def num_accepted(self) -> int:
         """Replies in the arena."""
-        return len(self._folded)
+        return sum(seen.refusal is None for seen in self._seen)
 
     def result(self) -> RoundResult:
-        """The mean of what has been accepted, which must not be nothing. Ends the round."""
+        """The mean of what has been accepted, which must not be nothing. Ends the round.
+
+        Raises :class:`RoundError` if there is none, because a sum left the range of float64.
+        """
         assert self._round is not None, "nothing has landed"
         self._round.close_early()
         return self._round.result()
@@ -153,13 +220,60 @@ class Landing:
             report = self._round.report()
         else:
             report = RoundReport(0, self.expected, self._timing, self._order)
-        rejected = tuple(Rejection(e.client_id, e.rule, e.reason) for e in self.refused)
-        return attrs.evolve(report, rejected=rejected, late=tuple(self._late), error=error or report.error)
+        return attrs.evolve(
+            report,
+            expected=self.expected,
+            rejected=tuple(seen.refusal for seen in self._seen if seen.refusal is not None),
+            late=tuple(self._late),
+            error=error or report.error,
+        )
 
     def close(self) -> None:
         """Gives back what the round holds."""
         if self._round is not None:
             self._round.close()
+
+
+@attrs.frozen(eq=False)
+class _Update:
+    """A reply that could be read: its arrays without a copy, and the weight as it came."""
+
+    client: str
+    views: Mapping[str, Any]
+    weight: Any
+
+
+def _views(client: str, arrays: ArrayRecord) -> dict[str, Any]:
+    views = {}
+    for key, array in arrays.items():
+        if array.stype != SType.NUMPY:
+            raise AdmissionError(client, "format", f"{key!r} is {array.stype!r}, not {SType.NUMPY!r}", array.stype)
+        try:
+            views[key] = npy.view(array.data)
+        except ValueError as error:
+            raise AdmissionError(client, "format", f"{key!r}: {error}", array.dtype) from None
+    return views
+
+
+def _rejection(error: AdmissionError) -> Rejection:
+    """The refusal alone: the exception's traceback would keep what was refused in memory."""
+    return Rejection(error.client_id, error.rule, error.reason)
+
+
+def _error_reply(reply: Message, refusal: Rejection) -> Message:
+    if reply.has_error():
+        return reply
+    said = AdmissionError(refusal.client_id, refusal.rule, refusal.reason)
+    return make_message(metadata=reply.metadata, error=Error(ErrorCode.MOD_FAILED_PRECONDITION, str(said)))
+
+
+def _without_arrays(content: RecordDict) -> RecordDict:
+    """The same records, but arrays without data; what came may be shared and stays as it is."""
+    emptied = RecordDict(dict(content))
+    for name, record in content.array_records.items():
+        arrays = {k: Array(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=b"") for k, a in record.items()}
+        emptied[name] = ArrayRecord(arrays)
+    return emptied
 
 
 def _widened(views: Mapping[str, Any], spec: TensorSpec) -> Mapping[str, Any]:

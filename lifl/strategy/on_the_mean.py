@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdagrad as FlowerFedAdagrad
 from flwr.serverapp.strategy import FedAdam as FlowerFedAdam
@@ -43,8 +44,13 @@ class DtypeKept:
         if arrays is not None and self.keep_dtype and kept:
             for key, array in arrays.items():
                 if array.dtype != kept[key]:
-                    arrays[key] = Array(array.numpy().astype(kept[key]))
+                    arrays[key] = Array(_as(array.numpy(), kept[key]))
         return arrays, metrics
+
+
+def _as(values: Any, dtype: str) -> Any:
+    """`values` in `dtype`; integers and booleans rounded to the nearest, as the mean is."""
+    return np.asarray(np.rint(values) if np.dtype(dtype).kind in "biu" else values, dtype)
 
 
 def _dtypes(current: Any) -> dict[str, str]:

@@ -5,19 +5,16 @@ Owns how a benchmark's arrays become Flower's replies. Changes nothing of Flower
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
-import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
+from lifl import npy
 from lifl.tensor import Array
 
 WEIGHT = "num-examples"
-HEADER_BYTES = 4096
-"""More than the header of any array in NumPy's file format here."""
 
 
 def make_reply(arrays: Mapping[str, Array], weight: float) -> RecordDict:
@@ -26,26 +23,16 @@ def make_reply(arrays: Mapping[str, Array], weight: float) -> RecordDict:
     return RecordDict({"arrays": record, "metrics": MetricRecord({WEIGHT: weight})})
 
 
+def view_arrays(record: ArrayRecord) -> dict[str, Array]:
+    """The arrays of a record as read-only views of its bytes, without a copy."""
+    return {name: npy.view(array.data) for name, array in record.items()}
+
+
 def view_reply(reply: RecordDict) -> dict[str, Array]:
-    """The arrays of a reply as read-only views of its bytes, without a copy."""
-    return {name: _view(array.data) for name, array in reply.array_records["arrays"].items()}
+    """The arrays of a reply from :func:`make_reply`, likewise."""
+    return view_arrays(reply.array_records["arrays"])
 
 
-def aggregate(replies: list[RecordDict]) -> dict[str, Array]:
-    """Flower's weighted mean of the replies, as new arrays: what its FedAvg calls each round."""
-    return {name: array.numpy() for name, array in flower_mean(replies).items()}
-
-
-def flower_mean(replies: list[RecordDict]) -> ArrayRecord:
-    """Flower's weighted mean of the replies, as Flower leaves it."""
+def aggregate(replies: list[RecordDict]) -> ArrayRecord:
+    """Flower's weighted mean of the replies, as its strategies compute it each round."""
     return aggregate_arrayrecords(replies, WEIGHT)
-
-
-def _view(data: bytes) -> Array:
-    header = io.BytesIO(data[:HEADER_BYTES])
-    np.lib.format.read_magic(header)
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
-    if is_fortran:
-        raise ValueError("an array in Fortran's order: a reply made by make_reply has none")
-    flat: Array = np.frombuffer(data, dtype, int(np.prod(shape)), header.tell())
-    return flat.reshape(shape)
