@@ -14,10 +14,16 @@
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
-/* Elements done for all updates before going on: the sums (16 KiB) stay in the first-level cache,
- * so each update is read once from memory and the sums are written once. */
-#define CHUNK 2048u
+/* Elements done for all updates before going on: the sums (8 KiB) stay in the first-level cache, so
+ * each update is read once from memory and the sums are written once. */
+#define CHUNK 1024u
+
+/* Sums of more elements than this fit no cache near the core. */
+#define MANY (1u << 20)
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -189,19 +195,40 @@ uint64_t lifl_sum_bytes(uint32_t dtype) {
     p = s;                                                                                      \
   }
 
+/* Past the caches where the sums would not stay there anyway: a plain store would first read the line
+ * that it writes over, which took 8 % longer for 8 updates of 11.7 million float32. */
+INLINE void put(double *target, const double *sums, uint64_t m, int past_caches) {
+#if defined(__x86_64__)
+  if (past_caches && ((uintptr_t)target & 15) == 0) {
+    uint64_t i = 0;
+    for (; i + 1 < m; i += 2) _mm_stream_pd(target + i, _mm_load_pd(sums + i));
+    if (i < m) target[i] = sums[i];
+    return;
+  }
+#else
+  (void)past_caches;
+#endif
+  memcpy(target, sums, m * sizeof *sums);
+}
+
+INLINE void put_end(void) {
+#if defined(__x86_64__)
+  _mm_sfence(); /* the commit that follows must not overtake the sums */
+#endif
+}
+
 #define FOLD(CODE, T, ...)                                                                                       \
   INLINE void fold_##T(double *sum, const double *previous, const void *const *xs, const double *ws, uint32_t n, \
                        uint64_t count) {                                                                         \
+    _Alignas(64) double s[CHUNK];                                                                                \
     for (uint64_t at = 0; at < count; at += CHUNK) {                                                             \
       uint64_t m = count - at < CHUNK ? count - at : CHUNK;                                                      \
-      double *s = sum + at;                                                                                      \
-      const double *p = previous ? previous + at : NULL;                                                         \
-      if (!p) {                                                                                                  \
-        memset(s, 0, m * sizeof *s);                                                                             \
-        p = s;                                                                                                   \
-      }                                                                                                          \
+      const double *p = previous ? previous + at : s;                                                            \
+      if (!previous) memset(s, 0, m * sizeof *s);                                                                \
       FOUR(LOAD_##T, p[i])                                                                                       \
+      put(sum + at, s, m, count > MANY);                                                                         \
     }                                                                                                            \
+    put_end();                                                                                                   \
   }
 DTYPES(FOLD, )
 
