@@ -23,7 +23,7 @@ types: .venv/dev
 	$(BIN)/mypy
 
 docs: .venv/dev
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: .venv/dev
 	$(BIN)/lifl bench limits

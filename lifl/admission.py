@@ -18,8 +18,12 @@ from lifl.tensor import TensorSpec, dtype_name
 NO_WEIGHTS = (bool, complex, str, np.bool_, np.complexfloating)  # each of them would pass as a float
 
 
+MIN_WEIGHT, MAX_WEIGHT = 2.0**-100, 2.0**100
+"""Beyond these a float64 sum of finite float32 values could underflow to 0 or overflow."""
+
+
 def check_weight(client_id: str, weight: object) -> float:
-    """The weight as a float: a real number, finite, above 0.
+    """The weight as a float: a real number, finite, above 0, from ``MIN_WEIGHT`` to ``MAX_WEIGHT``.
 
     NumPy scalars are numbers; booleans are not weights.
     """
@@ -31,6 +35,9 @@ def check_weight(client_id: str, weight: object) -> float:
         raise AdmissionError(client_id, "weight", f"the weight {weight!r} is no float: {error}", weight) from None
     if not math.isfinite(value) or value <= 0:
         raise AdmissionError(client_id, "weight", f"the weight is {value}: send a finite number above 0", weight)
+    if not MIN_WEIGHT <= value <= MAX_WEIGHT:
+        reason = f"the weight is {value}: send one from {MIN_WEIGHT:.3g} to {MAX_WEIGHT:.3g}"
+        raise AdmissionError(client_id, "weight", reason, weight)
     return value
 
 

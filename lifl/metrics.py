@@ -47,7 +47,7 @@ class RoundReport:
     timing, order : str
         As given to ``open_round``.
     accepted : tuple of Contribution
-        In order of arrival. Exactly the updates in the result.
+        In order of arrival. If there is a result, exactly the updates in it.
     rejected : tuple of Rejection
         In order of refusal.
     late : tuple of str

@@ -60,6 +60,7 @@ class Round:
         self._by_block: dict[tuple[int, int], Update] = {}
         self._clients: set[str] = set()  # accepted, or with a loan out
         self._outstanding = dict.fromkeys(leaves, 0)
+        self._given = dict.fromkeys(leaves, 0)
         self._loans: dict[str, int] = {}  # client -> the thread that holds its loan
         self._acks: set[int] = set()
         self._unnamed = 0
@@ -219,7 +220,9 @@ class Round:
         host.pump()
 
     def _hand_on(self, update: Update) -> None:
-        leaf = min(self._leaves, key=lambda i: self._outstanding[i])
+        # The one with the least to do; of those, the one that has had the least.
+        leaf = min(self._leaves, key=lambda i: (self._outstanding[i], self._given[i]))
+        self._given[leaf] += 1
         update.runtime = leaf
         self._outstanding[leaf] += 1
         if not self._host.arena.move(update.block, (AGENT, State.WRITING), (leaf, State.READY)):
@@ -290,7 +293,7 @@ class Round:
                     have = f"{len(self._books.updates)} of {self.expected} updates are in"
                     advice = "wait longer, or call close_early() for what is there"
                     raise RoundError(
-                        f"round {self.number}: {have} after {timeout:g} s{self._books.refusals()}: {advice}"
+                        f"round {self.number}: {have} after {timeout:g} s; {advice}{self._books.refusals()}"
                     )
                 self._host.changed.wait(min(left, WAIT_CAP_S))
             if self._result is None:
@@ -313,7 +316,11 @@ class Round:
         elif d.kind == Kind.ABORTED:
             self._acks.add(sender)
         elif d.kind == Kind.FAILED:
-            self.fail(RoundError(f"round {self.number}: worker {sender} met an error, see its traceback above"))
+            self.fail(
+                RoundError(
+                    f"round {self.number}: worker {sender} failed; its traceback is in this process's standard error"
+                )
+            )
 
     def _folded(self, sender: int, d: Descriptor) -> None:
         update = self._by_block.pop((d.block, d.generation), None)

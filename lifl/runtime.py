@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import errno
 import math
+import operator
 import os
 import re
 import select
@@ -26,7 +27,9 @@ from lifl.round import Order, Round, Timing
 from lifl.shm import AGENT, Arena, State
 from lifl.tensor import Layout, TensorSpec
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS = {"": 1, "b": 1}
+UNITS |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
+UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 DEFAULT_MEMORY = 2 * 2**30
 MAX_WORKERS = 255
 SPIN_S = 50e-6
@@ -38,7 +41,7 @@ def parse_bytes(memory: str | int) -> int:
     Raises ``ValueError`` for anything else and for less than 1.
     """
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", memory)
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", memory)
         factor = UNITS.get(match[2].lower()) if match else None
         if not match or factor is None:
             raise ValueError(f"memory={memory!r} is not a size: write '2GiB', '512MiB' or a number of bytes")
@@ -232,8 +235,9 @@ class Node:
             raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
-        if not isinstance(expected, int) or expected < 1:
-            raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
+        expected = operator.index(expected)
+        if expected < 1:
+            raise ValueError(f"expected={expected}: a round needs at least 1 update")
         if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
             raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
         with self.changed:
@@ -346,8 +350,10 @@ class Node:
         self.close()
 
     def __repr__(self) -> str:
-        if not self.is_open:
-            return "<Node: closed>"
+        if self._is_closed or os.getpid() != self._pid:
+            return "<Node: closed>" if self._is_closed else f"<Node of process {self._pid}>"
+        if self._gone:
+            return f"<Node: {self._gone}>"
         free, total = self.arena.free_bytes, self.arena.block_bytes
         return f"<Node: {self.workers} workers, {len(self._rounds)} rounds, {free:,} of {total:,} bytes free>"
 

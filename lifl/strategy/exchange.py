@@ -53,7 +53,8 @@ def exchange(
     # A Grid leaves out what it could not push (InMemoryGrid, and HttpGrid if all is too large) or gives
     # None in its place (HttpGrid): to wait for those would be to wait for the time-out.
     waiting = {i: None for i in grid.push_messages(messages) if i}
-    nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    asked = [(m.metadata.message_id, m.metadata.dst_node_id) for m in messages]
+    nodes = dict(asked)
     messages.clear()  # they hold the model, which the grid has by now
     replies: list[Message] = []
     at_once = max(FEWEST_PER_PULL, PULL_BYTES // max(reply_bytes, 1))
@@ -70,6 +71,7 @@ def exchange(
                 del waiting[reply.metadata.reply_to_message_id]
                 node_id = nodes.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
                 replies.append(take(reply, node_id))
+                del reply  # which may have been refused, and must not stay until the next one comes
                 last = time.monotonic()
         now = time.monotonic()
         if not waiting or (end is not None and now >= end):
@@ -78,7 +80,7 @@ def exchange(
         # The last look is at the time-out, so that a reply that was there in time counts.
         time.sleep(pause if end is None else min(pause, end - now))
     answered = {reply.metadata.reply_to_message_id for reply in replies}
-    for message_id, node_id in nodes.items():
+    for message_id, node_id in asked:
         if message_id not in answered:
             missing(node_id)
     return replies

@@ -32,14 +32,14 @@ from lifl.strategy.landing import Landing, spec_of, to_record
 
 def _show_flowers_arguments(cls: type[RoundOptions]) -> None:
     """Gives a class the signature that its users see: Flower's arguments, then lifl's."""
-    merged: dict[str, inspect.Parameter] = {}
-    for base in reversed(cls.__mro__):
-        if "__init__" not in vars(base):
-            continue
-        for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
-            if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                merged[name] = parameter
-    ordered = sorted(merged.values(), key=lambda p: p.kind)
+    own: list[list[inspect.Parameter]] = []
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            own.append(list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:])
+            if not any(p.kind is p.VAR_KEYWORD for p in own[-1]):
+                break  # Flower's: what the classes behind it take is its own affair
+    named = [p for parameters in reversed(own) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    ordered = sorted(named, key=lambda p: p.kind)
     cls.__signature__ = inspect.Signature(ordered)
 
 
@@ -195,7 +195,9 @@ class Mean(FlowerFedAvg):
             self._landing = None
 
     def _is_looked_at(self) -> bool:
-        """True if code that is neither Flower's nor lifl's will see the replies after they have landed."""
+        """True if somebody will see the replies after they have landed: the user's code, or Flower's order."""
+        if self.order == "flower":  # the replies may turn out to be of other dtypes, see Landing.is_exact
+            return True
         if self.train_metrics_aggr_fn is not aggregate_metricrecords:
             return True
         theirs = [vars(cls) for cls in type(self).__mro__ if not cls.__module__.startswith(("lifl.", "flwr."))]
@@ -221,7 +223,7 @@ class Mean(FlowerFedAvg):
         replies = list(replies)
         landing, self._landing = self._landing, None
         try:
-            if landing is not None and landing.is_of(replies):
+            if landing is not None and landing.is_exact and landing.is_of(replies):
                 valid, _ = self._check_and_log_replies(landing.counted(replies), is_train=True, validate=False)
             else:
                 # During a run one bad reply must not end it: the landing refuses it alone.

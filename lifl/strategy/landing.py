@@ -62,14 +62,22 @@ class Landing:
     node : Node or None
         ``None``: the process's embedded one.
     spec : TensorSpec or None
-        The model that was sent. ``None``: that of most replies, or of the first.
+        The model that was sent. ``None``: that of most replies (``take_all``).
     expected : int
         Replies that may come.
     weight_key : str
         Flower's ``weighted_by_key``.
     keeps : bool
-        Whether replies stay as they came, because the user's own code will look at them. If not, accepted
-        ones lose their arrays and refused ones become error replies as soon as they have landed.
+        Whether replies stay as they came, because they will be looked at again. If not, accepted ones lose
+        their arrays and refused ones become error replies as soon as they have landed.
+
+    Attributes
+    ----------
+    expected : int
+        Nodes that were asked, of which a quorum is a part.
+    is_exact : bool
+        False if ``order="flower"`` was asked for, and cannot be had of what has landed: some replies are not
+        of the model's dtypes.
     """
 
     def __init__(
@@ -85,18 +93,22 @@ class Landing:
         self._node, self._spec, self._capacity = node, spec, expected
         self._weight_key, self._timing, self._order, self._keeps = weight_key, timing, order, keeps
         self.expected = expected
+        self.is_exact = True
+        self._model: TensorSpec | None = None
         self._round: Round | None = None
         self._seen: list[_Seen] = []
         self._names: Counter[str] = Counter()
         self._late: list[str] = []
-        if spec is not None and order == "any":
+        if spec is not None:
             self._open(spec)
 
-    def follow(self, before: Landing, replies: Iterable[Message]) -> None:
+    def follow(self, before: Landing, replies: list[Message]) -> None:
         """Takes over what an earlier landing of the same round knows of those who are not in `replies`."""
         again = {id(reply) for reply in replies}
         self.expected, self._late = before.expected, before._late
         self._seen = [seen for seen in before._seen if seen.refusal is not None and id(seen.reply) not in again]
+        # What the user's code has changed need not look like the model that was sent.
+        self._model = before._spec if before.is_of(replies) else None
 
     # ------------------------------------------------------------ replies in
 
@@ -105,12 +117,14 @@ class Landing:
         return self._settle(reply, self._parse(reply, str(node_id)))
 
     def take_all(self, replies: list[Message]) -> list[Message]:
-        """Lands replies that are all there already; returns those that were accepted."""
+        """Lands replies that are all there already; returns those that were accepted.
+
+        The round's dtypes and shapes are those of most replies.
+        """
         parsed = [self._parse(reply, str(reply.metadata.src_node_id)) for reply in replies]
-        if self._spec is None:
-            specs = [TensorSpec.from_arrays(p.views) for p in parsed if isinstance(p, _Update)]
-            votes = Counter(frozenset(spec.tensors) for spec in specs)
-            self._spec = max(specs, key=lambda spec: votes[frozenset(spec.tensors)], default=None)
+        specs = [TensorSpec.from_arrays(p.views) for p in parsed if isinstance(p, _Update)]
+        votes = Counter(frozenset(spec.tensors) for spec in specs)
+        self._spec = max(specs, key=lambda spec: votes[frozenset(spec.tensors)], default=None)
         for reply, update in zip(replies, parsed, strict=True):
             self._settle(reply, update)
         refused = {id(seen.reply) for seen in self._seen if seen.refusal is not None}
@@ -124,7 +138,10 @@ class Landing:
             return Rejection(client, "error", str(reply.error.reason))
         try:
             arrays, weight = self._read(client, reply.content)
-            return _Update(client, _views(client, arrays), weight)
+            views = _views(client, arrays)
+            if self._model is not None:
+                admission.check_arrays(client, self._model, _widened(views, self._model))
+            return _Update(client, views, weight)
         except AdmissionError as refusal:
             return _rejection(refusal)
 
@@ -153,19 +170,14 @@ class Landing:
 
     def _submit(self, update: _Update) -> Rejection | None:
         try:
-            round_ = self._round or self._open(self._spec_for(update))
-            round_.submit(_widened(update.views, round_.spec), update.weight, update.client)
+            round_ = self._round or self._open(self._spec or TensorSpec.from_arrays(update.views))
+            views = _widened(update.views, round_.spec)
+            round_.submit(views, update.weight, update.client)
+            # Flower computes in the dtypes of the replies.
+            self.is_exact &= self._order == "any" or all(views[name] is view for name, view in update.views.items())
         except AdmissionError as refusal:
             return _rejection(refusal)
         return None
-
-    def _spec_for(self, update: _Update) -> TensorSpec:
-        """What the round's updates look like, when `update` is the first one."""
-        if self._spec is None or self._order == "any":
-            return self._spec or TensorSpec.from_arrays(update.views)
-        # Flower computes in the dtypes of the replies, which need not be the model's: see _widened.
-        admission.check_arrays(update.client, self._spec, _widened(update.views, self._spec))
-        return TensorSpec.from_arrays(update.views)
 
     def _open(self, spec: TensorSpec) -> Round:
         node = self._node or embedded(spec, self._capacity)
