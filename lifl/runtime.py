@@ -9,12 +9,12 @@ from __future__ import annotations
 import atexit
 import errno
 import math
-import operator
 import os
 import re
 import select
 import threading
 import weakref
+from numbers import Integral
 from types import TracebackType
 
 from lifl import shm
@@ -235,9 +235,8 @@ class Node:
             raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
-        expected = operator.index(expected)
-        if expected < 1:
-            raise ValueError(f"expected={expected}: a round needs at least 1 update")
+        if not isinstance(expected, Integral) or expected < 1:
+            raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
         if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
             raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
         with self.changed:

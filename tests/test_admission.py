@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.admission import check_arrays, check_weight, refuse_value
+from lifl.admission import MAX_WEIGHT, MIN_WEIGHT, check_arrays, check_weight, refuse_value
 from lifl.errors import AdmissionError, LiflError
 from lifl.tensor import DTYPES, NUMPY_DTYPES, Tensor, TensorSpec
 
@@ -25,9 +25,9 @@ SPEC = TensorSpec.from_arrays(MODEL)
     [
         1,
         1.0,
-        5e-324,
-        1.7e308,
-        10**300,
+        MIN_WEIGHT,
+        MAX_WEIGHT,
+        2**100,
         np.float32(2),
         np.float16(0.5),
         np.int64(3),
@@ -36,8 +36,8 @@ SPEC = TensorSpec.from_arrays(MODEL)
         Decimal(2),
     ],
 )
-def test_finite_numbers_above_zero_are_weights(weight: Any) -> None:
-    """Any real number that is finite and above 0 is a weight, NumPy's too, and becomes a float."""
+def test_numbers_in_range_are_weights(weight: Any) -> None:
+    """Any real number from the smallest to the largest is a weight, NumPy's too, and becomes a float."""
     got = check_weight("a", weight)
     assert type(got) is float
     assert got == float(weight)
@@ -46,7 +46,8 @@ def test_finite_numbers_above_zero_are_weights(weight: Any) -> None:
 @pytest.mark.parametrize(
     "weight",
     [
-        *(0, 0.0, -0.0, -1, -1e-300, math.nan, math.inf, -math.inf, 10**400, -(10**400)),
+        *(5e-324, MIN_WEIGHT / 2, MAX_WEIGHT * 2, 10**300, 1.7e308),
+        *(MIN_WEIGHT / 2, MAX_WEIGHT * 2, 5e-324, 1.7e308, 0, 0.0, -0.0, -1, -1e-300, math.nan, math.inf, -math.inf, 10**400, -(10**400)),
         *(np.float32("nan"), np.float64("inf"), np.int64(0), Decimal("nan"), Fraction(-1, 2), Fraction(1, 10**400)),
         *(np.True_, np.complex64(1), np.str_("5"), np.array([3.0])),
         *("1", b"1", "", None, True, False, 1 + 2j, complex(1), np.complex128(1), [1.0], (1,), {"n": 1}, object()),
@@ -54,7 +55,7 @@ def test_finite_numbers_above_zero_are_weights(weight: Any) -> None:
     ids=repr,
 )
 def test_other_weights_are_refused(weight: Any) -> None:
-    """Zero, negative, not finite, too large, and what is no real number: refused with the value sent."""
+    """Zero, negative, not finite, out of range, and what is no real number: refused with the value sent."""
     with pytest.raises(AdmissionError, match="client 7") as caught:
         check_weight("7", weight)
     assert (caught.value.client_id, caught.value.rule) == ("7", "weight")
@@ -63,12 +64,12 @@ def test_other_weights_are_refused(weight: Any) -> None:
 
 @given(st.one_of(st.floats(), st.integers(), st.text(), st.none(), st.booleans(), st.complex_numbers()))
 def test_any_weight_is_taken_or_refused(weight: Any) -> None:
-    """Whatever is sent as a weight, the answer is a finite float above 0 or an AdmissionError."""
+    """Whatever is sent as a weight, the answer is a float in range or an AdmissionError."""
     try:
         value = check_weight("a", weight)
     except AdmissionError:
         return
-    assert 0 < value < math.inf
+    assert MIN_WEIGHT <= value <= MAX_WEIGHT
 
 
 def test_matching_model_is_taken() -> None:

@@ -74,7 +74,7 @@ BAD: dict[str, tuple[RecordDict | Error, str, str]] = {
     "a missing array": (content(changed(bias=None)), "keys", "missing 'bias'"),
     "an extra array": (content(changed(extra=np.zeros(1))), "keys", "not in the model: 'extra'"),
     "float64 for float32": (content(changed(weight=np.zeros((4, 3)))), "dtype", "float64, the model has float32"),
-    "float for int": (content(changed(num_batches_tracked=np.array(1.0))), "dtype", "the model has int64"),
+    "int64 for float32": (content(changed(weight=np.zeros((4, 3), int))), "dtype", "int64, the model has float32"),
     "complex": (content(changed(bias=np.zeros(3, complex))), "format", "'bias': dtype '<c16' is not one of"),
     "text": (content(changed(bias=np.array(["a", "b", "c"]))), "format", "'bias': dtype '<U1'"),
     "big-endian": (content(changed(bias=np.zeros(3, ">f8"))), "format", "'bias': dtype '>f8'"),
@@ -85,9 +85,9 @@ BAD: dict[str, tuple[RecordDict | Error, str, str]] = {
     "an archive": (raw(archive()), "format", "'bias': not a .npy stream"),
     "a pickle": (raw(saved(np.array([1, None]), allow_pickle=True)), "format", "'bias': dtype '|O'"),
     "256 GiB": (
-        raw(BIAS.replace(b"(3,), ", b"(2**35,), "[:6]).replace(b"(3,)", b"(34359738368,)")[:200]),
+        raw(BIAS.replace(b"(3,), }" + b" " * 10, b"(34359738368,), }")),
         "format",
-        "'bias': ",
+        "is 274877906944 bytes, 24 came",
     ),
     "another serialisation": (raw(BIAS, "torch.save"), "format", "'bias' is 'torch.save'"),
     "weight NaN": (content(MODEL, float("nan")), "weight", "the weight is nan"),
@@ -142,21 +142,22 @@ def test_a_bad_reply_is_refused_by_name_and_the_others_count(
 def test_everything_bad_at_once(node: lifl.Node, clock: Clock) -> None:
     """Thirty bad clients and three good ones make the model of the good ones, in any order of summation."""
     bad = {1000 + i: says(said, failing) for i, (said, _, _) in enumerate(BAD.values())}
-    expected, _ = run(FlowerFedAvg(min_available_nodes=3), GOOD)
+    expected, _ = run(FedAvg(node=node), GOOD, clock=clock)
     result, _ = run(FedAvg(node=node), {**bad, **GOOD}, clock=clock)
     rules = {r.client_id: r.rule for r in result.reports[2].rejected}
     assert rules == {str(1000 + i): rule for i, (_, rule, _) in enumerate(BAD.values())}
     for name, array in plain(result.arrays).items():
-        np.testing.assert_allclose(array, plain(expected.arrays)[name], atol=0.51 if array.dtype == np.int64 else 1e-3)
+        np.testing.assert_allclose(array, plain(expected.arrays)[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [case for case, (_, rule, _) in BAD.items() if rule in ("values", "dtype", "format")])
+READABLE = [case for case, (said, rule, _) in BAD.items() if rule in ("values", "dtype", "format") and len(said) == 2]
+
+
+@pytest.mark.parametrize("case", [case for case in READABLE if case != "no MetricRecord"])
 def test_a_bad_reply_in_a_list(node: lifl.Node, case: str) -> None:
     """Called by itself, aggregate_train refuses what Flower would have folded into the model or choked on."""
     said = BAD[case][0]
     assert isinstance(said, RecordDict)
-    if len(said.array_records) != 1 or len(said.metric_records) != 1:
-        pytest.skip("Flower's own check raises: see test_inconsistent_replies_raise_as_in_flower")
     replies = replies_of([MODEL, MODEL, MODEL], [1, 2, 3])
     replies[0].content = said
     strategy = FedAvg(node=node)
@@ -168,7 +169,7 @@ def test_a_bad_reply_in_a_list(node: lifl.Node, case: str) -> None:
 @pytest.mark.parametrize("cls", [FedAvg, LooksAt])
 def test_a_sum_beyond_float64_ends_the_round_not_the_run(node: lifl.Node, clock: Clock, cls: type[FedAvg]) -> None:
     """A finite weight times a finite value may be too large: that round has no model, and the next one has."""
-    huge = content(changed(bias=np.array([1e200, 0, 0])), 1e200)
+    huge = content(changed(bias=np.array([1e300, 0, 0])), 1e30)
 
     def greedy(message: Message) -> RecordDict:
         return huge if message.content["config"]["server-round"] == 1 else nudge(3)(message)

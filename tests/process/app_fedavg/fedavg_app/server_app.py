@@ -1,0 +1,91 @@
+"""One run of each kind, one after another, and what came of them as JSON and arrays."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+
+from lifl import embedded
+from lifl.strategy import FedAvg
+
+app = ServerApp()
+
+
+class Both(FedAvg):
+    """Compares each round's model with the one that Flower makes of the very same replies."""
+
+    equal: list[bool]
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        """The model is lifl's."""
+        replies = list(replies)
+        expected, expected_metrics = FlowerFedAvg().aggregate_train(server_round, replies)
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.equal.append(arrays.object_id == expected.object_id and metrics == expected_metrics)
+        return arrays, metrics
+
+
+def first_model() -> ArrayRecord:
+    """More than one of Flower's chunks of 5 MiB, and the shapes that trip others up."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "weight": rng.normal(size=(1500, 1000)).astype(np.float32),
+        "bias": np.zeros(3),
+        "num_batches_tracked": np.array(3, np.int64),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def everything(grid: Grid, out: Path, num_nodes: int, patience: float) -> None:
+    """All the runs; writes NAME-ROUND.npz for the model after each round, and results.json."""
+    sample = {"min_train_nodes": num_nodes, "min_evaluate_nodes": num_nodes, "min_available_nodes": num_nodes}
+    no_evaluation = {**sample, "fraction_evaluate": 0.0}
+    both = Both(order="flower", **no_evaluation)
+    both.equal = []
+    strict = FedAvg(quorum=num_nodes, deadline=patience, **no_evaluation)
+    # Late in round 2, however slow the others are: it waits for the model of round 2, and its reply arrives
+    # in round 3.
+    mischief = {"who": 1, "fail": 1, "sleep": 2, "until": str(out / "strict-2.npz")}
+    runs: list[tuple[str, Any, int, dict[str, Any]]] = [
+        ("flower", FlowerFedAvg(**no_evaluation), 2, {}),
+        ("both", both, 2, {}),
+        ("any", FedAvg(timing="lazy", **sample), 1, {}),
+        ("lenient", FedAvg(**no_evaluation), 1, {"who": 1, "nan": 1}),
+        ("strict", strict, 3, mischief),
+    ]
+    said: dict[str, Any] = {"main thread": threading.current_thread() is threading.main_thread()}
+    for name, strategy, rounds, config in runs:
+
+        def save(number: int, arrays: ArrayRecord, name: str = name) -> None:
+            np.savez(out / f"{name}-{number}.npz", **{key: array.numpy() for key, array in arrays.items()})
+
+        began = time.monotonic()
+        told = ConfigRecord(config)
+        result = strategy.start(grid, first_model(), rounds, timeout=120, train_config=told, evaluate_fn=save)
+        said[name] = {
+            "seconds": time.monotonic() - began,
+            "id": result.arrays.object_id,
+            "metrics": {n: dict(m) for n, m in result.train_metrics_clientapp.items()},
+            "evaluated": {n: dict(m) for n, m in result.evaluate_metrics_clientapp.items()},
+            "reports": {n: r.to_dict() for n, r in getattr(result, "reports", {}).items()},
+        }
+    said["equal"] = both.equal
+    said["workers"] = list(embedded._node.pids())
+    (out / "results.json").write_text(json.dumps(said))
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """On a SuperLink."""
+    config = context.run_config
+    everything(grid, Path(str(config["out"])), int(config["num-nodes"]), float(config["patience"]))

@@ -1,0 +1,213 @@
+"""The worker, driven by hand through its rings: what it counts, what it ignores, what it gives back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import attrs
+import numpy as np
+import pytest
+
+import lifl
+from lifl import fold
+from lifl.aggregator import LAZY, Aggregator
+from lifl.errors import RoundError
+from lifl.ring import Descriptor, Inbox, Kind, Outbox
+from lifl.shm import AGENT, Arena, Block, State
+
+ME, OTHER = 1, 2
+MANIFEST_BYTES = 4096
+MODEL = {"w": np.ones(5, np.float32)}
+SPEC = lifl.TensorSpec.from_arrays(MODEL)
+
+
+@attrs.define
+class Agent:
+    """The other end of a worker's rings: allocates, grants, sends updates, hears what comes back."""
+
+    arena: Arena
+    outbox: Outbox
+    inbox: Inbox
+    worker: Aggregator
+
+    def block(self, nbytes: int, owner: int, state: State) -> Block:
+        """A block in the worker's hands."""
+        block = self.arena.alloc(nbytes, owner, state)
+        assert block is not None
+        return block
+
+    def open(self, number: int, flags: int = 0) -> tuple[Block, Block]:
+        """Opens a round with two blocks for its sums."""
+        encoded = SPEC.layout.encode(flags)
+        control = self.block(len(encoded), AGENT, State.WRITING)
+        self.arena.buffer(control)[:] = encoded
+        self.tell(Kind.OPEN, number, control)
+        sums = [self.block(MANIFEST_BYTES + SPEC.layout.sum_bytes, ME, State.ACCUM) for _ in range(2)]
+        for block in sums:
+            self.tell(Kind.GRANT, number, block)
+        return sums[0], sums[1]
+
+    def update(self, value: float, weight: float = 1.0) -> Block:
+        """An update that is READY for the worker."""
+        block = self.block(SPEC.layout.update_bytes, ME, State.READY)
+        np.frombuffer(self.arena.buffer(block), np.float32, 5)[...] = value
+        self.arena.note(block.index).weight = weight
+        return block
+
+    def tell(self, kind: Kind, number: int, block: Block, arg: int = 0) -> None:
+        """Sends a descriptor."""
+        self.outbox.push(ME, Descriptor(kind, number, block.index, block.generation, arg))
+
+    def flush(self, number: int, leaves: int = 1) -> Block:
+        """Tells the worker that it is the top and that this was all; the block for the mean."""
+        mean = self.block(SPEC.layout.mean_bytes, ME, State.WRITING)
+        self.tell(Kind.FLUSH, number, mean, ME << 8 | leaves)
+        return mean
+
+    def heard(self) -> list[Descriptor]:
+        """Lets the worker work, then takes all that it said."""
+        while self.worker.step():
+            pass
+        return [descriptor for _, descriptor in iter(self.inbox.try_pop, None)]
+
+    def mean(self, block: Block) -> list[float]:
+        """What is in a mean's block."""
+        return np.frombuffer(self.arena.buffer(block), np.float32, 5).tolist()
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    """An agent with one worker in this process."""
+    arena = Arena.create(64 * 65536, 3, debug=True)
+    agent = Agent(arena, Outbox(arena, AGENT), Inbox(arena, AGENT), Aggregator(arena, ME))
+    yield agent
+    agent.worker = Aggregator(arena, ME)  # the old one may be in the middle of a round, with blocks mapped
+    arena.close()
+
+
+def test_updates_become_a_mean(agent: Agent) -> None:
+    """An eager leaf folds what is ready, frees it, says so; as the top it sends the mean and its weight."""
+    agent.open(1)
+    updates = [agent.update(i, weight=i) for i in (1, 3)]
+    for block in updates:
+        agent.tell(Kind.UPDATE, 1, block)
+    assert [(d.kind, d.block) for d in agent.heard()] == [(Kind.FOLDED, b.index) for b in updates]
+    assert all(agent.arena.describe(b.index)[2] == State.FREE for b in updates)
+    mean = agent.flush(1)
+    (result,) = agent.heard()
+    assert (result.kind, result.block, result.arg) == (Kind.RESULT, mean.index, 0)
+    assert agent.mean(mean) == [2.5] * 5
+    note = agent.arena.note(mean.index)
+    assert (note.weight, note.tag) == (4.0, 2)
+
+
+def test_lazy_leaf_waits_until_it_is_told(agent: Agent) -> None:
+    """A lazy leaf folds nothing before FLUSH, or PRESS, which makes it fold what it holds."""
+    agent.open(1, LAZY)
+    agent.tell(Kind.UPDATE, 1, agent.update(1))
+    assert agent.heard() == []
+    agent.tell(Kind.PRESS, 1, agent.update(0))
+    assert [d.kind for d in agent.heard()] == [Kind.FOLDED]
+    agent.tell(Kind.UPDATE, 1, agent.update(3))
+    assert agent.heard() == []
+    mean = agent.flush(1)
+    assert [d.kind for d in agent.heard()] == [Kind.FOLDED, Kind.RESULT]
+    assert agent.mean(mean) == [2.0] * 5
+
+
+def test_stale_and_doubled_descriptors_do_not_count(agent: Agent) -> None:
+    """An update counts once: its descriptor sent twice, an old one, and one of another's block are ignored."""
+    agent.open(1)
+    once, others = agent.update(5), agent.block(8, OTHER, State.READY)
+    for block in (once, once, Block(once.index, once.generation + 1, 0), others):
+        agent.tell(Kind.UPDATE, 1, block)
+    assert [d.kind for d in agent.heard()] == [Kind.FOLDED]
+    mean = agent.flush(1)
+    agent.heard()
+    assert agent.mean(mean) == [5.0] * 5
+    assert agent.arena.note(mean.index).tag == 1
+
+
+def test_manifest_says_what_the_sum_contains(agent: Agent) -> None:
+    """A committed sum names the updates of its last batch, and the higher epoch is the newer one."""
+    sums, epochs = agent.open(1), []
+    for i in range(3):
+        update = agent.update(i, weight=2)
+        agent.tell(Kind.UPDATE, 1, update)
+        agent.heard()
+        (newest,) = [b for b in sums if agent.arena.describe(b.index)[2] == State.COMMITTED]
+        mapping = agent.arena.map(newest.index, newest.generation)
+        manifest = agent.arena.manifest(mapping.address)
+        assert (manifest.num_updates, manifest.weight, manifest.batch, manifest.round) == (i + 1, 2.0 * (i + 1), 1, 1)
+        assert (manifest.blocks[0], manifest.generations[0]) == (update.index, update.generation)
+        epochs.append(manifest.epoch)
+    assert epochs == sorted(set(epochs))
+
+
+@pytest.mark.parametrize("flags", [0, LAZY], ids=["eager", "lazy"])
+@pytest.mark.parametrize("count", [0, 1, 70])
+@pytest.mark.parametrize("is_flushed", [False, True])
+def test_aborted_round_gives_everything_back(agent: Agent, flags: int, count: int, is_flushed: bool) -> None:
+    """Whenever a round is aborted, the worker lets go of every block of it and says ABORTED."""
+    free = agent.arena.free_bytes
+    blocks = [*agent.open(1, flags)]
+    (control,) = [Block(0, agent.arena.describe(0)[0], 0)]
+    for _ in range(min(count, agent.arena.free_bytes // 65536 - 1)):
+        blocks.append(agent.update(1))
+        agent.tell(Kind.UPDATE, 1, blocks[-1])
+        if count == 1:
+            agent.worker.step()
+    if is_flushed:
+        # As the top of two leaves, the other of which never sends its sum.
+        mean = agent.flush(1, leaves=2)
+        agent.worker.step()
+        agent.worker.step()
+    agent.tell(Kind.ABORT, 1, control)
+    assert agent.heard()[-1].kind == Kind.ABORTED
+    assert not agent.worker.step()
+    if is_flushed:
+        assert agent.arena.move(mean, (ME, State.WRITING), (AGENT, State.FREE))
+        blocks.append(mean)
+    for block in (control, *blocks):
+        assert agent.arena.reclaim(block), agent.arena.describe(block.index)
+    assert agent.arena.free_bytes == free
+
+
+def test_sum_that_comes_before_its_round_is_kept(agent: Agent) -> None:
+    """Another leaf's sum may overtake the OPEN of its round, which comes through another ring."""
+    other = Aggregator(agent.arena, OTHER)
+    encoded = SPEC.layout.encode(0)
+    control = agent.block(len(encoded), AGENT, State.WRITING)
+    agent.arena.buffer(control)[:] = encoded
+    block = agent.block(MANIFEST_BYTES + SPEC.layout.sum_bytes, OTHER, State.ACCUM)
+    update = agent.update(7)
+    assert agent.arena.move(update, (ME, State.READY), (OTHER, State.READY))
+    mean = agent.block(SPEC.layout.mean_bytes, ME, State.WRITING)
+    for kind, b in ((Kind.OPEN, control), (Kind.GRANT, block), (Kind.UPDATE, update), (Kind.FLUSH, mean)):
+        agent.outbox.push(OTHER, Descriptor(kind, 1, b.index, b.generation, ME << 8 | 2))
+    while other.step():
+        pass
+    agent.heard()
+    agent.open(1)
+    agent.tell(Kind.FLUSH, 1, mean, ME << 8 | 2)
+    assert agent.heard()[-1].kind == Kind.RESULT
+    assert agent.mean(mean) == [7.0] * 5
+
+
+def test_error_in_a_fold_loses_the_round_and_not_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong in a worker ends that round with RoundError; its blocks come back and the next one works."""
+    with lifl.Node("4MiB", workers=0) as node:
+        free = node.arena.free_bytes
+        with node.open_round(SPEC, expected=2) as round_:
+            with monkeypatch.context() as patch:
+                patch.setattr(fold, "fold_at", lambda *_: 1 / 0)
+                # Its traceback would keep the blocks of the fold mapped.
+                patch.setattr(logging.getLogger("lifl.aggregator"), "disabled", True)
+                round_.submit(MODEL)
+            with pytest.raises(RoundError, match="worker 1"):
+                round_.result(5)
+        assert node.arena.free_bytes == free
+        with node.open_round(SPEC, expected=1) as round_:
+            round_.submit(MODEL)
+            assert round_.result(5).num_updates == 1

@@ -1,0 +1,235 @@
+"""The rooms and the arrows between them, read from the imports; limits that keep files small; labels in the C."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = "docs/architecture.md"
+
+ALLOWED: dict[str, set[str]] = {
+    # what everybody stands on
+    "errors": set(),
+    "tensor": set(),
+    "metrics": set(),
+    "_shm_build": set(),
+    "shm": {"_shm_ffi", "errors"},
+    # the parts of a round
+    "npy": {"tensor"},
+    "admission": {"errors", "tensor"},
+    "ring": {"shm"},
+    "fold": {"shm", "tensor"},
+    "host": {"errors", "ring", "shm"},
+    "loan": {"shm", "tensor"},
+    "books": {"metrics", "shm"},
+    "result": {"metrics", "tensor"},
+    "round": {
+        *("admission", "books", "errors", "fold", "host", "loan", "metrics", "result", "ring", "shm", "tensor"),
+    },
+    # the processes
+    "aggregator": {"fold", "ring", "shm", "tensor"},
+    "nursery": {"aggregator", "errors"},
+    "runtime": {"aggregator", "errors", "host", "nursery", "ring", "round", "shm", "tensor"},
+    "embedded": {"runtime", "shm", "tensor"},
+    # Flower
+    "strategy.exchange": set(),
+    "strategy.landing": {
+        *("admission", "embedded", "errors", "metrics", "npy", "result", "round", "runtime", "tensor"),
+    },
+    "strategy.fedavg": {"errors", "metrics", "round", "runtime", "strategy.exchange", "strategy.landing"},
+    "strategy.on_the_mean": {"strategy.fedavg"},
+    "strategy.reference": {"npy", "tensor"},
+    # programs
+    "_janitor": set(),
+    "deployment": {"_janitor"},
+    "demo": {"deployment"},
+    "bench.shapes": {"tensor"},
+    "bench.pair": {"aggregator", "errors", "ring", "shm"},
+    "bench.handoff": {"bench.pair", "runtime"},
+    "bench.limits": {"bench.handoff", "bench.pair", "errors", "nursery", "ring", "runtime", "shm", "tensor"},
+    "bench.fold": {"bench.limits", "bench.shapes", "fold", "runtime", "strategy.reference", "tensor"},
+    "cli": {"bench.fold", "bench.handoff", "bench.limits", "demo", "errors", ""},
+    # the public names ("" is the package itself)
+    "": {"errors", "loan", "metrics", "result", "round", "runtime", "tensor"},
+    "bench": set(),
+    "strategy": {"strategy.fedavg", "strategy.on_the_mean"},
+}
+"""room -> rooms that it may import."""
+
+PURE = {
+    "tensor": {"attrs", "collections", "functools", "numpy", "struct", "torch", "typing"},
+    "fold": {"attrs", "collections", "fractions", "numpy", "typing"},
+    "admission": {"collections", "math", "numpy", "typing"},
+    "npy": {"attrs", "io", "numpy", "re", "typing"},
+    "metrics": {"attrs", "typing"},
+    "errors": set(),
+}
+"""room without a clock, file, process or global -> all that it may import from elsewhere."""
+
+# Name of a library -> the rooms, by prefix, that may import it.
+OWNERS = {"flwr": ("strategy.", "superlink."), "ray": ("cluster.",), "_shm_ffi": ("shm",), "multiprocess": ("nursery",)}
+
+
+def room_of(path: Path) -> str:
+    """lifl/strategy/fedavg.py is the room strategy.fedavg."""
+    parts = path.relative_to(ROOT / "lifl").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def sources() -> dict[str, Path]:
+    """Every room and its file; not the app that the demo runs, which is a user's."""
+    files = sorted((ROOT / "lifl").rglob("*.py"))
+    return {room_of(path): path for path in files if "_demo_app" not in path.parts}
+
+
+def is_for_types(node: ast.AST) -> bool:
+    """True for ``if TYPE_CHECKING:``, whose imports never run."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Every module or name that is imported below a node, functions included."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"line {child.lineno}: relative import"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif is_for_types(child):
+            assert isinstance(child, ast.If)
+            yield from imported(ast.Module(child.orelse, []))
+        else:
+            yield from imported(child)
+
+
+def arrows() -> dict[str, tuple[set[str], set[str]]]:
+    """room -> the rooms that it imports, and the outer packages."""
+    rooms, found = sources(), {}
+    for room, path in rooms.items():
+        inner, outer = set(), set()
+        for name in imported(ast.parse(path.read_text())):
+            top, _, rest = name.partition(".")
+            if top != "lifl":
+                outer.add(top)
+                continue
+            # `lifl.shm.Arena` is the room `shm`, `lifl.fold` is `fold`, `lifl.__version__` the package.
+            parts = rest.split(".")
+            while parts and ".".join(parts) not in rooms and parts != ["_shm_ffi"]:
+                parts.pop()
+            inner.add(".".join(parts))
+        found[room] = (inner, outer - {"__future__"})
+    return found
+
+
+ARROWS = arrows()
+
+
+def test_every_room_is_known() -> None:
+    """A new module is named in the table, and the table names no module that is gone."""
+    assert set(ARROWS) == set(ALLOWED), f"write a paragraph in {PAGE} about the new room, then list it in ALLOWED"
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_no_arrow_is_new(room: str) -> None:
+    """A room imports what the table says, no more and no less."""
+    inner = ARROWS[room][0]
+    assert not inner - ALLOWED[room], (
+        f"{room or 'lifl'} -> {sorted(inner - ALLOWED[room])} is a new arrow: first write a paragraph in {PAGE} "
+        "that says why, then list it in ALLOWED"
+    )
+    assert not ALLOWED[room] - inner, (
+        f"{room or 'lifl'} -> {sorted(ALLOWED[room] - inner)} is gone: take it off ALLOWED"
+    )
+
+
+def test_there_is_no_cycle() -> None:
+    """No room can reach itself; the package's own names are not a way through it."""
+    done: set[str] = set()
+
+    def visit(room: str, way: tuple[str, ...]) -> None:
+        assert room not in way, " -> ".join([*way[way.index(room) :], room])
+        if room not in done:
+            for target in sorted(ARROWS.get(room, (set(), set()))[0] - {""}):
+                visit(target, (*way, room))
+            done.add(room)
+
+    for room in ARROWS:
+        visit(room, ())
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_library_is_imported_only_by_its_owner(library: str) -> None:
+    """Flower only in the strategies and the SuperLink, cffi's module only in shm, multiprocess in the nursery."""
+    importers = {room for room, (inner, outer) in ARROWS.items() if library in inner | outer}
+    assert {room for room in importers if not room.startswith(OWNERS[library])} == set()
+
+
+@pytest.mark.parametrize("room", PURE)
+def test_pure_room_touches_nothing(room: str) -> None:
+    """The arithmetic and the rules import no clock, file, process, thread or socket."""
+    assert ARROWS[room][1] <= PURE[room]
+
+
+@pytest.mark.parametrize("room", ["fold", "admission", "tensor", "npy"])
+def test_pure_room_has_no_global_state(room: str) -> None:
+    """Nor do they write to a global."""
+    tree = ast.parse(sources()[room].read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Global, ast.Nonlocal))]
+
+
+# ---------------------------------------------------------------- files
+
+LONGER = {"round": 440, "shm": 420}
+"""Rooms that are over the limit and wait to be split by noun; each at most so long."""
+
+
+@pytest.mark.parametrize("room", sorted(sources()))
+def test_python_file_is_small(room: str) -> None:
+    """A Python file has at most 400 lines."""
+    lines = len(sources()[room].read_text().splitlines())
+    assert lines <= LONGER.get(room, 400), "split it by noun"
+    assert room not in LONGER or lines > 400, "take it off LONGER"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lifl").glob("_*.[ch]")), ids=lambda path: path.name)
+def test_c_file_is_small(path: Path) -> None:
+    """A C file has at most 1,200 lines. The build's own output is not one of them."""
+    if path.name != "_shm_ffi.c":
+        assert len(path.read_text().splitlines()) <= 1200
+
+
+def test_both_ends_of_an_ordering_are_labelled() -> None:
+    """Each ``SYNC: <label>`` in the C core occurs at least twice: an ordering has two ends."""
+    labels = re.findall(r"SYNC: ([a-z-]+)", (ROOT / "lifl" / "_shm.c").read_text())
+    assert labels
+    assert not {label for label in labels if labels.count(label) < 2}
+
+
+def test_every_atomic_names_its_order() -> None:
+    """No atomic is accessed with the default order, and nothing is volatile."""
+    code = re.sub(r"/\*.*?\*/", "", (ROOT / "lifl" / "_shm.c").read_text(), flags=re.DOTALL)
+    assert not re.findall(r"atomic_(?:load|store|exchange|fetch_\w+|compare_exchange_(?:weak|strong))\s*\(", code)
+    assert not re.findall(r"(?<!__)\bvolatile\b", code)
+
+
+def test_no_tracked_file_names_a_package_index() -> None:
+    """Where packages come from is the business of the machine that installs them."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    # Put together here, or this file would name them.
+    hosts = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org"))]
+    hosts += ["-".join(("index", "url")), "-".join(("pypi", "more")), ".".join(("anaconda", "org"))]
+    naming = []
+    for name in filter(None, tracked.stdout.decode().split("\0")):
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink():
+            text = path.read_bytes().decode(errors="replace")
+            naming += [f"{name}: {host}" for host in hosts if host in text]
+    assert not naming
