@@ -27,7 +27,7 @@ from lifl.fold import (
     merge,
     tolerance,
 )
-from lifl.tensor import CODES, DTYPES, Array, Layout, Segment, Tensor, TensorSpec
+from lifl.tensor import DTYPES, Array, Layout, Segment, Tensor, TensorSpec
 
 Model = Mapping[str, Array]
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8")

@@ -65,12 +65,14 @@ def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     return array
 
 
+@settings(deadline=None)
 @given(arrays())
 def test_encode_is_what_numpy_saves(array: np.ndarray[Any, Any]) -> None:
     """Whatever the dtype, shape and memory order, encode gives the bytes of np.save."""
     assert npy.encode(array) == saved(array)
 
 
+@settings(deadline=None)
 @given(arrays())
 def test_view_is_what_numpy_loads(array: np.ndarray[Any, Any]) -> None:
     """A view has the dtype, shape and bits that np.load gives, Fortran order included."""
@@ -240,6 +242,7 @@ def agrees_with_numpy(data: bytes) -> None:
     assert (view.dtype, view.shape, view.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 @example(b"\x93NUMPY\x02\x00\x00\x00")
 def test_any_bytes_are_read_as_numpy_does_or_refused(data: bytes) -> None:
@@ -247,7 +250,7 @@ def test_any_bytes_are_read_as_numpy_does_or_refused(data: bytes) -> None:
     agrees_with_numpy(data)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(arrays(), st.data())
 def test_a_damaged_stream_is_read_as_numpy_does_or_refused(array: np.ndarray[Any, Any], data: st.DataObject) -> None:
     """Flipped, removed, repeated and foreign bytes anywhere raise ValueError, or NumPy reads the same."""
@@ -270,6 +273,7 @@ def test_a_damaged_stream_is_read_as_numpy_does_or_refused(array: np.ndarray[Any
     agrees_with_numpy(bytes(stream))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(NUMPY_NAMES),
     st.lists(st.integers(0, 2**65), max_size=70),

@@ -66,7 +66,8 @@ class RoundOptions:
     timing : {"eager", "lazy"}
         Fold each update when it is there, or all when the last is.
     order : {"any", "flower"}
-        ``"flower"``: Flower's result bit by bit, from the replies in their order of arrival.
+        ``"flower"``: Flower's result bit by bit, from the replies in their order of arrival. It keeps all
+        of them in memory, in the arena and as they came, until the round ends.
     node : lifl.Node, optional
         Where to fold. Default: the process's own, made on first use and closed at exit.
     """

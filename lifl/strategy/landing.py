@@ -97,6 +97,7 @@ class Landing:
         self._model: TensorSpec | None = None
         self._round: Round | None = None
         self._seen: list[_Seen] = []
+        self._nodes: dict[int, int] = {}  # id of a reply -> node that was asked
         self._names: Counter[str] = Counter()
         self._late: list[str] = []
         if spec is not None:
@@ -105,7 +106,7 @@ class Landing:
     def follow(self, before: Landing, replies: list[Message]) -> None:
         """Takes over what an earlier landing of the same round knows of those who are not in `replies`."""
         again = {id(reply) for reply in replies}
-        self.expected, self._late = before.expected, before._late
+        self.expected, self._late, self._nodes = before.expected, before._late, before._nodes
         self._seen = [seen for seen in before._seen if seen.refusal is not None and id(seen.reply) not in again]
         # What the user's code has changed need not look like the model that was sent.
         self._model = before._spec if before.is_of(replies) else None
@@ -114,6 +115,7 @@ class Landing:
 
     def take(self, reply: Message, node_id: int) -> Message:
         """Lands one reply of a node; returns it, or the error reply that takes its place."""
+        self._nodes[id(reply)] = node_id
         return self._settle(reply, self._parse(reply, str(node_id)))
 
     def take_all(self, replies: list[Message]) -> list[Message]:
@@ -121,7 +123,8 @@ class Landing:
 
         The round's dtypes and shapes are those of most replies.
         """
-        parsed = [self._parse(reply, str(reply.metadata.src_node_id)) for reply in replies]
+        nodes = [self._nodes.get(id(reply), reply.metadata.src_node_id) for reply in replies]
+        parsed = [self._parse(reply, str(node_id)) for reply, node_id in zip(replies, nodes, strict=True)]
         specs = [TensorSpec.from_arrays(p.views) for p in parsed if isinstance(p, _Update)]
         votes = Counter(frozenset(spec.tensors) for spec in specs)
         self._spec = max(specs, key=lambda spec: votes[frozenset(spec.tensors)], default=None)

@@ -93,6 +93,7 @@ BAD: dict[str, tuple[RecordDict | Error, str, str]] = {
     "weight NaN": (content(MODEL, float("nan")), "weight", "the weight is nan"),
     "weight Inf": (content(MODEL, float("inf")), "weight", "the weight is inf"),
     "weight 0": (content(MODEL, 0), "weight", "the weight is 0.0"),
+    "weight 1e300": (content(MODEL, 1e300), "weight", "the weight is 1e+300"),
     "negative weight": (content(MODEL, -3), "weight", "the weight is -3.0"),
     "weights": (content(MODEL, [1, 2]), "weight", "the weight is a list"),
     "no weight": (content(MODEL, None, loss=1.0), "weight", "no 'num-examples' among the metrics ['loss']"),
