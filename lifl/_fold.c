@@ -120,16 +120,21 @@ INLINE struct pair pair_of_product(double w, int64_t x) {
   return pair_add(two_product(w, high), two_product(w, low));
 }
 
-INLINE int64_t pair_round(struct pair s, double weight) {
+/* s / (weight + low), to the nearest integer, ties to even, kept inside int64. */
+INLINE int64_t pair_round(struct pair s, double weight, double low) {
   double q = s.high / weight;
   struct pair back = two_product(q, weight);
-  double rest = ((s.high - back.high) - back.low + s.low) / weight;
-  if (q >= 0x1p63) return INT64_MAX;
+  double rest = ((s.high - back.high) - back.low + s.low - q * low) / weight;
+  if (q > 0x1p63) return INT64_MAX;
   if (q < -0x1p63) return INT64_MIN;
-  double f = floor(q), part = (q - f) + rest, step = rint(part);
-  int64_t whole = f >= 0x1p63 ? INT64_MAX : (int64_t)f;
-  if (fabs(part - floor(part) - 0.5) == 0.0) step = floor(part) + ((whole + (int64_t)floor(part)) % 2 != 0);
-  return step > 0 && whole > INT64_MAX - (int64_t)step ? INT64_MAX : whole + (int64_t)step;
+  double f = floor(q), part = (q - f) + rest;
+  int64_t whole = f == 0x1p63 ? INT64_MAX : (int64_t)f;
+  if (f == 0x1p63) part += 1; /* 2^63 is no int64: count from the one below */
+  double under = floor(part), step = rint(part);
+  if (part - under == 0.5) step = under + (double)(((uint64_t)whole + (uint64_t)(int64_t)under) & 1);
+  if (step > 0 && whole > INT64_MAX - (int64_t)step) return INT64_MAX;
+  if (step < 0 && whole < INT64_MIN - (int64_t)step) return INT64_MIN;
+  return whole + (int64_t)step;
 }
 
 /* ---------------------------------------------------------------- one element of each dtype */
@@ -287,31 +292,34 @@ int lifl_fold(uint32_t dtype, void *sum, const void *previous, const void *const
   }
 DTYPES(FINISH, )
 
-INLINE int finish_i64(int64_t *mean, const struct pair *const *sums, uint32_t n, double weight, uint64_t count) {
+INLINE int finish_i64(int64_t *mean, const struct pair *const *sums, uint32_t n, double weight, double low,
+                      uint64_t count) {
   for (uint64_t i = 0; i < count; i++) {
     struct pair s = sums[0][i];
     for (uint32_t k = 1; k < n; k++) s = pair_add(s, sums[k][i]);
-    mean[i] = pair_round(s, weight);
+    mean[i] = pair_round(s, weight, low);
   }
   return LIFL_OK;
 }
 
 #define FINISH_CASE(CODE, T, ...) \
   case CODE: return finish_##T(mean, (const double *const *)sums, n, weight, count);
-#define DEFINE_FINISH(WIDTH, TARGET)                                                                         \
+#define DEFINE_FINISH(WIDTH, TARGET)                                                                               \
   TARGET static int finish_##WIDTH(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight, \
-                                   uint64_t count) {                                                         \
-    switch (dtype) {                                                                                         \
-      DTYPES(FINISH_CASE, )                                                                                  \
-    case LIFL_INT64: return finish_i64(mean, (const struct pair *const *)sums, n, weight, count);            \
-    default: return LIFL_EINVAL;                                                                             \
-    }                                                                                                        \
+                                   double low, uint64_t count) {                                                   \
+    switch (dtype) {                                                                                               \
+      DTYPES(FINISH_CASE, )                                                                                        \
+    case LIFL_INT64: return finish_i64(mean, (const struct pair *const *)sums, n, weight, low, count);             \
+    default: return LIFL_EINVAL;                                                                                   \
+    }                                                                                                              \
   }
 WIDTHS(DEFINE_FINISH)
 
-int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight, uint64_t count) {
+/* `weight_low` matters for int64 alone, whose sums are that exact. */
+int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight, double weight_low,
+                uint64_t count) {
   if (n == 0 || !(weight > 0)) return LIFL_EINVAL;
-  CALL(finish, dtype, mean, sums, n, weight, count)
+  CALL(finish, dtype, mean, sums, n, weight, weight_low, count)
 }
 
 /* ---------------------------------------------------------------- Flower's mean, bit by bit */

@@ -280,6 +280,7 @@ static uint32_t find_run(const lifl_arena *a, uint32_t units, uint32_t from, uin
 int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
                      uint32_t *generation) {
   if (!a->used || owner >= a->h.participants) return LIFL_EINVAL;
+  if (nbytes > (uint64_t)a->free_units * UNIT_BYTES) return LIFL_FULL;
   uint64_t wanted = nbytes ? (nbytes + UNIT_BYTES - 1) / UNIT_BYTES : 1;
   if (wanted > a->free_units) return LIFL_FULL;
   uint32_t units = (uint32_t)wanted, head = NONE;
@@ -330,9 +331,11 @@ int lifl_block_reclaim(lifl_arena *a, uint32_t block, uint32_t generation, int p
   uint64_t w = atomic_load_explicit(&e->word, memory_order_acquire);
   if (word_generation(w) != generation || !bit(a->used, block)) return LIFL_STALE;
   if (word_state(w) != LIFL_FREE && word_owner(w) != 0) return LIFL_STALE; /* somebody still works on it */
-  /* SYNC: block-word. Acquire as well: the owner's last reads happen before the bytes are reused. */
-  if (!atomic_compare_exchange_strong_explicit(&e->word, &w, pack(generation, 0, LIFL_FREE), memory_order_acq_rel,
-                                               memory_order_relaxed))
+  /* SYNC: block-word. Acquire as well: the owner's last reads happen before the bytes are reused. The
+   * generation rises here too: this unit may soon lie in the middle of a block of another name, and
+   * a descriptor of the old one must not read that. */
+  if (!atomic_compare_exchange_strong_explicit(&e->word, &w, pack(generation + 1, 0, LIFL_FREE),
+                                               memory_order_acq_rel, memory_order_relaxed))
     return LIFL_STALE;
   for (uint32_t i = block; i != NONE;) {
     uint32_t n = a->table[i].units, next = a->table[i].next;

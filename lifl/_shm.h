@@ -2,7 +2,7 @@
  * `_Atomic`) and included by _shm.c. Every function is safe to call without the GIL.
  *
  * Two kinds of number cross this seam: a *unit* is LIFL_UNIT_BYTES of the arena and names a block by
- * its first unit; a *generation* rises each time a block is allocated, so that an old descriptor of
+ * its first unit; a *generation* rises each time a block is allocated or reclaimed, so that an old descriptor of
  * a recycled block fails instead of reading another update's bytes. */
 #ifndef LIFL_SHM_H
 #define LIFL_SHM_H
@@ -67,6 +67,7 @@ typedef struct {
   uint64_t epoch;        /* the higher of two committed sums of one leaf is the newer */
   uint64_t num_updates;  /* in the sum, all batches */
   double weight;         /* of the sum, all batches */
+  double weight_low;     /* what float64 cannot hold of it: weight + weight_low is exact to 2^-106 */
   uint32_t batch;        /* inputs of the last batch, listed below */
   uint32_t round;
   uint32_t blocks[64];
@@ -117,7 +118,8 @@ uint64_t lifl_sum_bytes(uint32_t dtype);
 int64_t lifl_copy_finite(uint32_t dtype, void *target, const void *source, uint64_t count);
 int lifl_fold(uint32_t dtype, void *sum, const void *previous, const void *const *updates,
               const double *weights, uint32_t n, uint64_t count);
-int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight, uint64_t count);
+int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight,
+                double weight_low, uint64_t count);
 int lifl_flower(uint32_t dtype, void *mean, const void *const *updates, const double *factors, uint32_t n,
                 uint64_t count);
 

@@ -37,7 +37,7 @@ class _Sum:
 
     block: Block
     mapping: Mapping
-    weight: float = 0.0
+    weight: tuple[float, float] = (0.0, 0.0)
     num_updates: int = 0
 
 
@@ -190,11 +190,12 @@ class Aggregator:
             weights,
         )
         task.epoch += 1
-        target.weight = (source.weight if source else 0.0) + sum(weights)
+        target.weight = fold.add_weights(source.weight if source else (0.0, 0.0), weights)
         target.num_updates = (source.num_updates if source else 0) + len(batch)
         manifest = self._arena.manifest(target.mapping.address)
         manifest.round, manifest.epoch, manifest.batch = task.round, task.epoch, len(batch)
-        manifest.weight, manifest.num_updates = target.weight, target.num_updates
+        manifest.weight, manifest.weight_low = target.weight
+        manifest.num_updates = target.num_updates
         for i, block in enumerate(batch):
             manifest.blocks[i], manifest.generations[i] = block.index, block.generation
         # The commit: from here on the batch counts.
@@ -242,13 +243,13 @@ class Aggregator:
         sums = [self._arena.map(b.index, b.generation) for b in blocks]
         manifests = [self._arena.manifest(s.address) for s in sums]
         mean = self._arena.map(flush.block, flush.generation)
-        weight = sum(m.weight for m in manifests)
+        weight = fold.add_weights((0.0, 0.0), [part for m in manifests for part in (m.weight, m.weight_low)])
         at = self._manifest_bytes
         finite = fold.finish_at(task.layout, mean.address, [s.address + at for s in sums], weight)
         num_updates = sum(m.num_updates for m in manifests)
         for mapping in sums:
             mapping.close()
-        self._send_mean(task, flush, mean, begin, weight, num_updates, finite)
+        self._send_mean(task, flush, mean, begin, weight[0], num_updates, finite)
 
     def _flower(self, task: _Task) -> bool:
         """Everything at once, in the order it came: the agent has put each factor in the note's weight."""

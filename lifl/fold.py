@@ -8,6 +8,7 @@ bit. FedAvg: McMahan et al., AISTATS 2017, algorithm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from lifl import shm
+from lifl import kernels
 from lifl.tensor import CODES, NUMPY_DTYPES, Array, Layout, TensorSpec, dtype_name
 
 MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
@@ -34,16 +35,25 @@ def fold_at(layout: Layout, total: int, previous: int | None, updates: Sequence[
         if s.count:
             before = None if previous is None else previous + s.sum_offset
             inputs = [u + s.update_offset for u in updates]
-            shm.fold(CODES[s.dtype], total + s.sum_offset, before, inputs, weights, s.count)
+            kernels.fold(CODES[s.dtype], total + s.sum_offset, before, inputs, weights, s.count)
 
 
-def finish_at(layout: Layout, mean: int, sums: Sequence[int], weight: float) -> bool:
+def add_weights(weight: tuple[float, float], more: Sequence[float]) -> tuple[float, float]:
+    """A sum of weights as a pair of floats, nearest float64 first: exact to about 2^-106."""
+    try:
+        high = math.fsum((*weight, *more))
+    except OverflowError:  # only without admission, which bounds weights
+        return math.inf, 0.0
+    return high, math.fsum((*weight, *more, -high))
+
+
+def finish_at(layout: Layout, mean: int, sums: Sequence[int], weight: tuple[float, float]) -> bool:
     """Mean at `mean` = (sum of the sums) / `weight`; false if a mean left the range of its dtype."""
     finite = True
     for s in layout.segments:
         if s.count:
             inputs = [t + s.sum_offset for t in sums]
-            finite &= shm.finish(CODES[s.dtype], mean + s.mean_offset, inputs, weight, s.count)
+            finite &= kernels.finish(CODES[s.dtype], mean + s.mean_offset, inputs, weight, s.count)
     return finite
 
 
@@ -52,7 +62,7 @@ def flower_at(layout: Layout, mean: int, updates: Sequence[int], factors: Sequen
     for s in layout.segments:
         if s.count:
             inputs = [u + s.update_offset for u in updates]
-            shm.flower(CODES[s.dtype], mean + s.mean_offset, inputs, factors, s.count)
+            kernels.flower(CODES[s.dtype], mean + s.mean_offset, inputs, factors, s.count)
 
 
 # ---------------------------------------------------------------- over arrays: state first, then input
@@ -64,7 +74,7 @@ class Sum:
 
     spec: TensorSpec
     buffer: Array | None = None
-    weight: float = 0.0
+    weight: tuple[float, float] = (0.0, 0.0)
     num_updates: int = 0
 
 
@@ -83,17 +93,18 @@ def fold(state: Sum, updates: Sequence[Mapping[str, Array]], weights: Sequence[f
     layout = state.spec.layout
     packed = [_pack(state.spec, update) for update in updates]
     buffer = np.empty(layout.sum_bytes, np.uint8)
-    before = None if state.buffer is None else shm.address_of(state.buffer)
-    fold_at(layout, shm.address_of(buffer), before, [shm.address_of(p) for p in packed], weights)
-    return Sum(state.spec, buffer, state.weight + sum(weights), state.num_updates + len(updates))
+    before = None if state.buffer is None else kernels.address_of(state.buffer)
+    fold_at(layout, kernels.address_of(buffer), before, [kernels.address_of(p) for p in packed], weights)
+    return Sum(state.spec, buffer, add_weights(state.weight, weights), state.num_updates + len(updates))
 
 
 def merge(state: Sum, *others: Sum) -> dict[str, Array]:
     """The mean over several partial sums, as the top of a tree computes it."""
     sums = [s for s in (state, *others) if s.buffer is not None]
     mean = np.zeros(state.spec.layout.mean_bytes, np.uint8)
-    addresses = [shm.address_of(s.buffer) for s in sums]
-    finish_at(state.spec.layout, shm.address_of(mean), addresses, sum(s.weight for s in sums))
+    addresses = [kernels.address_of(s.buffer) for s in sums]
+    total = add_weights((0.0, 0.0), [part for s in sums for part in s.weight])
+    finish_at(state.spec.layout, kernels.address_of(mean), addresses, total)
     return state.spec.views(mean)
 
 
@@ -106,7 +117,9 @@ def flower_mean(spec: TensorSpec, updates: Sequence[Mapping[str, Array]], weight
     """Flower's mean of `updates` in this order, bit by bit (``aggregate_arrayrecords``)."""
     packed = [_pack(spec, update) for update in updates]
     mean = np.zeros(spec.flower_layout.mean_bytes, np.uint8)
-    flower_at(spec.flower_layout, shm.address_of(mean), [shm.address_of(p) for p in packed], flower_factors(weights))
+    flower_at(
+        spec.flower_layout, kernels.address_of(mean), [kernels.address_of(p) for p in packed], flower_factors(weights)
+    )
     return spec.flower_views(mean)
 
 

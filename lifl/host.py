@@ -25,6 +25,10 @@ class Host(Protocol):
     def pump(self) -> None:
         """Without workers: does the work that is there, now."""
 
+    @property
+    def is_foreign(self) -> bool:
+        """True in a fork of the Node's process, where nothing of it may be used, its lock neither."""
+
     def check_workers(self) -> None:
         """Raises PeerGoneError if one is gone."""
 

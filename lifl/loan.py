@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from lifl import shm
+from lifl import kernels
 from lifl.shm import Lease
 from lifl.tensor import Array, TensorSpec, torch_views
 
@@ -25,6 +25,9 @@ class Lender(Protocol):
 
     def returned(self, loan: Loan) -> None:
         """The loan ended unsent."""
+
+    def dropped(self, client_id: str) -> None:
+        """The loan was collected unsent. Called by the garbage collector: takes no lock."""
 
 
 class Loan:
@@ -55,7 +58,7 @@ class Loan:
     @property
     def address(self) -> int:
         """Where the block begins in this process, for those who write it through another library."""
-        return shm.address_of(self.lease.buffer)
+        return kernels.address_of(self.lease.buffer)
 
     def send(self, weight: float) -> None:
         """Submits what was written. The memory is the round's from here on; arrays become read-only.
@@ -92,6 +95,12 @@ class Loan:
         for view in (self._arrays or {}).values():
             view.flags.writeable = False
         self._arrays = None
+
+    def __del__(self) -> None:
+        # Dropped unsent and unreleased. No lock may be taken here, so others finish it.
+        if self.lease.is_live:
+            self.lease.forget()
+            self._lender.dropped(self.client_id)
 
     def __enter__(self) -> Loan:
         return self

@@ -11,6 +11,7 @@ then ends its workers; the kernel kills the workers if the nursery is killed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -41,11 +42,20 @@ class Nursery:
         # One BLAS thread: NumPy would start one per core at import, and a process with threads must
         # not fork. Workers do not use BLAS.
         env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", BOOT, json.dumps(sys.path), *map(str, fds), str(int(spin_s * 1e9))]
+        # Only strings: Python ignores anything else on its path. -P keeps the working directory off it.
+        path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
+        numbers = (*fds, int(spin_s * 1e9), os.getpid())
+        command = [sys.executable, "-P", "-c", BOOT, path, *map(str, numbers)]
         # A process group of its own: Ctrl-C in the terminal is the agent's business, from the first
         # instruction on.
         with theirs:
-            self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=env, process_group=0)
+            try:
+                self._process = subprocess.Popen(
+                    command, pass_fds=fds, stdin=subprocess.DEVNULL, env=env, process_group=0
+                )
+            except OSError as error:
+                self._socket.close()
+                raise PeerGoneError(f"{sys.executable!r} cannot be run to start workers: {error}") from error
 
     def start_worker(self, me: int) -> tuple[int, int]:
         """Forks the worker that is participant `me`; its pid and a pidfd of it, which the caller closes.
@@ -69,6 +79,9 @@ class Nursery:
 
     def close(self) -> None:
         """Ends the nursery and with it every worker; returns when they are gone."""
+        # Not only closed: a fork of the user's process may hold a copy.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         try:
             self._process.wait(STOP_GRACE_S + 3)
@@ -80,8 +93,8 @@ class Nursery:
 # ---------------------------------------------------------------- in the clean process
 
 
-def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int) -> None:
-    """Forks workers as asked until the agent's end of the socket closes, then ends them."""
+def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: int) -> None:
+    """Forks workers as asked until the agent is gone or closes its end of the socket, then ends them."""
     import multiprocess
 
     from lifl import aggregator
@@ -95,10 +108,19 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int) -> None:
         control.close()  # else the agent's death would go unnoticed while a worker lives
         aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9)
 
+    try:
+        agent = os.pidfd_open(agent_pid)
+    except ProcessLookupError:
+        return
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
+        # The socket alone does not tell: a fork of the agent may hold a copy of its end.
+        selector.register(agent, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
+                if key.fileobj == agent:
+                    end(workers)
+                    return
                 if key.fileobj is not control:  # a worker ended: reap it
                     selector.unregister(key.fileobj)
                     key.data.join()

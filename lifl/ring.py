@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -112,9 +113,13 @@ class Inbox:
 
 
 class Outbox:
-    """Rings from one participant to all, with what did not fit kept in order until it does."""
+    """Rings from one participant to all, with what did not fit kept in order until it does.
 
-    def __init__(self, arena: Arena, me: int) -> None:
+    `on_backlog` is called when something has to wait, so that somebody calls ``flush`` soon.
+    """
+
+    def __init__(self, arena: Arena, me: int, on_backlog: Callable[[], None] | None = None) -> None:
+        self._on_backlog = on_backlog
         self._ends = [Producer(arena, me, target) for target in range(arena.participants)]
         self._backlog: list[deque[Descriptor]] = [deque() for _ in self._ends]
 
@@ -123,6 +128,8 @@ class Outbox:
         waiting = self._backlog[target]
         if waiting or not self._ends[target].try_push(descriptor):
             waiting.append(descriptor)
+            if self._on_backlog is not None:
+                self._on_backlog()
 
     def flush(self) -> bool:
         """Sends what waits, as far as there is room; true if nothing is left."""

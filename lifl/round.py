@@ -7,25 +7,24 @@ no ring; its host (a Node) carries descriptors to and from it, with the host's l
 from __future__ import annotations
 
 import errno
-import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
-
-from lifl import admission, fold, shm
+from lifl import admission, fold
 from lifl.books import Books, Update
-from lifl.errors import AdmissionError, ArenaCorruptError, RoundError
+from lifl.errors import AdmissionError, ArenaCorruptError, LeaseError, RoundError
 from lifl.host import WAIT_CAP_S, Host, wait_for_block
+from lifl.intake import copy_in, look_for_nonfinite
 from lifl.loan import Loan
 from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
 from lifl.ring import Descriptor, Kind
 from lifl.shm import AGENT, Block, Lease, State
-from lifl.tensor import CODES, Array, TensorSpec
+from lifl.tensor import TensorSpec
 
 Timing = Literal["eager", "lazy"]
 Order = Literal["any", "flower"]
@@ -64,6 +63,8 @@ class Round:
         self._loans: dict[str, int] = {}  # client -> the thread that holds its loan
         self._acks: set[int] = set()
         self._unnamed = 0
+        self._dropped: deque[str] = deque()
+        self._ended: Descriptor | None = None  # the top's word, until every leaf's has been heard
         self._result: RoundResult | None = None
 
     # ------------------------------------------------------------ updates in
@@ -106,30 +107,13 @@ class Round:
             raise
         with self.loan(who, timeout=timeout) as loan:
             begin = time.monotonic()
-            base = loan.address
-            for name, code, offset, count in self.spec.offsets:
-                bad = self._copy(arrays[name], loan, name, code, base + offset, count)
-                if bad >= 0:
-                    value = float(_bits_as_float(arrays[name], code).flat[bad])
-                    refusal = admission.refuse_value(who, name, bad, value)
-                    self.reject(refusal)
-                    raise refusal
-            self._books.land_s += time.monotonic() - begin
             try:
+                copy_in(self.spec, arrays, loan)
+                self._books.land_s += time.monotonic() - begin
                 self._count(loan, weight)
-            except AdmissionError as refusal:  # the round was completed meanwhile
+            except AdmissionError as refusal:
                 self.reject(refusal)
                 raise
-
-    def _copy(self, array: Any, loan: Loan, name: str, code: int, target: int, count: int) -> int:
-        """Copies one array to its place; the flat index of its first non-finite element, or -1."""
-        if count == 0:
-            return -1
-        array = _as_numpy(array)
-        if array.flags.c_contiguous:
-            return shm.copy_finite(code, target, array.ctypes.data, count)
-        loan.arrays[name][...] = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-        return shm.copy_finite(code, target, target, count)
 
     def loan(self, client_id: object = None, *, timeout: float | None = None) -> Loan:
         """Room for one update, to be written in place: see :class:`Loan`.
@@ -145,29 +129,50 @@ class Round:
         """
         who = self._name(client_id)
         host = self._host
-        with host.changed:
+        with self._locked():
             try:
                 self._check_open(who)
             except AdmissionError as error:
                 self.reject(error)
                 raise
             block = wait_for_block(host, self.spec.layout.update_bytes, timeout, f"an update of client {who}")
-            self._check_open(who)
+            try:
+                self._check_open(who)  # the wait may have been long
+            except AdmissionError as error:
+                host.arena.reclaim(block)
+                self.reject(error)
+                raise
             self._clients.add(who)
             self._loans[who] = threading.get_ident()
         return Loan(self, who, Lease(host.arena, block))
 
     def reject(self, error: AdmissionError) -> None:
         """Puts a refusal into the report, also one decided elsewhere (an error reply, a bad format)."""
-        with self._host.changed:
+        with self._locked():
             self._books.rejected.append(Rejection(error.client_id, error.rule, error.reason))
 
     def _name(self, client_id: object) -> str:
         if client_id is not None:
             return str(client_id)
-        with self._host.changed:
+        with self._locked():
             self._unnamed += 1
             return f"#{self._unnamed}"
+
+    def _locked(self) -> threading.Condition:
+        """The host's lock. In a fork it may be held by a thread that is not there, so that is told first."""
+        if self._host.is_foreign:
+            self._host.check_workers()
+        while self._dropped:
+            self._forget_loan(self._dropped.popleft())
+        return self._host.changed
+
+    def _forget_loan(self, client_id: str) -> None:
+        self._loans.pop(client_id, None)
+        self._clients.discard(client_id)
+
+    def dropped(self, client_id: str) -> None:
+        """A loan was collected unsent; may be called by the garbage collector at any moment."""
+        self._dropped.append(client_id)
 
     def _check_open(self, who: str) -> None:
         if who in self._clients:
@@ -182,20 +187,16 @@ class Round:
 
     def returned(self, loan: Loan) -> None:
         """A loan ended unsent: its client may try again."""
-        with self._host.changed:
-            del self._loans[loan.client_id]
-            self._clients.discard(loan.client_id)
+        with self._locked():
+            self._forget_loan(loan.client_id)
             self._host.changed.notify_all()
 
     def take_back(self, loan: Loan, weight: float) -> None:
         """A loan was written in place: looks for NaN and Inf, then counts it (see ``Loan.send``)."""
-        address = loan.address  # raises if the loan has ended
+        if not loan.lease.is_live:
+            raise LeaseError("the loan has been sent or released before")
         try:
-            for name, code, offset, count in self.spec.offsets:
-                bad = shm.copy_finite(code, address + offset, address + offset, count)
-                if bad >= 0:
-                    value = float(_bits_as_float(loan.arrays[name], code).flat[bad])
-                    raise admission.refuse_value(loan.client_id, name, bad, value)
+            look_for_nonfinite(self.spec, loan)
             self._count(loan, admission.check_weight(loan.client_id, weight))
         except AdmissionError as refusal:
             self.reject(refusal)
@@ -204,7 +205,7 @@ class Round:
 
     def _count(self, loan: Loan, weight: float) -> None:
         host, block = self._host, loan.lease.block
-        with host.changed:
+        with self._locked():
             self._check_phase(loan.client_id)
             update = Update(loan.client_id, weight, block, self._books.now_s())
             note = host.arena.note(block.index)
@@ -260,7 +261,7 @@ class Round:
 
     def close_early(self) -> None:
         """Takes no more updates: the result is made of those that are in. Harmless when complete."""
-        with self._host.changed:
+        with self._locked():
             if self._phase == "open":
                 if self._books.updates:
                     self._flush()
@@ -285,7 +286,7 @@ class Round:
             If a worker died.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._host.changed:
+        with self._locked():
             while self._phase in ("open", "folding"):
                 self._host.check_workers()
                 left = WAIT_CAP_S if deadline is None else deadline - time.monotonic()
@@ -302,7 +303,7 @@ class Round:
 
     def report(self) -> RoundReport:
         """The books as they stand now; final once there is a result."""
-        with self._host.changed:
+        with self._locked():
             return self._books.report(self.number, self.expected, self.timing, self.order, self._error)
 
     # ------------------------------------------------------------ what workers say; the host holds the lock
@@ -312,7 +313,7 @@ class Round:
         if d.kind == Kind.FOLDED:
             self._folded(sender, d)
         elif d.kind == Kind.RESULT:
-            self._finished(d)
+            self._ended = d
         elif d.kind == Kind.ABORTED:
             self._acks.add(sender)
         elif d.kind == Kind.FAILED:
@@ -321,6 +322,10 @@ class Round:
                     f"round {self.number}: worker {sender} failed; its traceback is in this process's standard error"
                 )
             )
+        # The top may be heard before another leaf has told all that it folded.
+        if self._ended is not None and not any(self._outstanding.values()):
+            self._finished(self._ended)
+            self._ended = None
 
     def _folded(self, sender: int, d: Descriptor) -> None:
         update = self._by_block.pop((d.block, d.generation), None)
@@ -372,7 +377,9 @@ class Round:
         Loans that are still out end at their ``send`` or ``release``. The result stays valid.
         """
         host = self._host
-        with host.changed:
+        if host.is_foreign:
+            return
+        with self._locked():
             if self._phase == "closed":
                 return
             is_done = self._phase == "done"
@@ -383,7 +390,7 @@ class Round:
         if not is_done:
             host.pump()
             self._take_back()
-        with host.changed:
+        with self._locked():
             self._phase = "closed"
             self._result = None  # who asked for it has it; a kept Round must not pin its memory
             host.forget(self.number)
@@ -392,7 +399,7 @@ class Round:
     def _take_back(self) -> None:
         """Waits until no worker touches the round any more, then reclaims what it had."""
         host, deadline = self._host, time.monotonic() + CLOSE_TIMEOUT_S
-        with host.changed:
+        with self._locked():
             while self._acks < set(self._leaves):
                 try:
                     host.check_workers()
@@ -418,20 +425,3 @@ class Round:
 
     def __repr__(self) -> str:
         return f"<Round {self.number}: {len(self._books.updates)} of {self.expected} updates, {self._phase}>"
-
-
-def _as_numpy(array: Any) -> Array:
-    """The same memory as a NumPy array; of a torch tensor too if it is on the CPU."""
-    if not hasattr(array, "detach"):
-        return np.asarray(array)
-    tensor = array.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":
-        tensor = tensor.view(sys.modules["torch"].uint16)
-    return np.asarray(tensor.numpy())
-
-
-def _bits_as_float(array: Any, code: int) -> Array:
-    values = _as_numpy(array)
-    if code == CODES["bfloat16"]:
-        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return values

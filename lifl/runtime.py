@@ -98,6 +98,7 @@ class Node:
         self._rounds: dict[int, Round] = {}
         self._number = 0
         self._is_closed = False
+        self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
         self._pids: dict[int, tuple[int, int]] = {}  # pidfd -> participant, pid
         self._nursery: Nursery | None = None
@@ -106,7 +107,9 @@ class Node:
         self._bell = Bell()
         try:
             self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
-            self.outbox, self._inbox = Outbox(self.arena, AGENT), Inbox(self.arena, AGENT)
+            # The agent's thread sends what did not fit; it may be asleep.
+            self.outbox = Outbox(self.arena, AGENT, on_backlog=self._bell.ring)
+            self._inbox = Inbox(self.arena, AGENT)
             if workers:
                 self._start_workers()
             else:
@@ -187,14 +190,19 @@ class Node:
                 self._drain()
                 self.outbox.flush()
 
+    @property
+    def is_foreign(self) -> bool:
+        """True in a fork of the process that made this Node."""
+        return os.getpid() != self._pid
+
     def check_workers(self) -> None:
-        """Raises :class:`PeerGoneError` if a worker died, :class:`LeaseError` if the Node is closed."""
+        """Raises :class:`PeerGoneError` if a worker died, :class:`LeaseError` if the Node is closed or foreign."""
+        if self.is_foreign:
+            raise LeaseError(f"this Node belongs to process {self._pid}, not to its fork {os.getpid()}")
         if self._gone:
             raise self._gone
         if self._is_closed:
             raise LeaseError("the Node is closed")
-        if os.getpid() != self._pid:
-            raise LeaseError(f"this Node belongs to process {self._pid}, not to its fork {os.getpid()}")
 
     def relieve(self) -> bool:
         """Makes lazy rounds fold what they hold; false if no block will come free without help."""
@@ -239,6 +247,7 @@ class Node:
             raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
         if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
             raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
+        self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
         with self.changed:
             self.check_workers()
             layout = spec.flower_layout if order == "flower" else spec.layout
@@ -316,8 +325,13 @@ class Node:
 
         Harmless when closed, and in a forked child, whose Node it is not.
         """
-        if self._is_closed or os.getpid() != self._pid:
+        if self.is_foreign:
             return
+        with self._closing:  # a second thread waits until the first has closed it
+            if not self._is_closed:
+                self._close()
+
+    def _close(self) -> None:
         for round_ in list(self._rounds.values()):
             round_.close()
         with self.changed:
@@ -349,7 +363,7 @@ class Node:
         self.close()
 
     def __repr__(self) -> str:
-        if self._is_closed or os.getpid() != self._pid:
+        if self._is_closed or self.is_foreign:
             return "<Node: closed>" if self._is_closed else f"<Node of process {self._pid}>"
         if self._gone:
             return f"<Node: {self._gone}>"

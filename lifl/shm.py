@@ -12,7 +12,6 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -209,6 +208,8 @@ class Arena:
 
         False if it is somebody else's or has been given back before.
         """
+        if self._handle is None or self.forked:  # there is nothing to give back, or to give back to
+            return False
         # Noted before looking, so that a view that dies in between is not missed; doing both is
         # harmless, the second reclaim finds the block free.
         self._deferred.add(block)
@@ -219,6 +220,10 @@ class Arena:
         with self._lock:
             status = lib.lifl_block_reclaim(self.handle, block.index, block.generation, self.debug)
         return bool(check(status, f"reclaim {block}") == lib.LIFL_OK)
+
+    def defer(self, block: Block) -> None:
+        """Reclaims a block that has a view when that is gone. Takes no lock."""
+        self._deferred.add(block)
 
     def _bury_orphans(self) -> None:
         while self._orphans:
@@ -346,65 +351,7 @@ class Lease:
         """Ends the lease without giving the block back: it has a new owner."""
         self._end()
 
-
-# ---------------------------------------------------------------- kernels
-
-
-def _pointers(addresses: Sequence[int]) -> Any:
-    return ffi.new("void *[]", [ffi.cast("void *", a) for a in addresses])
-
-
-def fold(
-    dtype: int, total: int, previous: int | None, updates: Sequence[int], weights: Sequence[float], count: int
-) -> None:
-    """total = previous + sum of weights[k] * updates[k], `count` elements each; addresses."""
-    status = lib.lifl_fold(
-        dtype,
-        ffi.cast("void *", total),
-        ffi.cast("void *", previous or 0),
-        _pointers(updates),
-        ffi.new("double[]", list(weights)),
-        len(updates),
-        count,
-    )
-    check(status, "fold")
-
-
-def finish(dtype: int, mean: int, sums: Sequence[int], weight: float, count: int) -> bool:
-    """mean = (sum of sums) / weight, rounded once to `dtype`; false if a mean is not finite."""
-    status = lib.lifl_finish(dtype, ffi.cast("void *", mean), _pointers(sums), len(sums), weight, count)
-    return bool(check(status, "finish") != lib.LIFL_OVERFLOW)
-
-
-def flower(dtype: int, mean: int, updates: Sequence[int], factors: Sequence[float], count: int) -> None:
-    """mean = updates[0] * factors[0] + ..., in Flower's order, dtypes and roundings."""
-    status = lib.lifl_flower(
-        dtype,
-        ffi.cast("void *", mean),
-        _pointers(updates),
-        ffi.new("double[]", list(factors)),
-        len(updates),
-        count,
-    )
-    check(status, "flower")
-
-
-def copy_finite(dtype: int, target: int, source: int, count: int) -> int:
-    """Copies `count` elements; the index of the first NaN or Inf, or -1. No copy if source is target."""
-    return int(lib.lifl_copy_finite(dtype, ffi.cast("void *", target), ffi.cast("void *", source), count))
-
-
-def read_memory(source: int, nbytes: int, rounds: int) -> None:
-    """Reads `nbytes` `rounds` times as fast as one core can: what a bandwidth is measured with."""
-    lib.lifl_bench_read(ffi.cast("void *", source), nbytes, rounds)
-
-
-def vector_width() -> str:
-    """The instruction set that the kernels run with on this machine."""
-    require()
-    return str(ffi.string(lib.lifl_vector_width()).decode())
-
-
-def address_of(buffer: Any) -> int:
-    """Where a buffer begins, in this process."""
-    return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))
+    def forget(self) -> None:
+        """Ends the lease from a finaliser, which may take no lock: the next allocation reclaims the block."""
+        self._arena.defer(self.block)
+        self._buffer = None

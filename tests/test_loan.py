@@ -94,7 +94,6 @@ def test_unsent_loan_gives_its_room_back(node: lifl.Node) -> None:
         assert node.arena.free_bytes == free
 
 
-@pytest.mark.xfail(strict=True, reason="a Loan that is collected unsent and unreleased keeps its block for ever")
 def test_forgotten_loan_gives_its_room_back(node: lifl.Node) -> None:
     """A loan that nobody holds any more is over when its round is closed, like one that was released."""
     free = node.arena.free_bytes

@@ -149,7 +149,6 @@ def test_more_clients_than_fit_from_several_threads(node: lifl.Node, timing: Any
         assert means(two.result(WAIT_S)) == {50.0}
 
 
-@pytest.mark.xfail(strict=False, reason="RESULT overtakes another leaf's FOLDED: that update's block is lost")
 def test_more_updates_than_a_ring_holds(node: lifl.Node) -> None:
     """Hundreds of tiny updates in a lazy round overflow every ring and batch, and all are counted and freed."""
     free = node.arena.free_bytes
@@ -191,7 +190,6 @@ def test_waiting_for_room_can_be_bounded(node: lifl.Node) -> None:
 # ---------------------------------------------------------------- early, late, closed
 
 
-@pytest.mark.xfail(strict=True, reason="loan checks the round again after it has a block, and does not give it back")
 def test_loan_that_waits_while_the_round_ends_takes_no_room(node: lifl.Node) -> None:
     """Who waits for room and is told that the round has ended has taken no block with it."""
     free = node.arena.free_bytes

@@ -70,10 +70,7 @@ def test_node_that_is_closed_under_its_users_tells_them(workers: int) -> None:
     "program",
     [
         "/bin/false",
-        pytest.param(
-            "/nonexistent",
-            marks=pytest.mark.xfail(strict=True, reason="a missing interpreter is a bare FileNotFoundError"),
-        ),
+        "/nonexistent",
     ],
 )
 def test_workers_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
@@ -95,7 +92,6 @@ def test_loan_that_outlives_its_node_is_over(workers: int) -> None:
             loan.send(1)
 
 
-@pytest.mark.xfail(strict=True, reason="Loan.__exit__ reclaims in an arena that is closed")
 def test_leaving_a_loan_after_its_node_was_closed() -> None:
     """A ``with`` block on a loan can be left without an error of its own after the Node was closed."""
     node = lifl.Node("4MiB", workers=0)
@@ -120,7 +116,6 @@ def test_workers_that_are_stopped_lose_nothing() -> None:
         assert (one.result(WAIT_S).num_updates, two.result(WAIT_S).num_updates) == (400, 400)
 
 
-@pytest.mark.xfail(strict=True, reason="nobody sends an outbox's backlog while the agent's thread sleeps")
 def test_full_ring_of_a_lazy_round_is_sent_on() -> None:
     """Descriptors that did not fit into a full ring reach their worker without any other event."""
     with lifl.Node("64MiB", workers=1) as node, node.open_round(TINY_SPEC, expected=600, timing="lazy") as round_:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lifl import shm
+from lifl import kernels
 from lifl.bench import pair
 from lifl.bench.handoff import one_way
 from lifl.errors import PeerGoneError
@@ -65,7 +65,7 @@ def measure_limits(
         raise ValueError("give at least 4096 bytes of memory, 1 repetition and 1 message")
     figures: dict[str, Any] = {
         "cores": cores(),
-        "vector_width": shm.vector_width(),
+        "vector_width": kernels.vector_width(),
         "memory_bytes": memory_bytes,
     }
     say("memory")
@@ -105,7 +105,7 @@ def read_gb_per_s(source: Array, threads: int) -> float:
 
     def read(start: int) -> None:
         ready.wait()
-        shm.read_memory(start, part, 1)
+        kernels.read_memory(start, part, 1)
 
     readers = [threading.Thread(target=read, args=(start,)) for start in starts]
     for reader in readers:

@@ -271,7 +271,7 @@ class Mean(FlowerFedAvg):
     def _needed(self, expected: int) -> int:
         if self.quorum is None:
             return 1
-        # Rounded first: 0.7 * 10 is a little more than 7.
+        # Rounded first: 0.07 * 100 is a little more than 7.
         return self.quorum if isinstance(self.quorum, int) else max(1, math.ceil(round(self.quorum * expected, 9)))
 
 

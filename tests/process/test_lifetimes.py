@@ -144,7 +144,6 @@ def test_code_string_as_in_a_notebook() -> None:
     assert run_python("-c", code) == "[1.0, 1.0, 1.0] [2.0, 2.0, 2.0]\n"
 
 
-@pytest.mark.xfail(strict=True, reason="the nursery is started with the working directory on its path")
 def test_files_of_the_working_directory_are_not_imported(tmp_path: Path) -> None:
     """Workers import nothing from the working directory that the program itself would not."""
     (tmp_path / "here").mkdir()
@@ -155,7 +154,6 @@ def test_files_of_the_working_directory_are_not_imported(tmp_path: Path) -> None
     assert run_python(str(script), cwd=tmp_path / "here") == "[1.0, 1.0, 1.0]\n"
 
 
-@pytest.mark.xfail(strict=True, reason="sys.path is sent as JSON")
 def test_path_objects_on_the_module_path() -> None:
     """A program that put a pathlib.Path on sys.path, which Python ignores, can make a Node."""
     begin = "import sys, pathlib; sys.path.append(pathlib.Path('/nowhere'))\n"
@@ -342,7 +340,6 @@ def test_node_of_a_thread_that_ended_goes_on() -> None:
     assert not node.is_open
 
 
-@pytest.mark.xfail(strict=True, reason="close looks at _is_closed without the lock, and goes on beside the other")
 def test_several_threads_close_at_once() -> None:
     """Closing from several threads at once is as harmless as closing twice."""
     # In a process of its own: closing a descriptor twice may close somebody else's.
@@ -400,7 +397,6 @@ tell(round_.result(30).arrays["w"].tolist(), mean())
     assert program.end(EXIT_S) == (0, "")
 
 
-@pytest.mark.xfail(strict=True, reason="submit takes the Node's lock before it looks at the process")
 def test_fork_under_the_lock_raises_too(start: Callable[[str], Program]) -> None:
     """A fork taken while another thread holds the Node's lock raises LeaseError in the child, not a hang."""
     code = """
@@ -425,7 +421,6 @@ tell(status)
     assert start(code).hear()[-1] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the child holds a copy of the nursery's socket, so it sees no end of it")
 def test_close_does_not_wait_for_forks_of_the_user() -> None:
     """With a forked child alive, close ends the nursery in order and does not have to kill it."""
     with lifl.Node("4MiB", workers=1) as node:
@@ -439,7 +434,6 @@ def test_close_does_not_wait_for_forks_of_the_user() -> None:
     assert nursery._process.returncode == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the child holds a copy of the nursery's socket, so it sees no end of it")
 def test_workers_end_with_the_agent_though_its_fork_lives(start: Callable[[str], Program]) -> None:
     """When the agent is killed its workers end, also if a forked child of it lives on."""
     program = start("child = os.fork()\nif child == 0: time.sleep(600)\ntell(child)\ntime.sleep(600)")

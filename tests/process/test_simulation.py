@@ -22,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All the runs, in a program of their own: it ends as a user's does, and Ray's processes with it."""
     out = tmp_path_factory.mktemp("simulation")
     environment = os.environ | {
-        "PYTHONPATH": str(fedavg_runs.APP),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(fedavg_runs.APP), os.environ.get("PYTHONPATH")])),
         "FLWR_HOME": str(out / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -437,11 +437,13 @@ def test_quorum(node: lifl.Node, clock: Clock, caplog: pytest.LogCaptureFixture,
     assert not node.has_rounds
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.3, 0.7, 0.9])
-def test_a_fraction_is_of_the_sampled_nodes(fraction: float) -> None:
-    """Ten times a fraction is a whole number here, and floats must not make it one more."""
-    assert FedAvg(quorum=fraction)._needed(10) == round(10 * fraction)
-    assert FedAvg(quorum=fraction)._needed(1) == 1
+@pytest.mark.parametrize(
+    ("fraction", "expected", "needed"),
+    [(0.07, 100, 7), (0.55, 100, 55), (0.28, 25, 7), (0.7, 10, 7), (0.71, 10, 8), (0.01, 10, 1), (1.0, 3, 3)],
+)
+def test_a_fraction_is_of_the_sampled_nodes(fraction: float, expected: int, needed: int) -> None:
+    """It is rounded up, but a product that floats make a little more than a whole number is that number."""
+    assert FedAvg(quorum=fraction)._needed(expected) == needed
 
 
 @pytest.mark.parametrize("clients", [REFUSE_ALL, {1: silent, 2: silent}, {1: failing, 2: failing}])

@@ -140,6 +140,21 @@ def test_a_bad_reply_is_refused_by_name_and_the_others_count(
     assert not node.has_rounds
 
 
+@pytest.mark.parametrize("order", ["any", "flower"])
+def test_the_model_that_was_sent_decides_not_the_many(node: lifl.Node, clock: Clock, order: str) -> None:
+    """More bad clients than good ones cannot agree on another form, also where replies have smaller dtypes."""
+    start = record({"x": np.zeros(2)})
+    bad = {n: says(content({"x": np.zeros(1, np.float32)})) for n in (11, 12, 13)}
+    good = {n: nudge(n, "float32") for n in (1, 2)}
+    strategy = FedAvg(node=node, order=order, fraction_evaluate=0.0)
+    result, _ = run(strategy, {**bad, **good}, 2, clock, initial_arrays=start)
+    for report in result.reports.values():
+        assert [(r.client_id, r.rule) for r in report.rejected] == [("11", "shape"), ("12", "shape"), ("13", "shape")]
+    expected, _ = run(FlowerFedAvg(fraction_evaluate=0.0), good, 2, initial_arrays=start)
+    np.testing.assert_allclose(plain(result.arrays)["x"], plain(expected.arrays)["x"], rtol=1e-6)
+    assert order == "any" or result.arrays.object_id == expected.arrays.object_id
+
+
 def test_everything_bad_at_once(node: lifl.Node, clock: Clock) -> None:
     """Thirty bad clients and three good ones make the model of the good ones, in any order of summation."""
     bad = {1000 + i: says(said, failing) for i, (said, _, _) in enumerate(BAD.values())}

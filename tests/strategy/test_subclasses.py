@@ -144,6 +144,21 @@ def changes_bytes(base: Base) -> Any:
     return Strategy()
 
 
+def changes_dtypes(base: Base) -> Any:
+    """Computes in float64, whatever the clients send."""
+
+    class Strategy(base):  # type: ignore[misc]
+        def aggregate_train(self, server_round: int, replies: Replies) -> Any:
+            replies = list(replies)
+            for reply in replies:
+                if not reply.has_error():
+                    arrays = plain(reply.content["arrays"])
+                    reply.content["arrays"] = record({k: v.astype(np.float64) for k, v in arrays.items()})
+            return super().aggregate_train(server_round, replies)
+
+    return Strategy()
+
+
 def changes_weights(base: Base) -> Any:
     """Lets every update count the same."""
 
@@ -426,6 +441,7 @@ BODIES: list[Callable[[Base], Any]] = [
     replaces_arrays,
     changes_one_array,
     changes_bytes,
+    changes_dtypes,
     changes_weights,
     adds_a_metric,
     looks_into_arrays,
