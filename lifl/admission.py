@@ -46,6 +46,8 @@ def check_arrays(client_id: str, spec: TensorSpec, arrays: Mapping[str, Any]) ->
 
     bfloat16 may come as its raw bits (uint16), which is how NumPy without extensions holds it.
     """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays is a {type(arrays).__name__}: give a mapping from name to array")
     if arrays.keys() != spec.keys():
         missing, extra = sorted(spec.keys() - arrays.keys()), sorted(map(str, arrays.keys() - spec.keys()))
         reason = f"missing {_some(missing)}; not in the model: {_some(extra)}"

@@ -79,18 +79,25 @@ class Aggregator:
         worked = False
         while (item := self._inbox.try_pop()) is not None:
             worked = True
-            self._receive(item[1])
+            try:
+                self._receive(item[1])
+            except Exception:
+                self._fail(item[1].round)
         self._outbox.flush()
         for task in list(self._tasks.values()):
             try:
                 if self._advance(task):
                     return True
             except Exception:
-                # The round is lost, the worker is not: the agent ends the round and says why.
-                log.exception("worker %d: round %d failed", self._me, task.round)
-                self._forget(task)
-                self._outbox.push(AGENT, Descriptor(Kind.FAILED, task.round))
+                self._fail(task.round)
         return worked
+
+    def _fail(self, number: int) -> None:
+        """The round is lost, the worker is not: the agent ends the round and says why."""
+        log.exception("worker %d: round %d failed", self._me, number)
+        if (task := self._tasks.get(number)) is not None:
+            self._forget(task)
+        self._outbox.push(AGENT, Descriptor(Kind.FAILED, number))
 
     def run(self, spin_s: float) -> None:
         """Works until told to stop."""

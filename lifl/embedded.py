@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from lifl import shm
+from lifl.round import Order
 from lifl.runtime import Node, cores, round_bytes
 from lifl.tensor import TensorSpec
 
@@ -15,19 +16,21 @@ _node: Node | None = None
 _lock = threading.Lock()
 
 
-def embedded(spec: TensorSpec, updates: int) -> Node:
+def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
     """The Node of this process, made anew when a model needs more room than it has.
 
-    It has room for `updates` of `spec` beside each other, up to 16 of them and half of what the machine
-    has; more than fit wait their turn.
+    It has room for `updates` of `spec` beside each other. Where they can be folded one after another, 16
+    and half of the machine's memory are the most, and more than fit wait their turn; ``order="flower"``
+    keeps all of them, and raises :class:`~lifl.errors.ShmError` if the machine cannot.
     """
     global _node
     with _lock:
-        wanted = max(round_bytes(spec, cores(), min(updates, MOST_SIDE_BY_SIDE)), LEAST_BYTES)
+        most, least = (updates, updates) if order == "flower" else (min(updates, MOST_SIDE_BY_SIDE), 1)
+        wanted = max(round_bytes(spec, cores(), most), LEAST_BYTES)
         node = _node
         if node is not None and node.is_open:
             if node.has_rounds or node.arena.block_bytes >= wanted:
                 return node
             node.close()
-        _node = Node(max(round_bytes(spec, 1, 1), min(wanted, shm.available_bytes() // 2)))
+        _node = Node(max(round_bytes(spec, 1, least), min(wanted, shm.available_bytes() // 2)))
         return _node

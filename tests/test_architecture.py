@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "aggregator": {"fold", "ring", "shm", "tensor"},
     "nursery": {"aggregator", "errors"},
     "runtime": {"aggregator", "errors", "host", "nursery", "ring", "round", "shm", "tensor"},
-    "embedded": {"runtime", "shm", "tensor"},
+    "embedded": {"round", "runtime", "shm", "tensor"},
     # Flower
     "strategy.exchange": set(),
     "strategy.landing": {

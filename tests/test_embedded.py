@@ -50,3 +50,13 @@ def test_closed_one_is_replaced() -> None:
     second = embedded(SPEC, 2)
     assert second is not first
     assert second.is_open
+
+
+def test_flower_order_has_room_for_every_update() -> None:
+    """With order="flower", which keeps all updates until the last, the Node is made for all of them."""
+    spec = lifl.TensorSpec.from_arrays({"w": np.zeros(2**21, np.float32)})
+    node = embedded(spec, 40, "flower")
+    with node.open_round(spec, 40, order="flower") as round_:
+        for i in range(40):
+            round_.submit({"w": np.full(2**21, i, np.float32)}, client_id=i)
+        assert round_.result(30).num_updates == 40

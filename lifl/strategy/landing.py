@@ -183,7 +183,7 @@ class Landing:
         return None
 
     def _open(self, spec: TensorSpec) -> Round:
-        node = self._node or embedded(spec, self._capacity)
+        node = self._node or embedded(spec, self._capacity, self._order)
         self._round = node.open_round(spec, self._capacity, self._timing, self._order)
         return self._round
 
