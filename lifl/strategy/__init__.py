@@ -3,7 +3,17 @@
 Change ``from flwr.serverapp.strategy import FedAvg`` to ``from lifl.strategy import FedAvg``.
 """
 
-from lifl.strategy.fedavg import FedAvg, Result
-from lifl.strategy.on_the_mean import FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi
+from lifl.strategy.fedavg import FedAvg, Result, RoundOptions
+from lifl.strategy.on_the_mean import DtypeKept, FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi
 
-__all__ = ["FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedProx", "FedYogi", "Result"]
+__all__ = [
+    "DtypeKept",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedProx",
+    "FedYogi",
+    "Result",
+    "RoundOptions",
+]

@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 
-from lifl.errors import RoundError
+from lifl.errors import PeerGoneError, RoundError
 from lifl.metrics import RoundReport
 from lifl.round import Order, Timing
 from lifl.runtime import Node
@@ -254,7 +254,7 @@ class Mean(FlowerFedAvg):
             return self._fail(server_round, landing.report(short))
         try:
             result = landing.result()
-        except RoundError as error:
+        except (RoundError, PeerGoneError) as error:
             return self._fail(server_round, landing.report(str(error)))
         self.reports[server_round] = report = landing.report()
         log(INFO, "\t└──> lifl: %s", report)

@@ -19,7 +19,7 @@ from flwr.common.constant import ErrorCode, SType
 
 from lifl import admission, npy
 from lifl.embedded import embedded
-from lifl.errors import AdmissionError
+from lifl.errors import AdmissionError, PeerGoneError
 from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
 from lifl.round import Order, Round, Timing
@@ -180,6 +180,8 @@ class Landing:
             self.is_exact &= self._order == "any" or all(views[name] is view for name, view in update.views.items())
         except AdmissionError as refusal:
             return _rejection(refusal)
+        except PeerGoneError as error:  # the round is lost, and says so when its result is asked for
+            return Rejection(update.client, "error", str(error))
         return None
 
     def _open(self, spec: TensorSpec) -> Round:
@@ -312,7 +314,13 @@ def spec_of(arrays: ArrayRecord) -> TensorSpec:
 
     Raises ``TypeError`` or ``ValueError`` if lifl cannot fold one of its arrays.
     """
-    return TensorSpec.from_arrays({key: npy.view(array.data) for key, array in arrays.items()})
+    views = {}
+    for key, array in arrays.items():
+        try:
+            views[key] = npy.view(array.data)
+        except ValueError as error:
+            raise ValueError(f"lifl cannot fold array {key!r} of the model: {error}") from None
+    return TensorSpec.from_arrays(views)
 
 
 def to_record(result: RoundResult) -> ArrayRecord:
