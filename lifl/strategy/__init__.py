@@ -3,17 +3,7 @@
 Change ``from flwr.serverapp.strategy import FedAvg`` to ``from lifl.strategy import FedAvg``.
 """
 
-from lifl.strategy.fedavg import FedAvg, Result, RoundOptions
-from lifl.strategy.on_the_mean import DtypeKept, FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi
+from lifl.strategy.fedavg import FedAvg, Result
+from lifl.strategy.on_the_mean import FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi
 
-__all__ = [
-    "DtypeKept",
-    "FedAdagrad",
-    "FedAdam",
-    "FedAvg",
-    "FedAvgM",
-    "FedProx",
-    "FedYogi",
-    "Result",
-    "RoundOptions",
-]
+__all__ = ["FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedProx", "FedYogi", "Result"]
