@@ -507,6 +507,17 @@ int lifl_ring_pop(lifl_arena *a, uint32_t producer, uint32_t consumer, lifl_desc
   return LIFL_OK;
 }
 
+/* Empties a ring whose consumer is proven dead; called by its producer. */
+int lifl_ring_reset(lifl_arena *a, uint32_t producer, uint32_t consumer) {
+  uint32_t p = a->h.participants;
+  if (producer >= p || consumer >= p) return LIFL_EINVAL;
+  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
+  me->cached = me->mine;
+  /* SYNC: ring-head. Release: the next consumer begins where this one is told to. */
+  atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].head, me->mine, memory_order_release);
+  return LIFL_OK;
+}
+
 int lifl_inbox_pop(lifl_arena *a, uint32_t consumer, lifl_desc *desc, uint32_t *producer) {
   uint32_t p = a->h.participants;
   if (consumer >= p) return LIFL_EINVAL;

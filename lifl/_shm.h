@@ -107,6 +107,7 @@ int lifl_block_note(lifl_arena *arena, uint32_t block, lifl_note **note);
 int lifl_ring_capacity(lifl_arena *arena, uint32_t producer, uint32_t consumer);
 int lifl_ring_push(lifl_arena *arena, uint32_t producer, uint32_t consumer, const lifl_desc *desc);
 int lifl_ring_pop(lifl_arena *arena, uint32_t producer, uint32_t consumer, lifl_desc *desc);
+int lifl_ring_reset(lifl_arena *arena, uint32_t producer, uint32_t consumer);
 int lifl_inbox_pop(lifl_arena *arena, uint32_t consumer, lifl_desc *desc, uint32_t *producer);
 int lifl_inbox_wait(lifl_arena *arena, uint32_t consumer, uint64_t spin_ns, uint64_t timeout_ns);
 int lifl_inbox_arm(lifl_arena *arena, uint32_t consumer);

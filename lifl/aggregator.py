@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import signal
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 
 import attrs
 
 from lifl import fold
-from lifl.ring import NO_BLOCK, Descriptor, Inbox, Kind, Outbox, ring_for
+from lifl.ring import NO_BLOCK, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
 from lifl.shm import AGENT, Arena, Block, Mapping, State, lib
 from lifl.tensor import Layout
 
@@ -51,11 +53,12 @@ class _Task:
     spare: list[_Sum] = attrs.field(factory=list)
     current: _Sum | None = None
     pending: deque[Block] = attrs.field(factory=deque)
+    alone: set[Block] = attrs.field(factory=set)  # of these, what must not be folded with others
     is_pressed: bool = False
     flush: Descriptor | None = None
     is_sent: bool = False
     epoch: int = 0
-    arrived: list[Descriptor] = attrs.field(factory=list)  # the leaves' sums, if this is the top
+    arrived: dict[int, Descriptor] = attrs.field(factory=dict)  # the leaves' sums, if this is the top
 
     def is_foldable(self) -> bool:
         return bool(self.pending) and (not self.flags & LAZY or self.is_pressed or self.flush is not None)
@@ -69,7 +72,7 @@ class Aggregator:
         self._inbox, self._outbox = Inbox(arena, me), Outbox(arena, me)
         self._tasks: dict[int, _Task] = {}
         self._newest = 0  # the highest round that was opened here; rounds are opened in order
-        self._early: dict[int, list[Descriptor]] = {}
+        self._early: dict[int, dict[int, Descriptor]] = {}
         self._manifest_bytes = int(lib.lifl_manifest_bytes())
         self._batch_max = int(lib.lifl_batch_max())
         self.is_stopped = False
@@ -114,7 +117,7 @@ class Aggregator:
             control = self._arena.map(d.block, d.generation)
             layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
             control.close()
-            self._tasks[d.round] = _Task(d.round, layout, flags, arrived=self._early.pop(d.round, []))
+            self._tasks[d.round] = _Task(d.round, layout, flags, arrived=self._early.pop(d.round, {}))
             self._newest = d.round
         elif d.kind == Kind.ABORT:
             if (task := self._tasks.get(d.round)) is not None:
@@ -128,17 +131,19 @@ class Aggregator:
             block = Block(d.block, d.generation, 0)
             if self._arena.move(block, (self._me, State.READY), (self._me, State.READING)):
                 task.pending.append(block)
+                if d.arg:
+                    task.alone.add(block)
         elif d.kind == Kind.PRESS:
             task.is_pressed = bool(task.pending)
         elif d.kind == Kind.FLUSH:
             task.flush = d
         elif d.kind == Kind.SUM:
-            task.arrived.append(d)
+            task.arrived[d.arg] = d  # twice if the agent repeats what a dead leaf may have said
 
     def _receive_unknown(self, d: Descriptor) -> None:
         """Of a round that was aborted meanwhile; or a leaf's sum has overtaken the round's opening."""
         if d.kind == Kind.SUM and d.round > self._newest:
-            self._early.setdefault(d.round, []).append(d)
+            self._early.setdefault(d.round, {})[d.arg] = d
         elif d.kind == Kind.SUM:
             self._give_back(Block(d.block, d.generation, 0))
 
@@ -152,7 +157,13 @@ class Aggregator:
         mapping = self._arena.map(d.block, d.generation)
         if mapping.nbytes < self._manifest_bytes + task.layout.sum_bytes:
             raise ValueError(f"granted {mapping.nbytes} bytes for a sum of {task.layout.sum_bytes}")
-        task.spare.append(_Sum(Block(d.block, d.generation, mapping.nbytes), mapping))
+        held = _Sum(Block(d.block, d.generation, mapping.nbytes), mapping)
+        if not d.arg:
+            task.spare.append(held)
+            return
+        manifest = self._arena.manifest(mapping.address)  # a dead predecessor's
+        held.weight, held.num_updates = (manifest.weight, manifest.weight_low), manifest.num_updates
+        task.current, task.epoch = held, manifest.epoch
 
     def _forget(self, task: _Task) -> None:
         """Gives back all that this worker holds of a round."""
@@ -161,7 +172,7 @@ class Aggregator:
         for held in [*task.spare, *([task.current] if task.current else [])]:
             held.mapping.close()
             self._give_back(held.block)
-        for d in task.arrived:
+        for d in task.arrived.values():
             self._give_back(Block(d.block, d.generation, 0))
         self._tasks.pop(task.round, None)
 
@@ -171,7 +182,7 @@ class Aggregator:
         if task.flags & FLOWER:
             return self._flower(task) if task.flush else False
         if task.is_foldable():
-            self._fold(task, list(islice(task.pending, self._batch_max)))
+            self._fold(task, self._next_batch(task))
             task.is_pressed = task.is_pressed and bool(task.pending)
             return True
         if task.flush and not task.is_sent:
@@ -181,6 +192,13 @@ class Aggregator:
             self._finish(task, task.flush)
             return True
         return False
+
+    def _next_batch(self, task: _Task) -> list[Block]:
+        batch = list(islice(task.pending, self._batch_max))
+        for i, block in enumerate(batch):
+            if block in task.alone:
+                return batch[: i or 1]
+        return batch
 
     def _fold(self, task: _Task, batch: list[Block]) -> None:
         begin = lib.lifl_now_ns()
@@ -227,7 +245,7 @@ class Aggregator:
     def _send_sum(self, task: _Task, flush: Descriptor) -> None:
         task.is_sent = True
         top, held = flush.arg >> 8, task.current
-        message = Descriptor(Kind.SUM, task.round)
+        message = Descriptor(Kind.SUM, task.round, arg=self._me)
         if held is not None:
             # Handed over to the top; every input of it has been freed above.
             self._arena.move(held.block, (self._me, State.COMMITTED), (top, State.COMMITTED))
@@ -235,7 +253,7 @@ class Aggregator:
             held.mapping.close()
             task.current = None
         if top == self._me:
-            task.arrived.append(message)
+            task.arrived[self._me] = message
             return
         # First everything is given back: the agent reclaims it when the top's result is there.
         self._forget(task)
@@ -243,7 +261,7 @@ class Aggregator:
 
     def _finish(self, task: _Task, flush: Descriptor) -> None:
         begin = lib.lifl_now_ns()
-        blocks = [Block(d.block, d.generation, 0) for d in task.arrived if d.block != NO_BLOCK]
+        blocks = [Block(d.block, d.generation, 0) for d in task.arrived.values() if d.block != NO_BLOCK]
         for block in blocks:
             if not self._arena.move(block, (self._me, State.COMMITTED), (self._me, State.READING)):
                 raise RuntimeError(f"partial sum {block.index} is stale")
@@ -270,13 +288,11 @@ class Aggregator:
         mean = self._arena.map(flush.block, flush.generation)
         fold.flower_at(task.layout, mean.address, [i.address for i in inputs], factors)
         end = lib.lifl_now_ns()
-        task.pending.clear()
-        for block, mapping, note in zip(batch, inputs, notes, strict=True):
+        for mapping, note in zip(inputs, notes, strict=True):
             note.begin_ns, note.end_ns = begin, end
             mapping.close()
-            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
-            self._outbox.push(AGENT, Descriptor(Kind.FOLDED, task.round, block.index, block.generation))
-        self._send_mean(task, flush, mean, begin, sum(factors), len(batch), True)
+        task.pending.clear()
+        self._send_mean(task, flush, mean, begin, sum(factors), len(batch), True, batch)
         return True
 
     def _send_mean(
@@ -288,14 +304,20 @@ class Aggregator:
         weight: float,
         num_updates: int,
         finite: bool,
+        inputs: Sequence[Block] = (),
     ) -> None:
         note = self._arena.note(flush.block)
-        note.weight, note.tag, note.begin_ns, note.end_ns = weight, num_updates, begin, lib.lifl_now_ns()
+        note.weight = weight if finite else math.inf
+        note.tag, note.begin_ns, note.end_ns = num_updates, begin, lib.lifl_now_ns()
         mean.close()
-        self._forget(task)
+        # The commit: from here on nothing of the round is needed but the mean.
         block = Block(flush.block, flush.generation, 0)
         self._arena.move(block, (self._me, State.WRITING), (AGENT, State.READY))
-        self._outbox.push(AGENT, Descriptor(Kind.RESULT, task.round, flush.block, flush.generation, 0 if finite else 1))
+        for done in inputs:
+            self._arena.move(done, (self._me, State.READING), (AGENT, State.FREE))
+            self._outbox.push(AGENT, Descriptor(Kind.FOLDED, task.round, done.index, done.generation))
+        self._forget(task)
+        self._outbox.push(AGENT, Descriptor(Kind.RESULT, task.round, flush.block, flush.generation))
 
 
 def main(arena_fd: int, bell_fd: int, me: int, spin_s: float) -> None:
@@ -304,6 +326,7 @@ def main(arena_fd: int, bell_fd: int, me: int, spin_s: float) -> None:
     die_with_parent()
     arena = Arena.attach(arena_fd)
     ring_for(arena, AGENT, bell_fd)
+    Producer(arena, me, AGENT).try_push(Descriptor(Kind.HELLO, 0))
     Aggregator(arena, me).run(spin_s)
 
 

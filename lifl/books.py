@@ -21,6 +21,7 @@ class Update:
     runtime: int = 0
     folded_s: float = 0.0
     fold_ns: tuple[int, int] = (0, 0)
+    deaths: int = 0  # of workers that were reading it
 
 
 @attrs.define(eq=False)
@@ -32,6 +33,7 @@ class Books:
     opened_s: float = attrs.field(factory=time.monotonic)
     land_s: float = 0.0
     done_s: float = 0.0
+    deaths: int = 0
     finish_ns: int = 0
 
     def now_s(self) -> float:
@@ -71,6 +73,7 @@ class Books:
             order=order,
             accepted=tuple(accepted),
             rejected=tuple(self.rejected),
+            deaths=self.deaths,
             stages=stages,
             error=None if error is None else str(error),
         )

@@ -52,6 +52,8 @@ class RoundReport:
         In order of refusal.
     late : tuple of str
         Clients that were asked and did not answer in time; a strategy knows them, a Node does not.
+    deaths : int
+        Workers that died while they had a part in the round, and were replaced.
     stages : dict
         Seconds: ``receive`` (opened -> last update ready), ``land`` (copying and checking, all updates),
         ``fold`` (workers' time in folds, all), ``finish`` (the top's), ``last_to_result``, ``total``.
@@ -66,6 +68,7 @@ class RoundReport:
     accepted: tuple[Contribution, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     late: tuple[str, ...] = ()
+    deaths: int = 0
     stages: dict[str, float] = attrs.field(factory=dict)
     error: str | None = None
 
@@ -90,6 +93,8 @@ class RoundReport:
             line += "; refused: " + ", ".join(f"{r.client_id} ({r.rule}: {r.reason})" for r in self.rejected)
         if self.late:
             line += "; late: " + ", ".join(self.late)
+        if self.deaths:
+            line += f"; workers replaced: {self.deaths}"
         if self.error:
             return f"{line}; no result: {self.error}"
         times = ", ".join(f"{name} {seconds:.3f}s" for name, seconds in self.stages.items())

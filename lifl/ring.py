@@ -24,16 +24,17 @@ class Kind(IntEnum):
     """What a descriptor asks of, or tells, its receiver."""
 
     OPEN = 1  # agent -> leaf: `block` is the control block of `round`
-    GRANT = 2  # agent -> leaf: `block` may hold your partial sum; two of them per round
+    GRANT = 2  # agent -> leaf: `block` may hold your partial sum; two of them per round; `arg` 1: it holds one
     UPDATE = 3  # agent -> leaf: `block` is READY
     PRESS = 4  # agent -> leaf: fold what you hold, memory is short
     FLUSH = 5  # agent -> leaf: that was all; `block` takes the mean; `arg` = top << 8 | number of leaves
     ABORT = 6  # agent -> leaf: forget the round
     STOP = 7  # agent -> worker: exit
-    SUM = 8  # leaf -> top: `block` is COMMITTED, or NO_BLOCK if nothing came
+    SUM = 8  # leaf -> top: `block` is COMMITTED; `arg` is the leaf; NO_BLOCK if nothing came
     FOLDED = 9  # leaf -> agent: `block` has been counted and is FREE
-    RESULT = 10  # top -> agent: `block` is the mean; `arg` is 1 if it is not finite
+    RESULT = 10  # top -> agent: `block` is the mean, READY
     ABORTED = 11  # leaf -> agent: nothing of the round is touched any more
+    HELLO = 13  # worker -> agent: it has started
     FAILED = 12  # worker -> agent: the round met an error that its log describes
 
 
@@ -65,6 +66,10 @@ class Producer:
         d.kind, d.round, d.block, d.generation, d.arg = descriptor
         status = lib.lifl_ring_push(self._arena.handle, self._source, self._target, d)
         return bool(check(status, f"push to participant {self._target}") == lib.LIFL_OK)
+
+    def reset(self) -> None:
+        """Forgets what is in the ring. Only when the consumer is proven dead and before the next one starts."""
+        check(lib.lifl_ring_reset(self._arena.handle, self._source, self._target), "reset of a ring")
 
 
 class Consumer:
@@ -130,6 +135,11 @@ class Outbox:
             waiting.append(descriptor)
             if self._on_backlog is not None:
                 self._on_backlog()
+
+    def reset(self, target: int) -> None:
+        """Forgets all that `target` has not read, because it is dead and its successor is told anew."""
+        self._backlog[target].clear()
+        self._ends[target].reset()
 
     def flush(self) -> bool:
         """Sends what waits, as far as there is room; true if nothing is left."""

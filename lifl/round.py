@@ -7,6 +7,7 @@ no ring; its host (a Node) carries descriptors to and from it, with the host's l
 from __future__ import annotations
 
 import errno
+import math
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from lifl import admission, fold
+from lifl import admission, fold, recovery
 from lifl.books import Books, Update
 from lifl.errors import AdmissionError, ArenaCorruptError, LeaseError, RoundError
 from lifl.host import WAIT_CAP_S, Host, wait_for_block
@@ -30,6 +31,7 @@ Timing = Literal["eager", "lazy"]
 Order = Literal["any", "flower"]
 
 CLOSE_TIMEOUT_S = 30.0
+MOST_DEATHS = 2
 
 
 class Round:
@@ -48,11 +50,13 @@ class Round:
         order: Order,
         leaves: tuple[int, ...],
         mean: Block,
-        reserved: list[Block],
+        control: Block,
+        sums: dict[int, list[Block]],
     ) -> None:
         self._host, self.number, self.spec, self.expected = host, number, spec, expected
         self.timing, self.order = timing, order
-        self._leaves, self._mean, self._reserved = leaves, mean, reserved
+        self._leaves, self._mean, self._control, self._sums = leaves, mean, control, sums
+        self._reserved = [control, *(block for blocks in sums.values() for block in blocks)]
         self._phase: Literal["open", "folding", "done", "failed", "closed"] = "open"
         self._error: Exception | None = None
         self._books = Books()
@@ -64,7 +68,8 @@ class Round:
         self._acks: set[int] = set()
         self._unnamed = 0
         self._dropped: deque[str] = deque()
-        self._ended: Descriptor | None = None  # the top's word, until every leaf's has been heard
+        self._is_ended = False  # the top has said so; every leaf may not have been heard yet
+        self._flushed: Descriptor | None = None
         self._result: RoundResult | None = None
 
     # ------------------------------------------------------------ updates in
@@ -228,8 +233,12 @@ class Round:
         self._outstanding[leaf] += 1
         if not self._host.arena.move(update.block, (AGENT, State.WRITING), (leaf, State.READY)):
             raise ArenaCorruptError(errno.EBADMSG, f"block {update.block.index} changed hands while it was written")
-        block = update.block
-        self._host.outbox.push(leaf, Descriptor(Kind.UPDATE, self.number, block.index, block.generation))
+        self._host.outbox.push(leaf, self._update(update))
+
+    def _update(self, update: Update) -> Descriptor:
+        # One that a worker died of is folded alone, so that only the culprit meets the second death.
+        block, alone = update.block, int(update.deaths > 0)
+        return Descriptor(Kind.UPDATE, self.number, block.index, block.generation, alone)
 
     def press(self) -> None:
         """Makes lazy leaves fold what they hold, because memory is short. The host holds the lock."""
@@ -254,8 +263,9 @@ class Round:
         top, mean = self._leaves[0], self._mean
         self._host.arena.move(mean, (AGENT, State.WRITING), (top, State.WRITING))
         arg = top << 8 | len(self._leaves)
+        self._flushed = Descriptor(Kind.FLUSH, self.number, mean.index, mean.generation, arg)
         for leaf in self._leaves:
-            self._host.outbox.push(leaf, Descriptor(Kind.FLUSH, self.number, mean.index, mean.generation, arg))
+            self._host.outbox.push(leaf, self._flushed)
 
     # ------------------------------------------------------------ the result
 
@@ -313,7 +323,7 @@ class Round:
         if d.kind == Kind.FOLDED:
             self._folded(sender, d)
         elif d.kind == Kind.RESULT:
-            self._ended = d
+            self._is_ended = True
         elif d.kind == Kind.ABORTED:
             self._acks.add(sender)
         elif d.kind == Kind.FAILED:
@@ -322,30 +332,37 @@ class Round:
                     f"round {self.number}: worker {sender} failed; its traceback is in this process's standard error"
                 )
             )
+        self._finish_if_ended()
+
+    def _finish_if_ended(self) -> None:
         # The top may be heard before another leaf has told all that it folded.
-        if self._ended is not None and not any(self._outstanding.values()):
-            self._finished(self._ended)
-            self._ended = None
+        if self._is_ended and not any(self._outstanding.values()) and self._phase == "folding":
+            self._finished()
 
     def _folded(self, sender: int, d: Descriptor) -> None:
-        update = self._by_block.pop((d.block, d.generation), None)
+        update = self._by_block.get((d.block, d.generation))
         if update is None:
             raise ArenaCorruptError(errno.EBADMSG, f"worker {sender} folded block {d.block}, which is no update")
-        note = self._host.arena.note(d.block)
+        self._settle(update)
+
+    def _settle(self, update: Update) -> None:
+        """The update is in a committed sum, and its block free."""
+        del self._by_block[update.block.index, update.block.generation]
+        note = self._host.arena.note(update.block.index)
         update.fold_ns = (note.begin_ns, note.end_ns)
         update.folded_s = note.end_ns / 1e9 - self._books.opened_s
-        self._outstanding[sender] -= 1
+        self._outstanding[update.runtime] -= 1
         self._host.arena.reclaim(update.block)
 
-    def _finished(self, d: Descriptor) -> None:
-        note = self._host.arena.note(d.block)
+    def _finished(self) -> None:
+        note = self._host.arena.note(self._mean.index)
         if note.tag != len(self._books.updates):
             message = (
                 f"round {self.number}: the mean contains {note.tag} updates, {len(self._books.updates)} were accepted"
             )
             self.fail(ArenaCorruptError(errno.EBADMSG, message))
             return
-        if d.arg:
+        if not math.isfinite(note.weight):
             message = f"round {self.number}: a weighted sum left the range of float64: use smaller weights"
             self.fail(RoundError(message))
             return
@@ -362,6 +379,88 @@ class Round:
         for block in self._reserved:
             self._host.arena.reclaim(block)
         self._reserved = []
+
+    def recover(self, me: int) -> list[Descriptor]:
+        """Takes up what a dead worker left of this round; what its successor has to be told, in order.
+
+        The host holds the lock and has heard all that the dead one had said.
+        """
+        if me not in self._leaves or self._phase in ("done", "closed"):
+            return []
+        arena, top = self._host.arena, self._leaves[0]
+        mine = [update for update in self._by_block.values() if update.runtime == me]
+        self._books.deaths += 1
+        if self._phase == "failed" or (me == top and recovery.word(arena, self._mean) == (AGENT, State.READY)):
+            # It had been told to let go; or it had made the mean, and only not said so.
+            recovery.free(arena, me, [*self._reserved, *(update.block for update in mine)])
+            self._acks.add(me)
+            if self._phase == "folding":
+                for update in mine:
+                    self._settle(update)
+                self._is_ended = True
+                self._finish_if_ended()
+            return []
+        remains = recovery.sweep(arena, me, self._sums[me], mine)
+        for update in remains.counted:
+            self._settle(update)
+        for update in remains.again:
+            update.deaths += update.block.index in remains.suspects
+        if not self._refuse_poison(me):
+            recovery.free(arena, me, [*self._reserved, *(update.block for update in remains.again)])
+            return []
+        told = [Descriptor(Kind.OPEN, self.number, self._control.index, self._control.generation)]
+        if remains.sum is not None:
+            told.append(Descriptor(Kind.GRANT, self.number, remains.sum.index, remains.sum.generation, 1))
+        told += [Descriptor(Kind.GRANT, self.number, b.index, b.generation) for b in remains.spare]
+        told += [self._update(u) for u in remains.again if u.block in {v.block for v in self._by_block.values()}]
+        if self._flushed is None:
+            return told
+        if me != top and remains.sum is None and not remains.again:
+            # Its part was done, or it had none; the top may not have been told.
+            recovery.free(arena, me, self._sums[me])
+            handed = [b for b in self._sums[me] if recovery.word(arena, b)[0] == top]
+            said = self._sum(me, handed[0]) if handed else Descriptor(Kind.SUM, self.number, arg=me)
+            self._host.outbox.push(top, said)
+            return []
+        if me == top:
+            told += self._sums_for_top(me)
+        return [*told, self._flushed]
+
+    def _sum(self, leaf: int, block: Block) -> Descriptor:
+        return Descriptor(Kind.SUM, self.number, block.index, block.generation, leaf)
+
+    def _sums_for_top(self, top: int) -> list[Descriptor]:
+        """What the other leaves have handed over to a top that died; it may have read of them or not."""
+        arena, told = self._host.arena, []
+        for leaf in self._leaves:
+            handed = [b for b in self._sums[leaf] if leaf != top and recovery.word(arena, b)[0] == top]
+            for block in handed:
+                arena.move(block, (top, State.READING), (top, State.COMMITTED))
+                told.append(self._sum(leaf, block))
+            if leaf != top and not handed and not self._given[leaf]:
+                told.append(Descriptor(Kind.SUM, self.number, arg=leaf))
+        return told
+
+    def _refuse_poison(self, me: int) -> bool:
+        """An update that two workers died of is not given to a third; false if the round ends by that."""
+        poison = [u for u in self._by_block.values() if u.runtime == me and u.deaths >= MOST_DEATHS]
+        if poison and self.order == "flower":
+            self.fail(RoundError(f"round {self.number}: {MOST_DEATHS} workers died of it"))
+            return False
+        for update in poison:
+            reason = f"{update.deaths} workers died while they folded it"
+            self._books.rejected.append(Rejection(update.client_id, "poison", reason))
+            self._books.updates.remove(update)
+            del self._by_block[update.block.index, update.block.generation]
+            self._clients.discard(update.client_id)
+            self._outstanding[me] -= 1
+            self._given[me] -= 1
+            recovery.free(self._host.arena, me, [update.block])
+            self._host.arena.reclaim(update.block)
+        if poison and not self._books.updates and self._phase == "folding":
+            self.fail(RoundError(f"round {self.number}: no update is left{self._books.refusals()}"))
+            return False
+        return True
 
     def fail(self, error: Exception) -> None:
         """Ends the round without a result. The host holds the lock."""

@@ -24,7 +24,7 @@ from lifl.host import wait_for_block
 from lifl.nursery import Nursery
 from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.round import Order, Round, Timing
-from lifl.shm import AGENT, Arena, State
+from lifl.shm import AGENT, Arena, Block, State
 from lifl.tensor import Layout, TensorSpec
 
 UNITS = {"": 1, "b": 1}
@@ -33,6 +33,7 @@ UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 DEFAULT_MEMORY = 2 * 2**30
 MAX_WORKERS = 255
 SPIN_S = 50e-6
+MOST_DEATHS_IN_A_ROW = 8
 
 
 def parse_bytes(memory: str | int) -> int:
@@ -101,6 +102,7 @@ class Node:
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
         self._pids: dict[int, tuple[int, int]] = {}  # pidfd -> participant, pid
+        self._deaths: dict[int, int] = {}  # participant -> since it was last heard
         self._nursery: Nursery | None = None
         self._thread: threading.Thread | None = None
         self._inline: Aggregator | None = None
@@ -150,13 +152,15 @@ class Node:
             for fd, _ in poll.poll(None if is_sent else 2):
                 if fd in self._pids:
                     poll.unregister(fd)
-                    self._lose(*self._pids[fd])
+                    if (successor := self._replace(fd)) is not None:
+                        poll.register(successor, select.POLLIN)
 
     def _drain(self) -> None:
         worked = False
         while (item := self._inbox.try_pop()) is not None:
             worked = True
             sender, descriptor = item
+            self._deaths[sender] = 0
             if (round_ := self._rounds.get(descriptor.round)) is None:
                 continue
             try:
@@ -166,18 +170,37 @@ class Node:
         if worked:
             self.changed.notify_all()
 
-    def _lose(self, me: int, pid: int) -> None:
+    def _replace(self, pidfd: int) -> int | None:
+        """A worker is proven dead: takes up what it left and starts its successor, whose pidfd it returns."""
         with self.changed:
-            if self._is_closed:
-                return
-            self._gone = PeerGoneError(f"worker {me} (pid {pid}) died: close this Node and make another")
-            for round_ in self._rounds.values():
-                round_.fail(self._gone)
+            me, pid = self._pids.pop(pidfd)
+            os.close(pidfd)
+            if self._is_closed or self._nursery is None:
+                return None
+            self._drain()  # what it said before it died counts
+            self._deaths[me] = self._deaths.get(me, 0) + 1
+            try:
+                if self._deaths[me] > MOST_DEATHS_IN_A_ROW:
+                    raise PeerGoneError(f"worker {me} died {MOST_DEATHS_IN_A_ROW} times before it had started")
+                self.outbox.reset(me)
+                told = [d for round_ in list(self._rounds.values()) for d in round_.recover(me)]
+                pid, successor = self._nursery.start_worker(me)
+            except LiflError as error:
+                self._gone = PeerGoneError(f"worker {me} (pid {pid}) died and has no successor: {error}")
+                for round_ in self._rounds.values():
+                    round_.fail(self._gone)
+                self.changed.notify_all()
+                return None
+            self._pids[successor] = (me, pid)
+            for descriptor in told:
+                self.outbox.push(me, descriptor)
             self.changed.notify_all()
+            return successor
 
     def pids(self) -> tuple[int, ...]:
         """The workers' process ids."""
-        return tuple(pid for _, pid in self._pids.values())
+        with self.changed:
+            return tuple(pid for _, pid in self._pids.values())
 
     # ------------------------------------------------------------ what a round needs
 
@@ -298,15 +321,15 @@ class Node:
         control = wait_for_block(self, len(encoded), 0, "a round's control block")
         self.arena.buffer(control)[:] = encoded
         mean = wait_for_block(self, layout.mean_bytes, 0, "a round's mean")
-        reserved = [control]
+        sums: dict[int, list[Block]] = {leaf: [] for leaf in leaves}
         for leaf in leaves:
             self.outbox.push(leaf, Descriptor(Kind.OPEN, number, control.index, control.generation))
             for _ in range(0 if order == "flower" else 2):
                 block = self.arena.alloc(_sum_bytes(layout), leaf, State.ACCUM)
                 assert block is not None, "checked by _choose_leaves under the same lock"
-                reserved.append(block)
+                sums[leaf].append(block)
                 self.outbox.push(leaf, Descriptor(Kind.GRANT, number, block.index, block.generation))
-        return Round(self, number, spec, expected, timing, order, leaves, mean, reserved)
+        return Round(self, number, spec, expected, timing, order, leaves, mean, control, sums)
 
     # ------------------------------------------------------------ the end
 

@@ -1,0 +1,98 @@
+"""What a dead worker left behind, read from the ownership words: rings are hints, the words are the truth.
+
+Called by the agent, for a worker that is proven dead, before its successor starts; other workers go on
+meanwhile. Everything here may be done twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from lifl.books import Update
+from lifl.shm import AGENT, Arena, Block, State, lib
+
+
+@attrs.define
+class Remains:
+    """A dead leaf's part of a round.
+
+    Attributes
+    ----------
+    sum : Block or None
+        Its newest committed sum, if that has not been handed over to the top.
+    spare : list of Block
+        Its other blocks for sums, ready to be granted again.
+    counted : list of Update
+        In a committed sum: free by now.
+    again : list of Update
+        In none: READY for the successor.
+    suspects : set of int
+        Indices of the blocks that were being read when it died.
+    """
+
+    sum: Block | None = None
+    spare: list[Block] = attrs.field(factory=list)
+    counted: list[Update] = attrs.field(factory=list)
+    again: list[Update] = attrs.field(factory=list)
+    suspects: set[int] = attrs.field(factory=set)
+
+
+def sweep(arena: Arena, me: int, sums: Sequence[Block], updates: Iterable[Update]) -> Remains:
+    """Takes apart what participant `me` held: its granted blocks `sums` and the `updates` it was given."""
+    remains = Remains()
+    committed = []
+    for block in sums:
+        owner, state = word(arena, block)
+        if owner != me:
+            continue  # handed over, or freed
+        if state in (State.COMMITTED, State.READING):
+            committed.append((_epoch_and_batch(arena, block), block))
+            arena.move(block, (me, State.READING), (me, State.COMMITTED))
+        else:
+            remains.spare.append(block)
+    batch: set[tuple[int, int]] = set()
+    # Two are committed if it died between a commit and the release of the sum before: the newer one
+    # contains the older.
+    for (_, members), block in sorted(committed, key=lambda pair: pair[0][0]):
+        if remains.sum is not None:
+            arena.move(remains.sum, (me, State.COMMITTED), (me, State.ACCUM))
+            remains.spare.append(remains.sum)
+        remains.sum, batch = block, members
+    for update in updates:
+        block = update.block
+        owner, state = word(arena, block)
+        if owner != me:
+            remains.counted.append(update)  # freed by the leaf after its commit
+        elif (block.index, block.generation) in batch:
+            arena.move(block, (me, State.READING), (AGENT, State.FREE))
+            remains.counted.append(update)
+        else:
+            if arena.move(block, (me, State.READING), (me, State.READY)):
+                remains.suspects.add(block.index)
+            remains.again.append(update)
+    return remains
+
+
+def word(arena: Arena, block: Block) -> tuple[int, State]:
+    """A block's owner and state; (AGENT, FREE) if it is of another generation by now."""
+    generation, owner, state, _, _ = arena.describe(block.index)
+    return (owner, state) if generation == block.generation else (AGENT, State.FREE)
+
+
+def free(arena: Arena, me: int, blocks: Iterable[Block]) -> None:
+    """Frees those of `blocks` that the dead participant `me` still owns, whatever it did with them."""
+    for block in blocks:
+        owner, state = word(arena, block)
+        if owner == me:
+            arena.move(block, (me, state), (AGENT, State.FREE))
+
+
+def _epoch_and_batch(arena: Arena, block: Block) -> tuple[int, set[tuple[int, int]]]:
+    mapping = arena.map(block.index, block.generation)
+    manifest = arena.manifest(mapping.address)
+    count = min(manifest.batch, int(lib.lifl_batch_max()))
+    found = manifest.epoch, {(manifest.blocks[i], manifest.generations[i]) for i in range(count)}
+    mapping.close()
+    return found
