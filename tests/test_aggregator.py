@@ -185,7 +185,7 @@ def test_sum_that_comes_before_its_round_is_kept(agent: Agent) -> None:
     assert agent.arena.move(update, (ME, State.READY), (OTHER, State.READY))
     mean = agent.block(SPEC.layout.mean_bytes, ME, State.WRITING)
     for kind, b in ((Kind.OPEN, control), (Kind.GRANT, block), (Kind.UPDATE, update), (Kind.FLUSH, mean)):
-        agent.outbox.push(OTHER, Descriptor(kind, 1, b.index, b.generation, ME << 8 | 2))
+        agent.outbox.push(OTHER, Descriptor(kind, 1, b.index, b.generation, ME << 8 | 2 if kind == Kind.FLUSH else 0))
     while other.step():
         pass
     agent.heard()

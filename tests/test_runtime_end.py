@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
@@ -131,24 +130,8 @@ def test_full_ring_of_a_lazy_round_is_sent_on() -> None:
             os.kill(pid, signal.SIGKILL)  # else a close that waits for it would take half a minute
 
 
-@pytest.mark.parametrize("timing", ["eager", "lazy"])
-def test_killed_worker_is_an_error_at_once(timing: Any) -> None:
-    """A worker that dies ends every round with PeerGoneError, and the Node can be closed."""
-    with lifl.Node("16MiB", workers=2) as node:
-        with node.open_round(TINY_SPEC, expected=3, timing=timing) as round_:
-            round_.submit(TINY)
-            os.kill(node.pids()[0], signal.SIGKILL)
-            with pytest.raises((PeerGoneError, RoundError), match="died"):
-                round_.result(WAIT_S)
-            with pytest.raises((PeerGoneError, AdmissionError)):
-                round_.submit(TINY)
-        assert not node.is_open
-        with pytest.raises(PeerGoneError):
-            node.open_round(TINY_SPEC, expected=1)
-
-
 def test_killed_worker_wakes_who_waits_for_room() -> None:
-    """Who waits for memory that a dead worker holds is told so."""
+    """Who waits for memory that a dead worker holds gets it when its successor has folded."""
     spec = lifl.TensorSpec((Tensor("w", "float32", (2**18,)),))
     with lifl.Node("8MiB", workers=1) as node, node.open_round(spec, expected=50) as round_:
         (pid,) = node.pids()
@@ -163,5 +146,5 @@ def test_killed_worker_wakes_who_waits_for_room() -> None:
             with pytest.raises(TimeoutError):
                 waiting.result(0.2)
             os.kill(pid, signal.SIGKILL)
-            with pytest.raises(PeerGoneError, match="died"):
-                waiting.result(WAIT_S)
+            waiting.result(WAIT_S)
+        assert round_.result(WAIT_S).num_updates == 50
