@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from lifl import admission, fold, recovery
+from lifl import admission, fold
+from lifl.assignment import Assignment
 from lifl.books import Books, Update
 from lifl.errors import AdmissionError, ArenaCorruptError, LeaseError, RoundError
 from lifl.host import WAIT_CAP_S, Host, wait_for_block
@@ -24,7 +25,7 @@ from lifl.loan import Loan
 from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
 from lifl.ring import Descriptor, Kind
-from lifl.shm import AGENT, Block, Lease, State
+from lifl.shm import Lease
 from lifl.tensor import TensorSpec
 
 Timing = Literal["eager", "lazy"]
@@ -48,28 +49,20 @@ class Round:
         expected: int,
         timing: Timing,
         order: Order,
-        leaves: tuple[int, ...],
-        mean: Block,
-        control: Block,
-        sums: dict[int, list[Block]],
+        assignment: Assignment,
     ) -> None:
         self._host, self.number, self.spec, self.expected = host, number, spec, expected
         self.timing, self.order = timing, order
-        self._leaves, self._mean, self._control, self._sums = leaves, mean, control, sums
-        self._reserved = [control, *(block for blocks in sums.values() for block in blocks)]
+        self._assignment = assignment
         self._phase: Literal["open", "folding", "done", "failed", "closed"] = "open"
         self._error: Exception | None = None
         self._books = Books()
-        self._by_block: dict[tuple[int, int], Update] = {}
         self._clients: set[str] = set()  # accepted, or with a loan out
-        self._outstanding = dict.fromkeys(leaves, 0)
-        self._given = dict.fromkeys(leaves, 0)
         self._loans: dict[str, int] = {}  # client -> the thread that holds its loan
         self._acks: set[int] = set()
         self._unnamed = 0
         self._dropped: deque[str] = deque()
         self._is_ended = False  # the top has said so; every leaf may not have been heard yet
-        self._flushed: Descriptor | None = None
         self._result: RoundResult | None = None
 
     # ------------------------------------------------------------ updates in
@@ -218,39 +211,22 @@ class Round:
             loan.hand_over()
             del self._loans[loan.client_id]
             self._books.updates.append(update)
-            self._by_block[block.index, block.generation] = update
+            self._assignment.add(update)
             if self.order == "any":
-                self._hand_on(update)
+                self._assignment.give(update)
             if len(self._books.updates) == self.expected:
                 self._flush()
         host.pump()
 
-    def _hand_on(self, update: Update) -> None:
-        # The one with the least to do; of those, the one that has had the least.
-        leaf = min(self._leaves, key=lambda i: (self._outstanding[i], self._given[i]))
-        self._given[leaf] += 1
-        update.runtime = leaf
-        self._outstanding[leaf] += 1
-        if not self._host.arena.move(update.block, (AGENT, State.WRITING), (leaf, State.READY)):
-            raise ArenaCorruptError(errno.EBADMSG, f"block {update.block.index} changed hands while it was written")
-        self._host.outbox.push(leaf, self._update(update))
-
-    def _update(self, update: Update) -> Descriptor:
-        # One that a worker died of is folded alone, so that only the culprit meets the second death.
-        block, alone = update.block, int(update.deaths > 0)
-        return Descriptor(Kind.UPDATE, self.number, block.index, block.generation, alone)
-
     def press(self) -> None:
         """Makes lazy leaves fold what they hold, because memory is short. The host holds the lock."""
-        for leaf, n in self._outstanding.items():
-            if n and self.timing == "lazy":
-                self._host.outbox.push(leaf, Descriptor(Kind.PRESS, self.number))
+        self._assignment.press()
 
     @property
     def is_moving(self) -> bool:
         """True if blocks of this round will come free while this thread waits. The host holds the lock."""
         others = any(thread != threading.get_ident() for thread in self._loans.values())
-        return self._phase == "folding" or any(self._outstanding.values()) or others
+        return self._phase == "folding" or self._assignment.is_busy or others
 
     def _flush(self) -> None:
         """Everything that will come has come: commit, send to the top, finish."""
@@ -259,13 +235,8 @@ class Round:
             factors = fold.flower_factors([u.weight for u in self._books.updates])
             for update, factor in zip(self._books.updates, factors, strict=True):
                 self._host.arena.note(update.block.index).weight = factor
-                self._hand_on(update)
-        top, mean = self._leaves[0], self._mean
-        self._host.arena.move(mean, (AGENT, State.WRITING), (top, State.WRITING))
-        arg = top << 8 | len(self._leaves)
-        self._flushed = Descriptor(Kind.FLUSH, self.number, mean.index, mean.generation, arg)
-        for leaf in self._leaves:
-            self._host.outbox.push(leaf, self._flushed)
+                self._assignment.give(update)
+        self._assignment.flush()
 
     # ------------------------------------------------------------ the result
 
@@ -336,26 +307,24 @@ class Round:
 
     def _finish_if_ended(self) -> None:
         # The top may be heard before another leaf has told all that it folded.
-        if self._is_ended and not any(self._outstanding.values()) and self._phase == "folding":
+        if self._is_ended and not self._assignment.is_busy and self._phase == "folding":
             self._finished()
 
     def _folded(self, sender: int, d: Descriptor) -> None:
-        update = self._by_block.get((d.block, d.generation))
+        update = self._assignment.updates.get((d.block, d.generation))
         if update is None:
             raise ArenaCorruptError(errno.EBADMSG, f"worker {sender} folded block {d.block}, which is no update")
         self._settle(update)
 
     def _settle(self, update: Update) -> None:
         """The update is in a committed sum, and its block free."""
-        del self._by_block[update.block.index, update.block.generation]
         note = self._host.arena.note(update.block.index)
         update.fold_ns = (note.begin_ns, note.end_ns)
         update.folded_s = note.end_ns / 1e9 - self._books.opened_s
-        self._outstanding[update.runtime] -= 1
-        self._host.arena.reclaim(update.block)
+        self._assignment.settle(update)
 
     def _finished(self) -> None:
-        note = self._host.arena.note(self._mean.index)
+        note = self._host.arena.note(self._assignment.mean.index)
         if note.tag != len(self._books.updates):
             message = (
                 f"round {self.number}: the mean contains {note.tag} updates, {len(self._books.updates)} were accepted"
@@ -369,81 +338,45 @@ class Round:
         self._books.finish_ns = note.end_ns - note.begin_ns
         self._books.done_s = self._books.now_s()
         self._phase = "done"
-        buffer = self._host.arena.buffer(self._mean)
+        buffer = self._host.arena.buffer(self._assignment.mean)
         views = self.spec.flower_views if self.order == "flower" else self.spec.views
         report = self.report()
         weight = sum(u.weight for u in self._books.updates)
         self._result = RoundResult(self.spec, views(buffer), weight, len(self._books.updates), report.rejected, report)
         del buffer
-        self._host.arena.reclaim(self._mean)
-        for block in self._reserved:
+        for block in self._assignment.take_all():
             self._host.arena.reclaim(block)
-        self._reserved = []
 
     def recover(self, me: int) -> list[Descriptor]:
         """Takes up what a dead worker left of this round; what its successor has to be told, in order.
 
         The host holds the lock and has heard all that the dead one had said.
         """
-        if me not in self._leaves or self._phase in ("done", "closed"):
+        work = self._assignment
+        if me not in work.leaves or self._phase in ("done", "closed"):
             return []
-        arena, top = self._host.arena, self._leaves[0]
-        mine = [update for update in self._by_block.values() if update.runtime == me]
         self._books.deaths += 1
-        if self._phase == "failed" or (me == top and recovery.word(arena, self._mean) == (AGENT, State.READY)):
+        if self._phase == "failed" or work.has_made_mean(me):
             # It had been told to let go; or it had made the mean, and only not said so.
-            recovery.free(arena, me, [*self._reserved, *(update.block for update in mine)])
+            work.free(me)
             self._acks.add(me)
             if self._phase == "folding":
-                for update in mine:
+                for update in work.held_by(me):
                     self._settle(update)
                 self._is_ended = True
                 self._finish_if_ended()
             return []
-        remains = recovery.sweep(arena, me, self._sums[me], mine)
+        remains = work.sweep(me)
         for update in remains.counted:
             self._settle(update)
-        for update in remains.again:
-            update.deaths += update.block.index in remains.suspects
         if not self._refuse_poison(me):
-            recovery.free(arena, me, [*self._reserved, *(update.block for update in remains.again)])
+            work.free(me)
             return []
-        told = [Descriptor(Kind.OPEN, self.number, self._control.index, self._control.generation)]
-        if remains.sum is not None:
-            told.append(Descriptor(Kind.GRANT, self.number, remains.sum.index, remains.sum.generation, 1))
-        told += [Descriptor(Kind.GRANT, self.number, b.index, b.generation) for b in remains.spare]
-        told += [self._update(u) for u in remains.again if u.block in {v.block for v in self._by_block.values()}]
-        if self._flushed is None:
-            return told
-        if me != top and remains.sum is None and not remains.again:
-            # Its part was done, or it had none; the top may not have been told.
-            recovery.free(arena, me, self._sums[me])
-            handed = [b for b in self._sums[me] if recovery.word(arena, b)[0] == top]
-            said = self._sum(me, handed[0]) if handed else Descriptor(Kind.SUM, self.number, arg=me)
-            self._host.outbox.push(top, said)
-            return []
-        if me == top:
-            told += self._sums_for_top(me)
-        return [*told, self._flushed]
-
-    def _sum(self, leaf: int, block: Block) -> Descriptor:
-        return Descriptor(Kind.SUM, self.number, block.index, block.generation, leaf)
-
-    def _sums_for_top(self, top: int) -> list[Descriptor]:
-        """What the other leaves have handed over to a top that died; it may have read of them or not."""
-        arena, told = self._host.arena, []
-        for leaf in self._leaves:
-            handed = [b for b in self._sums[leaf] if leaf != top and recovery.word(arena, b)[0] == top]
-            for block in handed:
-                arena.move(block, (top, State.READING), (top, State.COMMITTED))
-                told.append(self._sum(leaf, block))
-            if leaf != top and not handed and not self._given[leaf]:
-                told.append(Descriptor(Kind.SUM, self.number, arg=leaf))
-        return told
+        return work.retell(me, remains)
 
     def _refuse_poison(self, me: int) -> bool:
         """An update that two workers died of is not given to a third; false if the round ends by that."""
-        poison = [u for u in self._by_block.values() if u.runtime == me and u.deaths >= MOST_DEATHS]
+        poison = [update for update in self._assignment.held_by(me) if update.deaths >= MOST_DEATHS]
         if poison and self.order == "flower":
             self.fail(RoundError(f"round {self.number}: {MOST_DEATHS} workers died of it"))
             return False
@@ -451,12 +384,8 @@ class Round:
             reason = f"{update.deaths} workers died while they folded it"
             self._books.rejected.append(Rejection(update.client_id, "poison", reason))
             self._books.updates.remove(update)
-            del self._by_block[update.block.index, update.block.generation]
             self._clients.discard(update.client_id)
-            self._outstanding[me] -= 1
-            self._given[me] -= 1
-            recovery.free(self._host.arena, me, [update.block])
-            self._host.arena.reclaim(update.block)
+            self._assignment.refuse(update)
         if poison and not self._books.updates and self._phase == "folding":
             self.fail(RoundError(f"round {self.number}: no update is left{self._books.refusals()}"))
             return False
@@ -484,8 +413,7 @@ class Round:
             is_done = self._phase == "done"
             if not is_done:
                 self.fail(RoundError(f"round {self.number} was closed before its result"))
-                for leaf in self._leaves:
-                    host.outbox.push(leaf, Descriptor(Kind.ABORT, self.number))
+                self._assignment.abort()
         if not is_done:
             host.pump()
             self._take_back()
@@ -499,7 +427,7 @@ class Round:
         """Waits until no worker touches the round any more, then reclaims what it had."""
         host, deadline = self._host, time.monotonic() + CLOSE_TIMEOUT_S
         with self._locked():
-            while self._acks < set(self._leaves):
+            while self._acks < set(self._assignment.leaves):
                 try:
                     host.check_workers()
                 except Exception:
@@ -507,9 +435,7 @@ class Round:
                 if time.monotonic() > deadline:
                     raise RoundError(f"round {self.number}: workers did not let go of it in {CLOSE_TIMEOUT_S:g} s")
                 host.changed.wait(WAIT_CAP_S)
-            host.arena.move(self._mean, (self._leaves[0], State.WRITING), (AGENT, State.FREE))
-            held = [*self._reserved, self._mean, *(u.block for u in self._by_block.values())]
-            self._reserved, self._by_block = [], {}
+            held = self._assignment.take_all()
             # A sum that was on its way to the top when that let go comes free a moment later.
             while (held := [block for block in held if not host.arena.reclaim(block)]) and time.monotonic() < deadline:
                 host.changed.wait(0.001)

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from lifl import shm
 from lifl.aggregator import FLOWER, LAZY, Aggregator
+from lifl.assignment import Assignment
 from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
 from lifl.host import wait_for_block
 from lifl.nursery import Nursery
@@ -329,7 +330,8 @@ class Node:
                 assert block is not None, "checked by _choose_leaves under the same lock"
                 sums[leaf].append(block)
                 self.outbox.push(leaf, Descriptor(Kind.GRANT, number, block.index, block.generation))
-        return Round(self, number, spec, expected, timing, order, leaves, mean, control, sums)
+        work = Assignment(self, number, mean, control, sums, timing)
+        return Round(self, number, spec, expected, timing, order, work)
 
     # ------------------------------------------------------------ the end
 

@@ -32,9 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     "books": {"metrics", "shm"},
     "result": {"metrics", "tensor"},
     "recovery": {"books", "shm"},
+    "assignment": {"books", "errors", "host", "recovery", "ring", "shm"},
     "round": {
         *(
             "admission",
+            "assignment",
             "books",
             "errors",
             "fold",
@@ -42,7 +44,6 @@ ALLOWED: dict[str, set[str]] = {
             "intake",
             "loan",
             "metrics",
-            "recovery",
             "result",
             "ring",
             "shm",
@@ -52,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     # the processes
     "aggregator": {"fold", "ring", "shm", "tensor"},
     "nursery": {"aggregator", "errors"},
-    "runtime": {"aggregator", "errors", "host", "nursery", "ring", "round", "shm", "tensor"},
+    "runtime": {"aggregator", "assignment", "errors", "host", "nursery", "ring", "round", "shm", "tensor"},
     "embedded": {"round", "runtime", "shm", "tensor"},
     # Flower
     "strategy.exchange": set(),
@@ -202,7 +203,7 @@ def test_pure_room_has_no_global_state(room: str) -> None:
 
 # ---------------------------------------------------------------- files
 
-LONGER = {"round": 530, "runtime": 430}
+LONGER = {"round": 455, "runtime": 430}
 """Rooms that are over the limit and wait to be split by noun; each at most so long."""
 
 
