@@ -142,10 +142,11 @@ def _start_workers() -> dict[str, float]:
         # A worker answers so for every round, also for one that it has never heard of.
         outbox.push(worker, Descriptor(Kind.ABORT, 1))
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        while inbox.try_pop() is None:
+        while (item := inbox.try_pop()) is None or item[1].kind != Kind.ABORTED:  # HELLO comes first
             if time.monotonic() > deadline:
                 raise PeerGoneError(f"worker {worker} did not answer in {ANSWER_TIMEOUT_S:g} s")
-            inbox.wait(0.0)
+            if item is None:
+                inbox.wait(0.0)
 
     seconds, pidfds, nursery = {}, [], None
     try:
