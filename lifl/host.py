@@ -30,7 +30,7 @@ class Host(Protocol):
         """True in a fork of the Node's process, where nothing of it may be used, its lock neither."""
 
     def check_workers(self) -> None:
-        """Raises PeerGoneError if one is gone."""
+        """Raises PeerGoneError if one is gone and has no successor."""
 
     def relieve(self) -> bool:
         """Memory is short: makes lazy rounds fold what they hold; false if nothing will come free."""

@@ -155,10 +155,6 @@ class Bell:
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def attach(self, arena: Arena, target: int) -> None:
-        """Makes pushes from this process to an armed `target` ring it; every producer does this once."""
-        ring_for(arena, target, self.fd)
-
     def ring(self) -> None:
         """Rings it from this process."""
         os.eventfd_write(self.fd, 1)

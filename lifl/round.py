@@ -1,7 +1,8 @@
 """One round as its owner sees it: open, submit or loan, result, closed.
 
-Owns the round's blocks and its books: who was accepted, refused, folded. It starts no process and reads
-no ring; its host (a Node) carries descriptors to and from it, with the host's lock held.
+Decides who is accepted and refused, and keeps the books; who has its blocks is its Assignment's business.
+It starts no process and reads no ring; its host (a Node) carries descriptors to and from it, with the host's
+lock held.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ class Round:
             At the time-out (the round stays open), if no update was accepted, if a mean overflowed,
             or if the round was closed.
         PeerGoneError
-            If a worker died.
+            If a worker died and could not be replaced.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._locked():

@@ -220,7 +220,10 @@ class Node:
         return os.getpid() != self._pid
 
     def check_workers(self) -> None:
-        """Raises :class:`PeerGoneError` if a worker died, :class:`LeaseError` if the Node is closed or foreign."""
+        """Raises :class:`PeerGoneError` if a worker died and has no successor.
+
+        :class:`LeaseError` if the Node is closed, or this is a fork of its process.
+        """
         if self.is_foreign:
             raise LeaseError(f"this Node belongs to process {self._pid}, not to its fork {os.getpid()}")
         if self._gone:
@@ -337,7 +340,7 @@ class Node:
 
     @property
     def is_open(self) -> bool:
-        """False after :meth:`close`, or when a worker died."""
+        """False after :meth:`close`, or when a worker died and could not be replaced."""
         return not self._is_closed and self._gone is None
 
     @property
@@ -398,12 +401,12 @@ class Node:
 
 def _units(nbytes: int) -> int:
     """What a block of `nbytes` takes: whole units, at least one."""
-    unit = 65536
+    unit = int(shm.lib.lifl_unit_bytes())
     return max(1, math.ceil(nbytes / unit)) * unit
 
 
 def _sum_bytes(layout: Layout) -> int:
-    return 4096 + layout.sum_bytes
+    return int(shm.lib.lifl_manifest_bytes()) + layout.sum_bytes
 
 
 def round_bytes(spec: TensorSpec, workers: int, updates: int) -> int:

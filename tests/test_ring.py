@@ -316,7 +316,7 @@ def test_event_loop_is_woken_by_another_process(arena: Arena) -> None:
 def test_bell_rings_only_when_armed(arena: Arena) -> None:
     """A push to a busy consumer costs no system call; to an armed one it rings once."""
     bell, inbox, producer = Bell(), Inbox(arena, 0), Producer(arena, 1, 0)
-    bell.attach(arena, 0)
+    ring_for(arena, 0, bell.fd)
     assert producer.try_push(numbered(0))
     with pytest.raises(BlockingIOError):
         os.eventfd_read(bell.fd)

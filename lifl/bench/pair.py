@@ -22,7 +22,7 @@ from typing import Any
 
 from lifl.aggregator import die_with_parent
 from lifl.errors import PeerGoneError
-from lifl.ring import Bell, Descriptor, Inbox, Kind, Producer
+from lifl.ring import Bell, Descriptor, Inbox, Kind, Producer, ring_for
 from lifl.shm import Arena
 
 BOOT = (
@@ -166,7 +166,7 @@ def ring_poll() -> Iterator[Measure]:
 
     def end(arena: Arena, me: int) -> tuple[Inbox, Producer, select.poll]:
         other = 1 - me
-        bells[other].attach(arena, other)
+        ring_for(arena, other, bells[other].fd)
         poll = select.poll()
         poll.register(bells[me].fd, select.POLLIN)
         return Inbox(arena, me), Producer(arena, me, other), poll
@@ -205,7 +205,7 @@ def ring_asyncio() -> Iterator[Measure]:
     def end(arena: Arena, me: int) -> tuple[Inbox, Producer, asyncio.Event]:
         rung = asyncio.Event()
         asyncio.get_running_loop().add_reader(bells[me].fd, rung.set)
-        bells[1 - me].attach(arena, 1 - me)
+        ring_for(arena, 1 - me, bells[1 - me].fd)
         return Inbox(arena, me), Producer(arena, me, 1 - me), rung
 
     async def serve() -> None:
