@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "big: takes about 8 GiB of memory; deselect with -m 'not big'")
     config.addinivalue_line("markers", "leaves(reason): leaves what lifl does not own; exempt from the check")
     os.environ[MARK] = str(os.getpid())
+    # Started in the background of a script, this process ignores Ctrl-C, and its children would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
