@@ -17,7 +17,7 @@ import math
 import os
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import attrs
@@ -31,6 +31,8 @@ log = logging.getLogger("lifl.aggregator")
 
 LAZY, FLOWER = 1, 2
 """Flags of a control block: fold only when told to; fold in Flower's order and arithmetic."""
+BATCH_SHIFT = 8
+"""Above the flags: the most updates that are folded before a commit; 0 for as many as a manifest lists."""
 
 
 @attrs.define
@@ -113,6 +115,8 @@ class Aggregator:
     def _receive(self, d: Descriptor) -> None:
         if d.kind == Kind.STOP:
             self.is_stopped = True
+        elif d.kind == Kind.PING:
+            self._outbox.push(AGENT, Descriptor(Kind.HELLO, 0))
         elif d.kind == Kind.OPEN:
             control = self._arena.map(d.block, d.generation)
             layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
@@ -128,11 +132,9 @@ class Aggregator:
         elif d.kind == Kind.GRANT:
             self._grant(task, d)
         elif d.kind == Kind.UPDATE:
-            block = Block(d.block, d.generation, 0)
-            if self._arena.move(block, (self._me, State.READY), (self._me, State.READING)):
-                task.pending.append(block)
-                if d.arg:
-                    task.alone.add(block)
+            task.pending.append(block := Block(d.block, d.generation, 0))
+            if d.arg:
+                task.alone.add(block)
         elif d.kind == Kind.PRESS:
             task.is_pressed = bool(task.pending)
         elif d.kind == Kind.FLUSH:
@@ -149,7 +151,7 @@ class Aggregator:
 
     def _give_back(self, block: Block) -> None:
         """Frees a block that this worker holds, whatever it was doing with it."""
-        for state in (State.ACCUM, State.COMMITTED, State.READING):
+        for state in (State.READY, State.ACCUM, State.COMMITTED, State.READING):
             if block.index != NO_BLOCK and self._arena.move(block, (self._me, state), (AGENT, State.FREE)):
                 return
 
@@ -182,7 +184,7 @@ class Aggregator:
         if task.flags & FLOWER:
             return self._flower(task) if task.flush else False
         if task.is_foldable():
-            self._fold(task, self._next_batch(task))
+            self._fold(task)
             task.is_pressed = task.is_pressed and bool(task.pending)
             return True
         if task.flush and not task.is_sent:
@@ -193,15 +195,27 @@ class Aggregator:
             return True
         return False
 
+    def _take(self, blocks: Iterable[Block]) -> list[Block]:
+        """Those of `blocks` that are there for this worker, now READING: what it dies of is among these.
+
+        A descriptor is a hint, and may come twice.
+        """
+        return [b for b in blocks if self._arena.move(b, (self._me, State.READY), (self._me, State.READING))]
+
     def _next_batch(self, task: _Task) -> list[Block]:
-        batch = list(islice(task.pending, self._batch_max))
+        most = min(task.flags >> BATCH_SHIFT or self._batch_max, self._batch_max)
+        batch = list(islice(task.pending, most))
         for i, block in enumerate(batch):
             if block in task.alone:
                 return batch[: i or 1]
         return batch
 
-    def _fold(self, task: _Task, batch: list[Block]) -> None:
+    def _fold(self, task: _Task) -> None:
         begin = lib.lifl_now_ns()
+        told = self._next_batch(task)
+        if not (batch := self._take(told)):
+            task.pending.clear()
+            return
         target, source = task.spare[-1], task.current
         inputs = [self._arena.map(b.index, b.generation) for b in batch]
         notes = [self._arena.note(b.index) for b in batch]
@@ -227,7 +241,7 @@ class Aggregator:
         if not self._arena.move(target.block, (self._me, State.ACCUM), (self._me, State.COMMITTED)):
             raise RuntimeError(f"block {target.block.index} was taken from under a fold")
         task.spare.pop()
-        for _ in batch:
+        for _ in told:
             task.pending.popleft()
         end = lib.lifl_now_ns()
         for block, mapping, note in zip(batch, inputs, notes, strict=True):
@@ -281,7 +295,7 @@ class Aggregator:
         flush = task.flush
         assert flush is not None
         begin = lib.lifl_now_ns()
-        batch = list(task.pending)
+        batch = self._take(task.pending)
         inputs = [self._arena.map(b.index, b.generation) for b in batch]
         notes = [self._arena.note(b.index) for b in batch]
         factors = [n.weight for n in notes]

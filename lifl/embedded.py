@@ -6,7 +6,8 @@ import threading
 
 from lifl import shm
 from lifl.round import Order
-from lifl.runtime import Node, cores, round_bytes
+from lifl.runtime import Node, cores
+from lifl.sizes import round_bytes
 from lifl.tensor import TensorSpec
 
 LEAST_BYTES = 2**28

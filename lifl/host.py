@@ -23,7 +23,7 @@ class Host(Protocol):
     changed: threading.Condition
 
     def pump(self) -> None:
-        """Without workers: does the work that is there, now."""
+        """Gets the work going that is there; without workers it is done now, in the calling thread."""
 
     @property
     def is_foreign(self) -> bool:

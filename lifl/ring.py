@@ -34,8 +34,9 @@ class Kind(IntEnum):
     FOLDED = 9  # leaf -> agent: `block` has been counted and is FREE
     RESULT = 10  # top -> agent: `block` is the mean, READY
     ABORTED = 11  # leaf -> agent: nothing of the round is touched any more
-    HELLO = 13  # worker -> agent: it has started
     FAILED = 12  # worker -> agent: the round met an error that its log describes
+    HELLO = 13  # worker -> agent: it has started, or still answers
+    PING = 14  # agent -> worker: say HELLO
 
 
 class Descriptor(NamedTuple):

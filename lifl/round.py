@@ -229,6 +229,11 @@ class Round:
         others = any(thread != threading.get_ident() for thread in self._loans.values())
         return self._phase == "folding" or self._assignment.is_busy or others
 
+    @property
+    def waits_for_workers(self) -> bool:
+        """True while a worker owes this round something. The host holds the lock."""
+        return self._phase in ("folding", "failed") or self._assignment.is_busy
+
     def _flush(self) -> None:
         """Everything that will come has come: commit, send to the top, finish."""
         self._phase = "folding"

@@ -10,47 +10,31 @@ import atexit
 import errno
 import math
 import os
-import re
 import select
 import threading
+import time
 import weakref
 from numbers import Integral
 from types import TracebackType
 
 from lifl import shm
-from lifl.aggregator import FLOWER, LAZY, Aggregator
+from lifl.aggregator import BATCH_SHIFT, FLOWER, LAZY, Aggregator
 from lifl.assignment import Assignment
+from lifl.crew import Crew
 from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
 from lifl.host import wait_for_block
-from lifl.nursery import Nursery
 from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.round import Order, Round, Timing
 from lifl.shm import AGENT, Arena, Block, State
+from lifl.sizes import parse_bytes, sum_bytes_of, units_of
 from lifl.tensor import Layout, TensorSpec
 
-UNITS = {"": 1, "b": 1}
-UNITS |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
-UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 DEFAULT_MEMORY = 2 * 2**30
 MAX_WORKERS = 255
 SPIN_S = 50e-6
-MOST_DEATHS_IN_A_ROW = 8
-
-
-def parse_bytes(memory: str | int) -> int:
-    """``"2GiB"``, ``"512 MB"`` or a number of bytes, as bytes.
-
-    Raises ``ValueError`` for anything else and for less than 1.
-    """
-    if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", memory)
-        factor = UNITS.get(match[2].lower()) if match else None
-        if not match or factor is None:
-            raise ValueError(f"memory={memory!r} is not a size: write '2GiB', '512MiB' or a number of bytes")
-        memory = int(float(match[1]) * factor)
-    if memory < 1:
-        raise ValueError(f"memory={memory} bytes: at least 1 is needed")
-    return memory
+STALL_TIMEOUT_S = 10.0
+SLOWEST_FOLD = 100e6
+"""Bytes a second that the slowest worker still reads: it may be silent as long as it takes to read all in use."""
 
 
 def cores() -> int:
@@ -68,6 +52,10 @@ class Node:
         quarter of what is available if that is less.
     workers : int, optional
         Worker processes. Default: one per core. 0 folds in the calling process, through the same code.
+    stall_timeout : float
+        Seconds after which a worker that has work and gives no sign of life, because it is stopped or
+        stuck, is killed and replaced; added to them is the time that folding what is in the arena may
+        take (a second per 100 MB).
     debug : bool
         Overwrite freed blocks with 0xA5, so that a stale view shows itself.
 
@@ -87,8 +75,17 @@ class Node:
     ...     mean = round_.result(timeout=30).arrays
     """
 
-    def __init__(self, memory: str | int | None = None, workers: int | None = None, *, debug: bool = False) -> None:
+    def __init__(
+        self,
+        memory: str | int | None = None,
+        workers: int | None = None,
+        *,
+        stall_timeout: float = STALL_TIMEOUT_S,
+        debug: bool = False,
+    ) -> None:
         shm.require()
+        if not stall_timeout > 0:
+            raise ValueError(f"stall_timeout={stall_timeout!r}: give seconds above 0")
         workers = cores() if workers is None else workers
         if not 0 <= workers <= MAX_WORKERS:
             raise ValueError(f"workers={workers}: give 0 (fold in this process) to {MAX_WORKERS}")
@@ -102,9 +99,8 @@ class Node:
         self._is_closed = False
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
-        self._pids: dict[int, tuple[int, int]] = {}  # pidfd -> participant, pid
-        self._deaths: dict[int, int] = {}  # participant -> since it was last heard
-        self._nursery: Nursery | None = None
+        self._crew: Crew | None = None
+        self._is_dozing = False  # the agent's thread sleeps until it is rung, and watches nobody
         self._thread: threading.Thread | None = None
         self._inline: Aggregator | None = None
         self._bell = Bell()
@@ -114,7 +110,7 @@ class Node:
             self.outbox = Outbox(self.arena, AGENT, on_backlog=self._bell.ring)
             self._inbox = Inbox(self.arena, AGENT)
             if workers:
-                self._start_workers()
+                self._start_workers(stall_timeout)
             else:
                 self._inline = Aggregator(self.arena, 1)
         except BaseException:
@@ -125,43 +121,56 @@ class Node:
 
     # ------------------------------------------------------------ workers
 
-    def _start_workers(self) -> None:
+    def _start_workers(self, stall_timeout: float) -> None:
         spin_s = SPIN_S if cores() > 1 else 0.0
-        self._nursery = Nursery(self.arena.fd, self._bell.fd, spin_s)
-        for me in range(1, 1 + self.workers):
-            pid, pidfd = self._nursery.start_worker(me)
-            self._pids[pidfd] = (me, pid)
+        self._crew = crew = Crew(self.arena.fd, self._bell.fd, spin_s, self.workers, stall_timeout)
         # A daemon: a Node that is never closed must not keep the interpreter from ending.
-        self._thread = threading.Thread(target=self._hear, name="lifl-agent", daemon=True)
+        self._thread = threading.Thread(target=self._hear, args=(crew,), name="lifl-agent", daemon=True)
         self._thread.start()
 
-    def _hear(self) -> None:
-        """The agent's thread: sleeps until a worker writes or dies, then puts it into the books."""
+    def _hear(self, crew: Crew) -> None:
+        """The agent's thread: sleeps until a worker writes, dies or is silent, then puts it into the books."""
         poll = select.poll()
-        for fd in (self._bell.fd, *self._pids):
+        for fd in (self._bell.fd, *crew.pidfds):
             poll.register(fd, select.POLLIN)
+        next_tick = 0.0
         while True:
             self._bell.clear()
             with self.changed:
                 if self._is_closed:
                     return
-                self._drain()
+                self._drain(crew)
+                if (now := time.monotonic()) >= next_tick:
+                    next_tick = now + crew.tick_s
+                    self._watch(crew, now)
                 is_sent = self.outbox.flush()
                 if not self._inbox.arm():
                     continue
-            # What did not fit into a full ring is tried again soon: its consumer does not ring.
-            for fd, _ in poll.poll(None if is_sent else 2):
-                if fd in self._pids:
+                # What did not fit into a full ring is tried again soon: its consumer does not ring.
+                wait_s = 0.002 if not is_sent else None if self._is_dozing else next_tick - now
+            for fd, _ in poll.poll(None if wait_s is None else max(1, math.ceil(wait_s * 1000))):
+                if fd in crew.pidfds:
                     poll.unregister(fd)
-                    if (successor := self._replace(fd)) is not None:
+                    if (successor := self._replace(crew, fd)) is not None:
                         poll.register(successor, select.POLLIN)
 
-    def _drain(self) -> None:
+    def _watch(self, crew: Crew, now: float) -> None:
+        """Asks workers that owe something for a sign of life; without rounds that owe, there is none to wait for."""
+        self._is_dozing = not any(round_.waits_for_workers for round_ in self._rounds.values())
+        if self._is_dozing:
+            crew.rest()
+            return
+        used = self.arena.block_bytes - self.arena.free_bytes
+        for me in crew.tick(now, used / SLOWEST_FOLD):
+            self.outbox.push(me, Descriptor(Kind.PING, 0))
+
+    def _drain(self, crew: Crew | None = None) -> None:
         worked = False
         while (item := self._inbox.try_pop()) is not None:
             worked = True
             sender, descriptor = item
-            self._deaths[sender] = 0
+            if crew is not None:
+                crew.heard(sender)
             if (round_ := self._rounds.get(descriptor.round)) is None:
                 continue
             try:
@@ -171,28 +180,23 @@ class Node:
         if worked:
             self.changed.notify_all()
 
-    def _replace(self, pidfd: int) -> int | None:
+    def _replace(self, crew: Crew, pidfd: int) -> int | None:
         """A worker is proven dead: takes up what it left and starts its successor, whose pidfd it returns."""
         with self.changed:
-            me, pid = self._pids.pop(pidfd)
-            os.close(pidfd)
-            if self._is_closed or self._nursery is None:
+            self._drain(crew)  # what it said before it died counts
+            me, pid = crew.bury(pidfd)
+            if self._is_closed:
                 return None
-            self._drain()  # what it said before it died counts
-            self._deaths[me] = self._deaths.get(me, 0) + 1
             try:
-                if self._deaths[me] > MOST_DEATHS_IN_A_ROW:
-                    raise PeerGoneError(f"worker {me} died {MOST_DEATHS_IN_A_ROW} times before it had started")
                 self.outbox.reset(me)
                 told = [d for round_ in list(self._rounds.values()) for d in round_.recover(me)]
-                pid, successor = self._nursery.start_worker(me)
+                successor = crew.start(me)
             except LiflError as error:
                 self._gone = PeerGoneError(f"worker {me} (pid {pid}) died and has no successor: {error}")
                 for round_ in self._rounds.values():
                     round_.fail(self._gone)
                 self.changed.notify_all()
                 return None
-            self._pids[successor] = (me, pid)
             for descriptor in told:
                 self.outbox.push(me, descriptor)
             self.changed.notify_all()
@@ -201,12 +205,16 @@ class Node:
     def pids(self) -> tuple[int, ...]:
         """The workers' process ids."""
         with self.changed:
-            return tuple(pid for _, pid in self._pids.values())
+            return () if self._crew is None else self._crew.pids
 
     # ------------------------------------------------------------ what a round needs
 
     def pump(self) -> None:
-        """Without workers: does the work that is there, now, in the calling thread."""
+        """Gets the work going: in the calling thread, without workers; else the agent's begins to watch them."""
+        if self._is_dozing:
+            with self.changed:
+                self._is_dozing = False
+            self._bell.ring()
         if self._inline is not None:
             with self.changed:
                 while self._inline.step():
@@ -244,7 +252,15 @@ class Node:
 
     # ------------------------------------------------------------ rounds
 
-    def open_round(self, spec: TensorSpec, expected: int, timing: Timing = "eager", order: Order = "any") -> Round:
+    def open_round(
+        self,
+        spec: TensorSpec,
+        expected: int,
+        timing: Timing = "eager",
+        order: Order = "any",
+        *,
+        commit_every: int | None = None,
+    ) -> Round:
         """Opens a round for updates of one spec. Several may be open at once.
 
         Parameters
@@ -258,13 +274,17 @@ class Node:
         order : {"any", "flower"}
             ``"flower"`` makes the mean in Flower's order (that of submission), arithmetic and dtypes, bit
             by bit; it keeps every update until the last is in.
+        commit_every : int, optional
+            A leaf folds at most so many updates (1 to 64, the default) before it commits and gives their
+            memory back. Fewer bound what is kept, and what is folded again if a worker dies; more are faster.
 
         Raises
         ------
         ShmError
             ENOSPC if the arena has no room for the round's sums, its mean and one update.
         ValueError
-            For an unknown timing or order, ``expected`` below 1, bfloat16 with ``order="flower"``.
+            For an unknown timing or order, ``expected`` below 1, ``commit_every`` outside 1 to 64, bfloat16
+            with ``order="flower"``.
         """
         if timing not in ("eager", "lazy"):
             raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
@@ -274,6 +294,9 @@ class Node:
             raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
         if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
             raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
+        batch_max = int(shm.lib.lifl_batch_max())
+        if commit_every is not None and not 1 <= commit_every <= batch_max:
+            raise ValueError(f"commit_every={commit_every!r}: give 1 to {batch_max}")
         self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
         with self.changed:
             self.check_workers()
@@ -281,7 +304,7 @@ class Node:
             leaves = self._choose_leaves(spec, layout, expected, order)
             # After the wait: workers count on rounds being opened in the order of their numbers.
             self._number = number = self._number + 1
-            round_ = self._reserve(number, spec, layout, expected, timing, order, leaves)
+            round_ = self._reserve(number, spec, layout, expected, timing, order, leaves, commit_every or 0)
             self._rounds[number] = round_
         return round_
 
@@ -289,9 +312,9 @@ class Node:
         """As many leaves as there are workers, updates and memory for; waits while memory comes free."""
         most = 1 if order == "flower" else min(max(self.workers, 1), expected)
         updates = [r.spec.layout.update_bytes for r in self._rounds.values()]
-        one_update = _units(max([layout.update_bytes, *updates]))
-        fixed = 2 * _units(0) + _units(layout.mean_bytes) + one_update
-        per_leaf = 0 if order == "flower" else 2 * _units(_sum_bytes(layout))
+        one_update = units_of(max([layout.update_bytes, *updates]))
+        fixed = 2 * units_of(0) + units_of(layout.mean_bytes) + one_update
+        per_leaf = 0 if order == "flower" else 2 * units_of(sum_bytes_of(layout))
         while True:
             free = self.arena.free_bytes
             fitting = most if per_leaf == 0 else min(most, (free - fixed) // per_leaf)
@@ -319,8 +342,9 @@ class Node:
         timing: Timing,
         order: Order,
         leaves: tuple[int, ...],
+        commit_every: int,
     ) -> Round:
-        flags = (LAZY if timing == "lazy" else 0) | (FLOWER if order == "flower" else 0)
+        flags = (LAZY if timing == "lazy" else 0) | (FLOWER if order == "flower" else 0) | commit_every << BATCH_SHIFT
         encoded = layout.encode(flags)
         control = wait_for_block(self, len(encoded), 0, "a round's control block")
         self.arena.buffer(control)[:] = encoded
@@ -329,7 +353,7 @@ class Node:
         for leaf in leaves:
             self.outbox.push(leaf, Descriptor(Kind.OPEN, number, control.index, control.generation))
             for _ in range(0 if order == "flower" else 2):
-                block = self.arena.alloc(_sum_bytes(layout), leaf, State.ACCUM)
+                block = self.arena.alloc(sum_bytes_of(layout), leaf, State.ACCUM)
                 assert block is not None, "checked by _choose_leaves under the same lock"
                 sums[leaf].append(block)
                 self.outbox.push(leaf, Descriptor(Kind.GRANT, number, block.index, block.generation))
@@ -375,12 +399,9 @@ class Node:
         self.arena.close()
 
     def _end_workers(self) -> None:
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
-        for pidfd in self._pids:
-            os.close(pidfd)
-        self._pids = {}
+        if self._crew is not None:
+            self._crew.close()
+            self._crew = None
 
     def __enter__(self) -> Node:
         return self
@@ -397,23 +418,6 @@ class Node:
             return f"<Node: {self._gone}>"
         free, total = self.arena.free_bytes, self.arena.block_bytes
         return f"<Node: {self.workers} workers, {len(self._rounds)} rounds, {free:,} of {total:,} bytes free>"
-
-
-def _units(nbytes: int) -> int:
-    """What a block of `nbytes` takes: whole units, at least one."""
-    unit = int(shm.lib.lifl_unit_bytes())
-    return max(1, math.ceil(nbytes / unit)) * unit
-
-
-def _sum_bytes(layout: Layout) -> int:
-    return int(shm.lib.lifl_manifest_bytes()) + layout.sum_bytes
-
-
-def round_bytes(spec: TensorSpec, workers: int, updates: int) -> int:
-    """Memory with which a round of `spec` runs on all `workers` and `updates` fit beside each other."""
-    layout = spec.layout
-    sums = 2 * max(workers, 1) * _units(_sum_bytes(layout))
-    return sums + 2 * _units(0) + 2 * _units(layout.mean_bytes) + updates * _units(layout.update_bytes)
 
 
 # ---------------------------------------------------------------- at exit

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lifl
-from lifl import runtime
+from lifl import sizes
 from lifl.errors import ShmError
 from lifl.fold import flower_mean, mean_reference, tolerance
 from lifl.shm import available_bytes
@@ -173,7 +173,7 @@ def test_one_array_of_a_gibibyte() -> None:
     """One array of 1 GiB is averaged in place: a block of the arena, sums of 2 GiB, no copy."""
     count, pattern = 2**28, np.arange(2**14, dtype=np.float32)
     spec = lifl.TensorSpec((Tensor("w", "float32", (count,)),))
-    memory = runtime.round_bytes(spec, 1, 1)
+    memory = sizes.round_bytes(spec, 1, 1)
     if available_bytes() < memory + 2**30:
         pytest.skip(f"needs {memory + 2**30:,} bytes of memory")
     with lifl.Node(memory, workers=1) as node, node.open_round(spec, expected=2) as round_:
@@ -217,7 +217,7 @@ def test_advised_memory_is_enough(workers: int, order: Any) -> None:
 def test_round_bytes_is_enough_for_all_workers() -> None:
     """With the memory that `round_bytes` tells, every worker takes part and the updates fit side by side."""
     spec = lifl.TensorSpec((Tensor("w", "float32", (50_000,)), Tensor("n", "int64", ())))
-    with lifl.Node(runtime.round_bytes(spec, 3, 4), workers=3) as node, node.open_round(spec, 4, "lazy") as round_:
+    with lifl.Node(sizes.round_bytes(spec, 3, 4), workers=3) as node, node.open_round(spec, 4, "lazy") as round_:
         loans = [round_.loan() for _ in range(4)]
         for loan in loans:
             loan.arrays["w"][...] = loan.arrays["n"][...] = 1
@@ -291,7 +291,7 @@ def test_kept_results_hold_their_memory_and_no_more(node: lifl.Node) -> None:
 )
 def test_sizes_are_understood(memory: str | int, nbytes: int) -> None:
     """Sizes are bytes, or a number with a decimal or binary unit."""
-    assert runtime.parse_bytes(memory) == nbytes
+    assert sizes.parse_bytes(memory) == nbytes
 
 
 @pytest.mark.parametrize("memory", ["", "lots", "2 GiBs", "-1", "1..5MiB", "0.0001b", 0, -5, "MiB"])

@@ -17,7 +17,8 @@ from rich.table import Table
 from lifl import fold
 from lifl.bench.limits import MEMORY_BYTES, read_gb_per_s
 from lifl.bench.shapes import model_spec
-from lifl.runtime import Node, cores, round_bytes
+from lifl.runtime import Node, cores
+from lifl.sizes import round_bytes
 from lifl.tensor import Array, Tensor, TensorSpec
 
 SEED = 20240501

@@ -37,7 +37,7 @@ spec = lifl.TensorSpec.from_arrays(model)
 node = lifl.Node("4MiB", workers=2)
 
 def tell(*what):
-    print(json.dumps([node._nursery.pid, *node.pids(), *what]), flush=True)
+    print(json.dumps([node._crew.nursery.pid, *node.pids(), *what]), flush=True)
 
 def mean(n=3):
     with node.open_round(spec, expected=n) as round_:
@@ -427,7 +427,7 @@ def test_close_does_not_wait_for_forks_of_the_user() -> None:
         pid = os.fork()
         if pid == 0:
             signal.pause()
-        nursery = node._nursery
+        nursery = node._crew and node._crew.nursery
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert nursery is not None

@@ -115,8 +115,8 @@ def test_dead_nursery_is_the_end_of_the_node() -> None:
     """Without the process that starts workers there is no successor: the round says so, and close works."""
     with lifl.Node("16MiB", workers=1) as node, node.open_round(SPEC, 2) as round_:
         round_.submit(update(1))
-        assert node._nursery is not None
-        os.kill(node._nursery.pid, signal.SIGKILL)
+        assert node._crew is not None
+        os.kill(node._crew.nursery.pid, signal.SIGKILL)
         with pytest.raises(lifl.errors.PeerGoneError, match="no successor"):
             round_.result(WAIT_S)
         assert not node.is_open
