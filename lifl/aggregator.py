@@ -23,16 +23,11 @@ from itertools import islice
 import attrs
 
 from lifl import fold
-from lifl.ring import NO_BLOCK, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
+from lifl.ring import BATCH_SHIFT, FLOWER, LAZY, NO_BLOCK, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
 from lifl.shm import AGENT, Arena, Block, Mapping, State, lib
 from lifl.tensor import Layout
 
 log = logging.getLogger("lifl.aggregator")
-
-LAZY, FLOWER = 1, 2
-"""Flags of a control block: fold only when told to; fold in Flower's order and arithmetic."""
-BATCH_SHIFT = 8
-"""Above the flags: the most updates that are folded before a commit; 0 for as many as a manifest lists."""
 
 
 @attrs.define

@@ -6,15 +6,17 @@ Carries out, decides nothing about who counts: that is ``lifl.round``'s. Called 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lifl import recovery
 from lifl.books import Update
 from lifl.errors import ArenaCorruptError
-from lifl.host import Host
+from lifl.host import Host, wait_for_block
 from lifl.recovery import Remains
-from lifl.ring import Descriptor, Kind
+from lifl.ring import FLOWER, LAZY, Descriptor, Kind
 from lifl.shm import AGENT, Block, State
+from lifl.sizes import sum_bytes_of
+from lifl.tensor import Layout
 
 
 class Assignment:
@@ -29,15 +31,32 @@ class Assignment:
     """
 
     def __init__(
-        self, host: Host, number: int, mean: Block, control: Block, sums: dict[int, list[Block]], timing: str
+        self, host: Host, number: int, mean: Block, control: Block, sums: dict[int, list[Block]], is_lazy: bool
     ) -> None:
-        self._host, self._number, self._is_lazy = host, number, timing == "lazy"
+        self._host, self._number, self._is_lazy = host, number, is_lazy
         self.leaves, self.top = tuple(sums), next(iter(sums))
         self.mean, self._control, self._sums = mean, control, sums
         self.updates: dict[tuple[int, int], Update] = {}  # accepted, and not known to be folded
         self._outstanding = dict.fromkeys(sums, 0)
         self._given = dict.fromkeys(sums, 0)
         self._flushed: Descriptor | None = None
+
+    @classmethod
+    def reserve(cls, host: Host, number: int, layout: Layout, leaves: Sequence[int], flags: int) -> Assignment:
+        """Allocates what a round needs beside its updates, and tells the leaves; the arena must have the room."""
+        encoded = layout.encode(flags)
+        control = wait_for_block(host, len(encoded), 0, "a round's control block")
+        host.arena.buffer(control)[:] = encoded
+        mean = wait_for_block(host, layout.mean_bytes, 0, "a round's mean")
+        sums: dict[int, list[Block]] = {leaf: [] for leaf in leaves}
+        for leaf in leaves:
+            host.outbox.push(leaf, Descriptor(Kind.OPEN, number, control.index, control.generation))
+            for _ in range(0 if flags & FLOWER else 2):
+                block = host.arena.alloc(sum_bytes_of(layout), leaf, State.ACCUM)
+                assert block is not None, "the caller has seen to it, under the same lock"
+                sums[leaf].append(block)
+                host.outbox.push(leaf, Descriptor(Kind.GRANT, number, block.index, block.generation))
+        return cls(host, number, mean, control, sums, bool(flags & LAZY))
 
     # ------------------------------------------------------------ to the leaves
 

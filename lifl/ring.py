@@ -39,6 +39,12 @@ class Kind(IntEnum):
     PING = 14  # agent -> worker: say HELLO
 
 
+LAZY, FLOWER = 1, 2
+"""Flags of a control block: fold only when told to; fold in Flower's order and arithmetic."""
+BATCH_SHIFT = 8
+"""Above the flags: the most updates that are folded before a commit; 0 for as many as a manifest lists."""
+
+
 class Descriptor(NamedTuple):
     """Sixteen bytes in the ring: block and generation, round, what it means, a number more."""
 

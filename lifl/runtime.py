@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import math
 import os
 import select
@@ -18,16 +19,17 @@ from numbers import Integral
 from types import TracebackType
 
 from lifl import shm
-from lifl.aggregator import BATCH_SHIFT, FLOWER, LAZY, Aggregator
+from lifl.aggregator import Aggregator
 from lifl.assignment import Assignment
 from lifl.crew import Crew
 from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
-from lifl.host import wait_for_block
-from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.ring import BATCH_SHIFT, FLOWER, LAZY, Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.round import Order, Round, Timing
-from lifl.shm import AGENT, Arena, Block, State
+from lifl.shm import AGENT, Arena
 from lifl.sizes import parse_bytes, sum_bytes_of, units_of
 from lifl.tensor import Layout, TensorSpec
+
+log = logging.getLogger("lifl.runtime")
 
 DEFAULT_MEMORY = 2 * 2**30
 MAX_WORKERS = 255
@@ -129,7 +131,16 @@ class Node:
         self._thread.start()
 
     def _hear(self, crew: Crew) -> None:
-        """The agent's thread: sleeps until a worker writes, dies or is silent, then puts it into the books."""
+        """The agent's thread. Without it nobody would hear the workers, so what ends it ends the Node, loudly."""
+        try:
+            self._listen(crew)
+        except Exception as error:
+            log.exception("the agent's thread ended")
+            with self.changed:
+                self._lose(PeerGoneError(f"the thread that hears the workers ended: {error!r}"))
+
+    def _listen(self, crew: Crew) -> None:
+        """Sleeps until a worker writes, dies or is silent, then puts it into the books."""
         poll = select.poll()
         for fd in (self._bell.fd, *crew.pidfds):
             poll.register(fd, select.POLLIN)
@@ -192,15 +203,19 @@ class Node:
                 told = [d for round_ in list(self._rounds.values()) for d in round_.recover(me)]
                 successor = crew.start(me)
             except LiflError as error:
-                self._gone = PeerGoneError(f"worker {me} (pid {pid}) died and has no successor: {error}")
-                for round_ in self._rounds.values():
-                    round_.fail(self._gone)
-                self.changed.notify_all()
+                self._lose(PeerGoneError(f"worker {me} (pid {pid}) died and has no successor: {error}"))
                 return None
             for descriptor in told:
                 self.outbox.push(me, descriptor)
             self.changed.notify_all()
             return successor
+
+    def _lose(self, error: PeerGoneError) -> None:
+        """The Node cannot go on: every round ends with this error. The caller holds the lock."""
+        self._gone = error
+        for round_ in self._rounds.values():
+            round_.fail(error)
+        self.changed.notify_all()
 
     def pids(self) -> tuple[int, ...]:
         """The workers' process ids."""
@@ -304,7 +319,10 @@ class Node:
             leaves = self._choose_leaves(spec, layout, expected, order)
             # After the wait: workers count on rounds being opened in the order of their numbers.
             self._number = number = self._number + 1
-            round_ = self._reserve(number, spec, layout, expected, timing, order, leaves, commit_every or 0)
+            flags = (LAZY if timing == "lazy" else 0) | (FLOWER if order == "flower" else 0)
+            flags |= (commit_every or 0) << BATCH_SHIFT
+            work = Assignment.reserve(self, number, layout, leaves, flags)
+            round_ = Round(self, number, spec, expected, timing, order, work)
             self._rounds[number] = round_
         return round_
 
@@ -332,33 +350,6 @@ class Node:
         # The next round begins with the next worker, so that tops are spread.
         workers = max(self.workers, 1)
         return tuple(1 + (self._number + i) % workers for i in range(fitting))
-
-    def _reserve(
-        self,
-        number: int,
-        spec: TensorSpec,
-        layout: Layout,
-        expected: int,
-        timing: Timing,
-        order: Order,
-        leaves: tuple[int, ...],
-        commit_every: int,
-    ) -> Round:
-        flags = (LAZY if timing == "lazy" else 0) | (FLOWER if order == "flower" else 0) | commit_every << BATCH_SHIFT
-        encoded = layout.encode(flags)
-        control = wait_for_block(self, len(encoded), 0, "a round's control block")
-        self.arena.buffer(control)[:] = encoded
-        mean = wait_for_block(self, layout.mean_bytes, 0, "a round's mean")
-        sums: dict[int, list[Block]] = {leaf: [] for leaf in leaves}
-        for leaf in leaves:
-            self.outbox.push(leaf, Descriptor(Kind.OPEN, number, control.index, control.generation))
-            for _ in range(0 if order == "flower" else 2):
-                block = self.arena.alloc(sum_bytes_of(layout), leaf, State.ACCUM)
-                assert block is not None, "checked by _choose_leaves under the same lock"
-                sums[leaf].append(block)
-                self.outbox.push(leaf, Descriptor(Kind.GRANT, number, block.index, block.generation))
-        work = Assignment(self, number, mean, control, sums, timing)
-        return Round(self, number, spec, expected, timing, order, work)
 
     # ------------------------------------------------------------ the end
 

@@ -11,9 +11,9 @@ import pytest
 
 import lifl
 from lifl import fold
-from lifl.aggregator import LAZY, Aggregator
+from lifl.aggregator import Aggregator
 from lifl.errors import RoundError
-from lifl.ring import Descriptor, Inbox, Kind, Outbox
+from lifl.ring import LAZY, Descriptor, Inbox, Kind, Outbox
 from lifl.shm import AGENT, Arena, Block, State
 
 ME, OTHER = 1, 2

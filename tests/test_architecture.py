@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "books": {"metrics", "shm"},
     "result": {"metrics", "tensor"},
     "recovery": {"books", "shm"},
-    "assignment": {"books", "errors", "host", "recovery", "ring", "shm"},
+    "assignment": {"books", "errors", "host", "recovery", "ring", "shm", "sizes", "tensor"},
     "round": {
         *(
             "admission",
@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "aggregator": {"fold", "ring", "shm", "tensor"},
     "nursery": {"aggregator", "errors"},
     "crew": {"errors", "nursery"},
-    "runtime": {"aggregator", "assignment", "crew", "errors", "host", "ring", "round", "shm", "sizes", "tensor"},
+    "runtime": {"aggregator", "assignment", "crew", "errors", "ring", "round", "shm", "sizes", "tensor"},
     "embedded": {"round", "runtime", "shm", "sizes", "tensor"},
     # Flower
     "strategy.exchange": set(),
@@ -205,7 +205,7 @@ def test_pure_room_has_no_global_state(room: str) -> None:
 
 # ---------------------------------------------------------------- files
 
-LONGER = {"round": 460, "runtime": 435}
+LONGER = {"round": 460, "runtime": 425}
 """Rooms that are over the limit and wait to be split by noun; each at most so long."""
 
 
