@@ -209,7 +209,8 @@ class Aggregator:
         begin = lib.lifl_now_ns()
         told = self._next_batch(task)
         if not (batch := self._take(told)):
-            task.pending.clear()
+            for _ in told:
+                task.pending.popleft()
             return
         target, source = task.spare[-1], task.current
         inputs = [self._arena.map(b.index, b.generation) for b in batch]
