@@ -41,6 +41,14 @@
 #define HEADER_BYTES 4096u
 #define LINE 64
 
+/* Between any two of these a process may be killed: tests/crash kills at each. Nothing in a release. */
+#ifdef LIFL_STEPS
+void lifl_step(void);
+#define STEP() lifl_step()
+#else
+#define STEP() ((void)0)
+#endif
+
 _Static_assert(sizeof(lifl_desc) == 16, "a descriptor is 16 bytes");
 _Static_assert(sizeof(lifl_manifest) <= MANIFEST_BYTES, "the manifest fits before its sum");
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && ATOMIC_INT_LOCK_FREE == 2, "shared words are lock-free");
@@ -309,11 +317,14 @@ int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t st
     }
   }
   struct entry *e = &a->table[head];
+  STEP();
   e->nbytes = nbytes;
   memset(&e->note, 0, sizeof e->note);
   uint32_t g = word_generation(atomic_load_explicit(&e->word, memory_order_relaxed)) + 1;
   /* SYNC: block-word. Release: who sees the new generation sees the extents and the size. */
+  STEP();
   atomic_store_explicit(&e->word, pack(g, owner, state), memory_order_release);
+  STEP();
   *block = head;
   *generation = g;
   return LIFL_OK;
@@ -334,9 +345,11 @@ int lifl_block_reclaim(lifl_arena *a, uint32_t block, uint32_t generation, int p
   /* SYNC: block-word. Acquire as well: the owner's last reads happen before the bytes are reused. The
    * generation rises here too: this unit may soon lie in the middle of a block of another name, and
    * a descriptor of the old one must not read that. */
+  STEP();
   if (!atomic_compare_exchange_strong_explicit(&e->word, &w, pack(generation + 1, 0, LIFL_FREE),
                                                memory_order_acq_rel, memory_order_relaxed))
     return LIFL_STALE;
+  STEP();
   for (uint32_t i = block; i != NONE;) {
     uint32_t n = a->table[i].units, next = a->table[i].next;
     if (poison) memset(a->base + a->h.blocks_offset + (uint64_t)i * UNIT_BYTES, 0xa5, (uint64_t)n * UNIT_BYTES);
@@ -350,11 +363,13 @@ int lifl_block_move(lifl_arena *a, uint32_t block, uint32_t generation, uint32_t
                     uint32_t to_owner, uint32_t to_state) {
   if (block >= a->h.units || to_owner >= a->h.participants) return LIFL_EINVAL;
   uint64_t expected = pack(generation, from_owner, from_state);
+  STEP();
   /* SYNC: block-word. The one transition: release hands over what was written, acquire takes over
    * what the former owner wrote. */
   bool done = atomic_compare_exchange_strong_explicit(&a->table[block].word, &expected,
                                                       pack(generation, to_owner, to_state), memory_order_acq_rel,
                                                       memory_order_relaxed);
+  STEP();
   return done ? LIFL_OK : LIFL_STALE;
 }
 
@@ -451,7 +466,9 @@ int lifl_peer_wake(lifl_arena *a, uint32_t consumer) {
    * must not swap, else a consumer that parks in between sleeps on a full ring. */
   atomic_thread_fence(memory_order_seq_cst);
   if (atomic_load_explicit(parked, memory_order_relaxed) == AWAKE) return LIFL_OK;
+  STEP();
   uint32_t was = atomic_exchange_explicit(parked, AWAKE, memory_order_acq_rel);
+  STEP(); /* whoever dies here owes a wake-up: every sleep is capped */
   if (was == PARKED_FUTEX) futex(parked, FUTEX_WAKE, 1, NULL);
   if (was == PARKED_EVENTFD && a->eventfds[consumer] >= 0) {
     uint64_t one = 1;
@@ -482,11 +499,14 @@ int lifl_ring_push(lifl_arena *a, uint32_t producer, uint32_t consumer, const li
     me->cached = atomic_load_explicit(&r->head, memory_order_acquire);
     if (me->mine - me->cached >= RING_SLOTS) return LIFL_FULL;
   }
+  STEP();
   r->slots[me->mine % RING_SLOTS] = *desc;
   me->mine++;
+  STEP();
   /* SYNC: ring-tail. Release: who sees the new tail sees the slot, and all that was written to the
    * block before. */
   atomic_store_explicit(&r->tail, me->mine, memory_order_release);
+  STEP();
   return lifl_peer_wake(a, consumer);
 }
 
@@ -500,10 +520,12 @@ int lifl_ring_pop(lifl_arena *a, uint32_t producer, uint32_t consumer, lifl_desc
     me->cached = atomic_load_explicit(&r->tail, memory_order_acquire);
     if (me->mine == me->cached) return LIFL_EMPTY;
   }
+  STEP();
   *desc = r->slots[me->mine % RING_SLOTS];
   me->mine++;
   /* SYNC: ring-head. Release: the slot has been read and may be written over. */
   atomic_store_explicit(&r->head, me->mine, memory_order_release);
+  STEP();
   return LIFL_OK;
 }
 
@@ -513,6 +535,7 @@ int lifl_ring_reset(lifl_arena *a, uint32_t producer, uint32_t consumer) {
   if (producer >= p || consumer >= p) return LIFL_EINVAL;
   struct end *me = &a->produced[(uint64_t)producer * p + consumer];
   me->cached = me->mine;
+  STEP();
   /* SYNC: ring-head. Release: the next consumer begins where this one is told to. */
   atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].head, me->mine, memory_order_release);
   return LIFL_OK;
@@ -554,7 +577,9 @@ static void relax(void) {
 /* Parks the consumer; true if something came meanwhile, and then it is awake again. */
 static bool park(lifl_arena *a, uint32_t consumer, uint32_t how) {
   _Atomic uint32_t *parked = &a->peers[consumer].parked;
+  STEP();
   atomic_store_explicit(parked, how, memory_order_relaxed);
+  STEP();
   /* SYNC: park. Pairs with the fence in lifl_peer_wake: either the producer sees `parked` or this
    * look sees its descriptor. Without it 1,351 of 200,000 wake-ups were lost. */
   atomic_thread_fence(memory_order_seq_cst);

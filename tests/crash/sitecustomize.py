@@ -1,0 +1,57 @@
+"""Read by every interpreter that is started with this directory on its path: the nursery, or a test's agent.
+
+Puts the core with steps in the place of lifl's own, and counts the lines and instructions of the worker too.
+"""
+
+import importlib.util
+import os
+import sys
+
+LIB, PAGE = os.environ["LIFL_STEPS_LIB"], os.environ["LIFL_STEPS_PAGE"]
+DETAIL = os.environ.get("LIFL_STEPS_DETAIL", "steps")  # of the core alone, or "lines", or "opcodes" of Python too
+
+spec = importlib.util.spec_from_file_location("lifl._shm_ffi", LIB)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules["lifl._shm_ffi"] = module
+
+from lifl import aggregator  # noqa: E402
+
+lib = module.lib
+WAITING = {"run", "step", "_advance", "is_foldable", "main"}
+"""What an idle worker does again and again: no step of a round."""
+
+
+def trace_lines(frame, event, _):
+    """Each line, or each instruction, is a step."""
+    if event in ("line", "opcode"):
+        lib.lifl_step()
+    return trace_lines
+
+
+def tracer(rooms):
+    """A trace function that counts the Python of these modules."""
+    files = {room.__file__ for room in rooms}
+
+    def trace_calls(frame, event, _):
+        code = frame.f_code
+        if code.co_filename not in files or code.co_name in WAITING:
+            return None
+        frame.f_trace_opcodes = DETAIL == "opcodes"
+        return trace_lines
+
+    return trace_calls
+
+
+real = aggregator.main
+
+
+def main(arena_fd, bell_fd, me, spin_s):
+    """A worker's life, counted."""
+    lib.lifl_steps_use(PAGE.encode(), me)
+    if DETAIL != "steps":
+        sys.settrace(tracer([aggregator]))
+    real(arena_fd, bell_fd, me, 0.0)
+
+
+aggregator.main = main
