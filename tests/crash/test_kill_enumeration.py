@@ -30,7 +30,7 @@ UPDATES = 4
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
 SENT = [{"w": np.full(64, 2.0**i), "n": np.array(2**i)} for i in range(UPDATES)]
 """Powers of two: a sum tells exactly who is in it."""
-WAIT_S = 20.0
+WAIT_S = 10.0
 ALL = os.environ.get("LIFL_CRASH") == "all"
 FORMS = [("eager", "any"), ("lazy", "any"), ("eager", "flower")]
 
@@ -68,12 +68,11 @@ class Bench:
                 raise
             who = {int(c.client_id) for c in result.report.accepted}
             refused = {int(r.client_id) for r in result.rejected if r.rule == "poison"}
-            assert who | refused == set(range(UPDATES)), (who, refused)
+            assert who | refused == set(range(UPDATES)), f"somebody is lost: {who} counted, {refused} refused"
             assert not who & refused
-            assert result.num_updates == len(who)
-            assert result.weight == len(who)
-            total = sum(2**i for i in who)
-            assert result.arrays["w"][0] == pytest.approx(total / len(who), rel=1e-15), (result.arrays["w"][0], who)
+            assert result.num_updates == result.weight == len(who)
+            mean, said = result.arrays["w"][0], sum(2**i for i in who) / len(who)
+            assert mean == pytest.approx(said, rel=1e-15), f"the mean {mean} is not that of {who}, {said}"
             del result
         self.check_nothing_is_lost()
 
@@ -165,7 +164,7 @@ def test_successor_is_killed_too(bench: Bench, role: str, timing: str, record_pr
         while was_late < 3:  # the successor's steps depend on n: until it outlives the round
             was_late = 0 if bench.case(role, timing, "any", n, m) else was_late + 1
             m += every(3)
-    assert bench.pairs > (steps**2 / 2 if ALL else 100)
+    assert bench.pairs > (steps**2 / 3 if ALL else 100)
     tell(record_property, bench)
 
 
