@@ -67,6 +67,10 @@ class Nursery:
             data, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
         except OSError as error:
             raise PeerGoneError(f"the process that starts workers is gone: {error}") from error
+        if not fds and (reason := json.loads(data or b"{}").get("error")):
+            raise PeerGoneError(f"the process that starts workers could not start one: {reason}")
+        if not fds and data:
+            raise PeerGoneError("no descriptor is left for a worker's pidfd: raise the limit (ulimit -n)")
         if not fds:
             code = self._process.poll()
             raise PeerGoneError(f"the process that starts workers ended with status {code}: see its output above")
@@ -124,16 +128,22 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
                 if key.fileobj is not control:  # a worker ended: reap it
                     selector.unregister(key.fileobj)
                     key.data.join()
+                    key.data.close()  # its descriptors: there may be thousands of workers, one after another
+                    workers.remove(key.data)
                     continue
                 request = control.recv(256)
                 if not request:
                     end(workers)
                     return
                 worker = context.Process(target=child, args=(json.loads(request)["start"],), daemon=True)
-                worker.start()
-                workers.append(worker)
-                selector.register(worker.sentinel, selectors.EVENT_READ, worker)
-                pidfd = os.pidfd_open(worker.pid)
+                try:
+                    worker.start()
+                    workers.append(worker)
+                    selector.register(worker.sentinel, selectors.EVENT_READ, worker)
+                    pidfd = os.pidfd_open(worker.pid)
+                except OSError as error:  # no descriptor or no process is left; the other workers go on
+                    control.send(json.dumps({"error": str(error)}).encode())
+                    continue
                 socket.send_fds(control, [json.dumps({"pid": worker.pid}).encode()], [pidfd])
                 os.close(pidfd)
 

@@ -225,6 +225,7 @@ class Soak:
                     "threads": threading.active_count(),
                     "/dev/shm": len(os.listdir("/dev/shm")),
                     "private": private_bytes(os.getpid()),
+                    "nursery's descriptors": len(os.listdir(f"/proc/{self.nursery}/fd")),
                     "nursery": private_bytes(self.nursery),
                 }
             )
