@@ -68,7 +68,7 @@ class Aggregator:
         self._arena, self._me = arena, me
         self._inbox, self._outbox = Inbox(arena, me), Outbox(arena, me)
         self._tasks: dict[int, _Task] = {}
-        self._newest = 0  # the highest round that was opened here; rounds are opened in order
+        self._newest = 0  # no round up to this one will be opened here: they are opened in order
         self._early: dict[int, dict[int, Descriptor]] = {}
         self._manifest_bytes = int(lib.lifl_manifest_bytes())
         self._batch_max = int(lib.lifl_batch_max())
@@ -117,10 +117,11 @@ class Aggregator:
             layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
             control.close()
             self._tasks[d.round] = _Task(d.round, layout, flags, arrived=self._early.pop(d.round, {}))
-            self._newest = d.round
+            self._see(d.round)
         elif d.kind == Kind.ABORT:
             if (task := self._tasks.get(d.round)) is not None:
                 self._forget(task)
+            self._see(d.round)
             self._outbox.push(AGENT, Descriptor(Kind.ABORTED, d.round))
         elif (task := self._tasks.get(d.round)) is None:
             self._receive_unknown(d)
@@ -136,6 +137,13 @@ class Aggregator:
             task.flush = d
         elif d.kind == Kind.SUM:
             task.arrived[d.arg] = d  # twice if the agent repeats what a dead leaf may have said
+
+    def _see(self, number: int) -> None:
+        """No round up to `number` will be opened here any more: sums that came early for one go back."""
+        self._newest = max(self._newest, number)
+        for early in [n for n in self._early if n <= self._newest]:
+            for d in self._early.pop(early).values():
+                self._give_back(Block(d.block, d.generation, 0))
 
     def _receive_unknown(self, d: Descriptor) -> None:
         """Of a round that was aborted meanwhile; or a leaf's sum has overtaken the round's opening."""

@@ -96,7 +96,12 @@ class Assignment:
     def abort(self) -> None:
         """Tells every leaf to let go of the round."""
         for leaf in self.leaves:
-            self._host.outbox.push(leaf, Descriptor(Kind.ABORT, self._number))
+            self._host.outbox.push(leaf, self.aborted)
+
+    @property
+    def aborted(self) -> Descriptor:
+        """What makes a leaf let go, and give back sums that reach it later."""
+        return Descriptor(Kind.ABORT, self._number)
 
     # ------------------------------------------------------------ back from them
 
@@ -176,6 +181,8 @@ class Assignment:
     def _sums_for_top(self) -> Iterable[Descriptor]:
         """What the other leaves had handed over to a top that died; it may have read of them or not."""
         for leaf in self.leaves[1:]:
+            if any(recovery.word(self._host.arena, block)[0] == leaf for block in self._sums[leaf]):
+                continue  # it has not let go of all: it will say so itself, and until then the round may not end
             for block in self._sums[leaf]:
                 self._host.arena.move(block, (self.top, State.READING), (self.top, State.COMMITTED))
             said = self._sum_of(leaf)

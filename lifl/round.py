@@ -362,15 +362,17 @@ class Round:
         if me not in work.leaves or self._phase in ("done", "closed"):
             return []
         self._books.deaths += 1
-        if self._phase == "failed" or work.has_made_mean(me):
-            # It had been told to let go; or it had made the mean, and only not said so.
+        if self._phase == "failed":
+            # Its successor says when it has let go: a leaf's sum may be on its way to it.
             work.free(me)
-            self._acks.add(me)
-            if self._phase == "folding":
-                for update in work.held_by(me):
-                    self._settle(update)
-                self._is_ended = True
-                self._finish_if_ended()
+            return [work.aborted]
+        if work.has_made_mean(me):
+            # It had made the mean, and only not said so.
+            work.free(me)
+            for update in work.held_by(me):
+                self._settle(update)
+            self._is_ended = True
+            self._finish_if_ended()
             return []
         remains = work.sweep(me)
         for update in remains.counted:
