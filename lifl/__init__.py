@@ -4,6 +4,7 @@
 """
 
 from lifl import errors
+from lifl.admission import Limits
 from lifl.loan import Loan
 from lifl.metrics import Contribution, Rejection, RoundReport
 from lifl.result import RoundResult
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Contribution",
+    "Limits",
     "Loan",
     "Node",
     "Rejection",

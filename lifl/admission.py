@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
+import attrs
 import numpy as np
 
 from lifl.errors import AdmissionError
@@ -22,8 +24,50 @@ MIN_WEIGHT, MAX_WEIGHT = 2.0**-100, 2.0**100
 """Beyond these a float64 sum of finite float32 values could underflow to 0 or overflow."""
 
 
-def check_weight(client_id: str, weight: object) -> float:
-    """The weight as a float: a real number, finite, above 0, from ``MIN_WEIGHT`` to ``MAX_WEIGHT``.
+@attrs.frozen(kw_only=True)
+class Limits:
+    """What a server bounds beyond what every update must satisfy. The defaults bound nothing more.
+
+    Attributes
+    ----------
+    max_weight : float
+        The largest weight that is accepted; a larger one is refused, not cut. One client's part in the mean
+        is its weight over the sum of all, so a server that does not know its clients should set it.
+    clipping_norm : float, optional
+        How far, in the L2 norm over all floating-point tensors together, an update may be from the round's
+        base model. One that is farther is moved onto that distance along the line to the base, as Flower's
+        server-side clipping does. Integer and boolean tensors are neither counted nor changed.
+    client_bytes : int, optional
+        Bytes of the arena that one client may hold at once, in all open rounds: loans, and updates that are
+        not folded yet.
+    total_bytes : int, optional
+        Bytes of the arena that all clients of the round may hold at once.
+    """
+
+    max_weight: float = MAX_WEIGHT
+    clipping_norm: float | None = None
+    client_bytes: int | None = None
+    total_bytes: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        """Raises ``ValueError`` for a bound that bounds nothing or refuses everything."""
+        for name in ("max_weight", "clipping_norm"):
+            bound = getattr(self, name)
+            optional = name == "clipping_norm" and bound is None
+            if not optional and (not _is_real(bound) or not MIN_WEIGHT <= bound <= MAX_WEIGHT):
+                raise ValueError(f"{name}={bound!r}: give a number from {MIN_WEIGHT:.3g} to {MAX_WEIGHT:.3g}")
+        for name in ("client_bytes", "total_bytes"):
+            bound = getattr(self, name)
+            if bound is not None and (not isinstance(bound, Integral) or isinstance(bound, bool) or bound < 1):
+                raise ValueError(f"{name}={bound!r}: give a whole number of bytes, at least 1, or None")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, NO_WEIGHTS)
+
+
+def check_weight(client_id: str, weight: object, max_weight: float = MAX_WEIGHT) -> float:
+    """The weight as a float: a real number, finite, above 0, from ``MIN_WEIGHT`` to `max_weight`.
 
     NumPy scalars are numbers; booleans are not weights.
     """
@@ -35,8 +79,8 @@ def check_weight(client_id: str, weight: object) -> float:
         raise AdmissionError(client_id, "weight", f"the weight {weight!r} is no float: {error}", weight) from None
     if not math.isfinite(value) or value <= 0:
         raise AdmissionError(client_id, "weight", f"the weight is {value}: send a finite number above 0", weight)
-    if not MIN_WEIGHT <= value <= MAX_WEIGHT:
-        reason = f"the weight is {value}: send one from {MIN_WEIGHT:.3g} to {MAX_WEIGHT:.3g}"
+    if not MIN_WEIGHT <= value <= max_weight:
+        reason = f"the weight is {value}: send one from {MIN_WEIGHT:.3g} to {max_weight:.3g}"
         raise AdmissionError(client_id, "weight", reason, weight)
     return value
 
@@ -72,6 +116,20 @@ def refuse_value(client_id: str, name: str, index: int, value: float) -> Admissi
     return AdmissionError(client_id, "values", f"{name!r} holds {value} at flat index {index}", value)
 
 
+def refuse_quota(client_id: str, whose: str, held: int, wanted: int, bound: int) -> AdmissionError | None:
+    """The refusal of `wanted` bytes more for one who holds `held` of at most `bound`; None if they fit."""
+    if held + wanted <= bound:
+        return None
+    reason = f"{whose} holds {held:,} bytes of the arena and may hold {bound:,}; the update takes {wanted:,}"
+    return AdmissionError(client_id, "quota", reason, held + wanted)
+
+
+def refuse_norm(client_id: str) -> AdmissionError:
+    """The refusal of an update so far from the base model that the distance is no float64."""
+    reason = "its distance from the base model is beyond float64 and cannot be clipped: send values below 1e154"
+    return AdmissionError(client_id, "norm", reason, math.inf)
+
+
 def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(n) for n in names[:3])
+    shown = ", ".join(repr(n[:100]) for n in names[:3])  # a client chooses them, also how long they are
     return (shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "nothing"

@@ -18,6 +18,7 @@ class Update:
     weight: float
     block: Block
     arrived_s: float
+    clipped: float = 1.0
     runtime: int = 0
     folded_s: float = 0.0
     fold_ns: tuple[int, int] = (0, 0)
@@ -65,7 +66,9 @@ class Books:
             "last_to_result": now - last,
             "total": now,
         }
-        accepted = (Contribution(u.client_id, u.weight, u.runtime, u.arrived_s, u.folded_s) for u in self.updates)
+        accepted = (
+            Contribution(u.client_id, u.weight, u.runtime, u.arrived_s, u.folded_s, u.clipped) for u in self.updates
+        )
         return RoundReport(
             round=number,
             expected=expected,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 from lifl import shm
-from lifl.round import Order
 from lifl.runtime import Node, cores
 from lifl.sizes import round_bytes
 from lifl.tensor import TensorSpec
+from lifl.terms import Order
 
 LEAST_BYTES = 2**28
 MOST_SIDE_BY_SIDE = 16

@@ -25,6 +25,15 @@ class PeerGoneError(LiflError):
     """A process on the other side of a ring died or closed."""
 
 
+MOST_REASON = 500
+"""Characters of a refusal's reason: it may quote what a client sent, and is logged and kept in reports."""
+
+
+def shortened(reason: str) -> str:
+    """`reason`, cut to ``MOST_REASON`` characters."""
+    return reason if len(reason) <= MOST_REASON else reason[: MOST_REASON - 3] + "..."
+
+
 class AdmissionError(LiflError, ValueError):
     """One update was refused. The round goes on without it.
 
@@ -33,13 +42,16 @@ class AdmissionError(LiflError, ValueError):
     client_id : str
         Whose update it was.
     rule : str
-        Which rule it broke: ``keys``, ``shape``, ``dtype``, ``weight``, ``values``, ``duplicate``,
-        ``closed``, ``format`` or ``error``.
+        Which rule it broke: ``keys``, ``shape``, ``dtype``, ``weight``, ``values`` (NaN or Inf), ``norm``
+        (too far from the base model to be clipped), ``quota``, ``duplicate``, ``closed``, ``format`` (a reply
+        that cannot be read), ``error`` (the client failed) or ``poison`` (workers died while they folded it;
+        only in reports).
     value : object
         What it sent instead.
     """
 
     def __init__(self, client_id: str, rule: str, reason: str, value: object = None) -> None:
+        reason = shortened(reason)
         super().__init__(f"update of client {client_id} refused ({rule}): {reason}")
         self.client_id = client_id
         self.rule = rule

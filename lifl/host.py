@@ -35,6 +35,9 @@ class Host(Protocol):
     def relieve(self) -> bool:
         """Memory is short: makes lazy rounds fold what they hold; false if nothing will come free."""
 
+    def held_by(self, client_id: str) -> int:
+        """Bytes of the arena that a client holds, in all open rounds."""
+
     def forget(self, number: int) -> None:
         """The round has been closed."""
 

@@ -15,7 +15,8 @@ class Contribution:
     """One update that is in the model.
 
     ``runtime`` is the worker that folded it (0: the calling process), ``arrived_s`` when it was ready in
-    the arena, ``folded_s`` when it was committed to a partial sum.
+    the arena, ``folded_s`` when it was committed to a partial sum. ``clipped`` is the factor by which its
+    distance from the base model was reduced (1: it was not; see ``Limits.clipping_norm``).
     """
 
     client_id: str
@@ -23,6 +24,7 @@ class Contribution:
     runtime: int
     arrived_s: float
     folded_s: float
+    clipped: float = 1.0
 
 
 @attrs.frozen
@@ -91,6 +93,8 @@ class RoundReport:
         line = f"{len(self.accepted)} of {self.expected} updates, weight {self.weight:g}"
         if self.rejected:
             line += "; refused: " + ", ".join(f"{r.client_id} ({r.rule}: {r.reason})" for r in self.rejected)
+        if clipped := [f"{c.client_id} (to {c.clipped:.3g})" for c in self.accepted if c.clipped < 1]:
+            line += "; clipped: " + ", ".join(clipped)
         if self.late:
             line += "; late: " + ", ".join(self.late)
         if self.deaths:

@@ -11,7 +11,6 @@ import errno
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
@@ -20,17 +19,16 @@ from lifl import admission, fold
 from lifl.assignment import Assignment
 from lifl.books import Books, Update
 from lifl.errors import AdmissionError, ArenaCorruptError, LeaseError, RoundError
-from lifl.host import WAIT_CAP_S, Host, wait_for_block
+from lifl.host import WAIT_CAP_S, Host
 from lifl.intake import copy_in, look_for_nonfinite
 from lifl.loan import Loan
 from lifl.metrics import Rejection, RoundReport
+from lifl.quota import Quota
 from lifl.result import RoundResult
 from lifl.ring import Descriptor, Kind
+from lifl.roster import Roster
 from lifl.shm import Lease
-from lifl.tensor import TensorSpec
-
-Timing = Literal["eager", "lazy"]
-Order = Literal["any", "flower"]
+from lifl.terms import Terms
 
 CLOSE_TIMEOUT_S = 30.0
 MOST_DEATHS = 2
@@ -42,27 +40,15 @@ class Round:
     Safe to use from several threads.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        number: int,
-        spec: TensorSpec,
-        expected: int,
-        timing: Timing,
-        order: Order,
-        assignment: Assignment,
-    ) -> None:
-        self._host, self.number, self.spec, self.expected = host, number, spec, expected
-        self.timing, self.order = timing, order
-        self._assignment = assignment
+    def __init__(self, host: Host, number: int, terms: Terms, assignment: Assignment) -> None:
+        self._host, self.number, self._assignment = host, number, assignment
+        self.spec, self.expected, self.timing, self.order = terms.spec, terms.expected, terms.timing, terms.order
+        self.limits, self._clip, self._roster = terms.limits, terms.clip, Roster()
+        self.quota = Quota(host, terms.limits, terms.spec.layout.update_bytes, self._roster, assignment)
         self._phase: Literal["open", "folding", "done", "failed", "closed"] = "open"
         self._error: Exception | None = None
         self._books = Books()
-        self._clients: set[str] = set()  # accepted, or with a loan out
-        self._loans: dict[str, int] = {}  # client -> the thread that holds its loan
         self._acks: set[int] = set()
-        self._unnamed = 0
-        self._dropped: deque[str] = deque()
         self._is_ended = False  # the top has said so; every leaf may not have been heard yet
         self._result: RoundResult | None = None
 
@@ -99,17 +85,18 @@ class Round:
         """
         who = self._name(client_id)
         try:
-            weight = admission.check_weight(who, weight)
+            weight = admission.check_weight(who, weight, self.limits.max_weight)
             admission.check_arrays(who, self.spec, arrays)
         except AdmissionError as error:
             self.reject(error)
             raise
-        with self.loan(who, timeout=timeout) as loan:
+        with self._lend(who, timeout, is_copy=True) as loan:
             begin = time.monotonic()
             try:
                 copy_in(self.spec, arrays, loan)
+                clipped = self._clipped(loan)
                 self._books.land_s += time.monotonic() - begin
-                self._count(loan, weight)
+                self._count(loan, weight, clipped)
             except AdmissionError as refusal:
                 self.reject(refusal)
                 raise
@@ -122,28 +109,27 @@ class Round:
         Raises
         ------
         AdmissionError
-            If the client has an update in the round, or the round is complete.
+            If the client has an update in the round, a quota is used up, or the round is complete.
         ShmError
             ENOSPC if the arena stays full.
         """
-        who = self._name(client_id)
-        host = self._host
+        return self._lend(self._name(client_id), timeout, is_copy=False)
+
+    def _lend(self, who: str, timeout: float | None, is_copy: bool) -> Loan:
         with self._locked():
             try:
-                self._check_open(who)
+                block = self.quota.take_block(who, timeout, lambda: self._check_open(who))
             except AdmissionError as error:
                 self.reject(error)
                 raise
-            block = wait_for_block(host, self.spec.layout.update_bytes, timeout, f"an update of client {who}")
-            try:
-                self._check_open(who)  # the wait may have been long
-            except AdmissionError as error:
-                host.arena.reclaim(block)
-                self.reject(error)
-                raise
-            self._clients.add(who)
-            self._loans[who] = threading.get_ident()
-        return Loan(self, who, Lease(host.arena, block))
+            self._roster.enter(who, is_copy)
+        return Loan(self, who, Lease(self._host.arena, block))
+
+    def _clipped(self, loan: Loan) -> float:
+        factor = 1.0 if self._clip is None else self._clip.apply(loan.arrays)
+        if factor == 0:
+            raise admission.refuse_norm(loan.client_id)
+        return factor
 
     def reject(self, error: AdmissionError) -> None:
         """Puts a refusal into the report, also one decided elsewhere (an error reply, a bad format)."""
@@ -154,27 +140,21 @@ class Round:
         if client_id is not None:
             return str(client_id)
         with self._locked():
-            self._unnamed += 1
-            return f"#{self._unnamed}"
+            return self._roster.next_name()
 
     def _locked(self) -> threading.Condition:
         """The host's lock. In a fork it may be held by a thread that is not there, so that is told first."""
         if self._host.is_foreign:
             self._host.check_workers()
-        while self._dropped:
-            self._forget_loan(self._dropped.popleft())
+        self._roster.tidy()
         return self._host.changed
-
-    def _forget_loan(self, client_id: str) -> None:
-        self._loans.pop(client_id, None)
-        self._clients.discard(client_id)
 
     def dropped(self, client_id: str) -> None:
         """A loan was collected unsent; may be called by the garbage collector at any moment."""
-        self._dropped.append(client_id)
+        self._roster.drop(client_id)
 
     def _check_open(self, who: str) -> None:
-        if who in self._clients:
+        if who in self._roster:
             raise AdmissionError(who, "duplicate", "an update of this client is in the round: the first one counts")
         self._check_phase(who)
 
@@ -187,30 +167,31 @@ class Round:
     def returned(self, loan: Loan) -> None:
         """A loan ended unsent: its client may try again."""
         with self._locked():
-            self._forget_loan(loan.client_id)
+            self._roster.leave(loan.client_id)
             self._host.changed.notify_all()
 
     def take_back(self, loan: Loan, weight: float) -> None:
-        """A loan was written in place: looks for NaN and Inf, then counts it (see ``Loan.send``)."""
+        """A loan was written in place: looks for NaN and Inf, clips, then counts it (see ``Loan.send``)."""
         if not loan.lease.is_live:
             raise LeaseError("the loan has been sent or released before")
         try:
             look_for_nonfinite(self.spec, loan)
-            self._count(loan, admission.check_weight(loan.client_id, weight))
+            weight = admission.check_weight(loan.client_id, weight, self.limits.max_weight)
+            self._count(loan, weight, self._clipped(loan))
         except AdmissionError as refusal:
             self.reject(refusal)
             loan.abandon()
             raise
 
-    def _count(self, loan: Loan, weight: float) -> None:
+    def _count(self, loan: Loan, weight: float, clipped: float) -> None:
         host, block = self._host, loan.lease.block
         with self._locked():
             self._check_phase(loan.client_id)
-            update = Update(loan.client_id, weight, block, self._books.now_s())
+            update = Update(loan.client_id, weight, block, self._books.now_s(), clipped)
             note = host.arena.note(block.index)
             note.weight, note.tag = weight, len(self._books.updates)
             loan.hand_over()
-            del self._loans[loan.client_id]
+            self._roster.count(loan.client_id)
             self._books.updates.append(update)
             self._assignment.add(update)
             if self.order == "any":
@@ -226,8 +207,7 @@ class Round:
     @property
     def is_moving(self) -> bool:
         """True if blocks of this round will come free while this thread waits. The host holds the lock."""
-        others = any(thread != threading.get_ident() for thread in self._loans.values())
-        return self._phase == "folding" or self._assignment.is_busy or others
+        return self._phase == "folding" or self._assignment.is_busy or self._roster.others_hold_loans
 
     @property
     def waits_for_workers(self) -> bool:
@@ -392,7 +372,7 @@ class Round:
             reason = f"{update.deaths} workers died while they folded it"
             self._books.rejected.append(Rejection(update.client_id, "poison", reason))
             self._books.updates.remove(update)
-            self._clients.discard(update.client_id)
+            self._roster.leave(update.client_id)
             self._assignment.refuse(update)
         if poison and not self._books.updates and self._phase == "folding":
             self.fail(RoundError(f"round {self.number}: no update is left{self._books.refusals()}"))

@@ -15,19 +15,22 @@ import select
 import threading
 import time
 import weakref
-from numbers import Integral
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from lifl import shm
+from lifl.admission import Limits
 from lifl.aggregator import Aggregator
 from lifl.assignment import Assignment
 from lifl.crew import Crew
 from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
-from lifl.ring import BATCH_SHIFT, FLOWER, LAZY, Bell, Descriptor, Inbox, Kind, Outbox
-from lifl.round import Order, Round, Timing
+from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.round import Round
 from lifl.shm import AGENT, Arena
 from lifl.sizes import parse_bytes, sum_bytes_of, units_of
-from lifl.tensor import Layout, TensorSpec
+from lifl.tensor import TensorSpec
+from lifl.terms import Order, Terms, Timing
 
 log = logging.getLogger("lifl.runtime")
 
@@ -261,6 +264,10 @@ class Node:
         self.pump()
         return any(round_.is_moving for round_ in self._rounds.values())
 
+    def held_by(self, client_id: str) -> int:
+        """Bytes of the arena that a client holds, in all open rounds. The caller holds the lock."""
+        return sum(round_.quota.held_by(client_id) for round_ in self._rounds.values())
+
     def forget(self, number: int) -> None:
         """Takes a closed round out of the books."""
         self._rounds.pop(number, None)
@@ -275,6 +282,8 @@ class Node:
         order: Order = "any",
         *,
         commit_every: int | None = None,
+        limits: Limits | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> Round:
         """Opens a round for updates of one spec. Several may be open at once.
 
@@ -292,6 +301,11 @@ class Node:
         commit_every : int, optional
             A leaf folds at most so many updates (1 to 64, the default) before it commits and gives their
             memory back. Fewer bound what is kept, and what is folded again if a worker dies; more are faster.
+        limits : Limits, optional
+            What the server bounds beyond what every update must satisfy; see :class:`Limits`.
+        base : mapping of str to array, optional
+            With ``limits.clipping_norm``, the model that updates are clipped against, of exactly the spec's
+            form. Not copied: it must not change while the round is open.
 
         Raises
         ------
@@ -299,40 +313,28 @@ class Node:
             ENOSPC if the arena has no room for the round's sums, its mean and one update.
         ValueError
             For an unknown timing or order, ``expected`` below 1, ``commit_every`` outside 1 to 64, bfloat16
-            with ``order="flower"``.
+            with ``order="flower"``, a base of another form or with NaN or Inf, or without ``clipping_norm``.
         """
-        if timing not in ("eager", "lazy"):
-            raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
-        if order not in ("any", "flower"):
-            raise ValueError(f"order={order!r}: use 'any' or 'flower'")
-        if not isinstance(expected, Integral) or expected < 1:
-            raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
-        if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
-            raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
-        batch_max = int(shm.lib.lifl_batch_max())
-        if commit_every is not None and not 1 <= commit_every <= batch_max:
-            raise ValueError(f"commit_every={commit_every!r}: give 1 to {batch_max}")
+        terms = Terms.of(spec, expected, timing, order, commit_every, limits, base)
         self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
         with self.changed:
             self.check_workers()
-            layout = spec.flower_layout if order == "flower" else spec.layout
-            leaves = self._choose_leaves(spec, layout, expected, order)
+            leaves = self._choose_leaves(terms)
             # After the wait: workers count on rounds being opened in the order of their numbers.
             self._number = number = self._number + 1
-            flags = (LAZY if timing == "lazy" else 0) | (FLOWER if order == "flower" else 0)
-            flags |= (commit_every or 0) << BATCH_SHIFT
-            work = Assignment.reserve(self, number, layout, leaves, flags)
-            round_ = Round(self, number, spec, expected, timing, order, work)
+            work = Assignment.reserve(self, number, terms.layout, leaves, terms.flags)
+            round_ = Round(self, number, terms, work)
             self._rounds[number] = round_
         return round_
 
-    def _choose_leaves(self, spec: TensorSpec, layout: Layout, expected: int, order: Order) -> tuple[int, ...]:
+    def _choose_leaves(self, terms: Terms) -> tuple[int, ...]:
         """As many leaves as there are workers, updates and memory for; waits while memory comes free."""
-        most = 1 if order == "flower" else min(max(self.workers, 1), expected)
+        layout, is_flowers = terms.layout, terms.order == "flower"
+        most = 1 if is_flowers else min(max(self.workers, 1), terms.expected)
         updates = [r.spec.layout.update_bytes for r in self._rounds.values()]
         one_update = units_of(max([layout.update_bytes, *updates]))
         fixed = 2 * units_of(0) + units_of(layout.mean_bytes) + one_update
-        per_leaf = 0 if order == "flower" else 2 * units_of(sum_bytes_of(layout))
+        per_leaf = 0 if is_flowers else 2 * units_of(sum_bytes_of(layout))
         while True:
             free = self.arena.free_bytes
             fitting = most if per_leaf == 0 else min(most, (free - fixed) // per_leaf)
@@ -342,8 +344,8 @@ class Node:
                 needed = fixed + per_leaf
                 raise ShmError(
                     errno.ENOSPC,
-                    f"no room for a round of {spec.nbytes:,} bytes per update: {needed:,} bytes are needed (two sums, "
-                    f"the mean, one update), {free:,} of {self.arena.block_bytes:,} are free; give the Node at "
+                    f"no room for a round of {terms.spec.nbytes:,} bytes per update: {needed:,} bytes are needed (two "
+                    f"sums, the mean, one update), {free:,} of {self.arena.block_bytes:,} are free; give the Node at "
                     f"least memory={needed}, close rounds, or drop old results",
                 )
             self.changed.wait(0.1)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.admission import MAX_WEIGHT, MIN_WEIGHT, check_arrays, check_weight, refuse_value
-from lifl.errors import AdmissionError, LiflError
+from lifl.admission import MAX_WEIGHT, MIN_WEIGHT, Limits, check_arrays, check_weight, refuse_quota, refuse_value
+from lifl.errors import MOST_REASON, AdmissionError, LiflError
 from lifl.tensor import DTYPES, NUMPY_DTYPES, Tensor, TensorSpec
 
 MODEL = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3), "steps": np.array(0), "none": np.zeros((0, 2), np.int8)}
@@ -155,3 +155,64 @@ def test_refusal_is_a_value_error_of_lifl() -> None:
     """Who catches ValueError or LiflError catches a refusal."""
     assert issubclass(AdmissionError, ValueError)
     assert issubclass(AdmissionError, LiflError)
+
+
+# ---------------------------------------------------------------- a server's own bounds
+
+
+@given(st.floats(MIN_WEIGHT, MAX_WEIGHT), st.floats(MIN_WEIGHT, MAX_WEIGHT))
+def test_weight_above_the_servers_bound_is_refused(bound: float, weight: float) -> None:
+    """Refused, not cut, by a message that names both; one at the bound is taken."""
+    assert check_weight("a", bound, bound) == bound
+    if weight <= bound:
+        assert check_weight("a", weight, bound) == weight
+        return
+    with pytest.raises(AdmissionError, match="client a") as caught:
+        check_weight("a", weight, bound)
+    assert (caught.value.rule, caught.value.value) == ("weight", weight)
+    assert str(weight) in caught.value.reason
+    assert f"{bound:.3g}" in caught.value.reason
+
+
+def test_limits_bound_nothing_by_default() -> None:
+    """Who sets no limits has the rules that always hold, and a value that can be compared."""
+    assert Limits() == Limits(max_weight=MAX_WEIGHT, clipping_norm=None, client_bytes=None, total_bytes=None)
+    with pytest.raises(AttributeError):
+        Limits().max_weight = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("max_weight", v) for v in (0, -1, math.nan, math.inf, None, "9", True, 1j, MAX_WEIGHT * 2, MIN_WEIGHT / 2)),
+        *(("clipping_norm", v) for v in (0, -1.0, math.nan, math.inf, "1", False, 1e-300)),
+        *((name, v) for name in ("client_bytes", "total_bytes") for v in (0, -1, 1.5, "1GiB", True, math.inf)),
+    ],
+)
+def test_limits_that_mean_nothing_are_errors(name: str, value: Any) -> None:
+    """The message names the argument, the value and what to give."""
+    with pytest.raises(ValueError, match=f"^{name}=.*: give a ") as caught:
+        Limits(**{name: value})
+    assert repr(value) in str(caught.value)
+    assert not isinstance(caught.value, AdmissionError)
+
+
+@given(st.integers(0, 2**50), st.integers(1, 2**50), st.integers(1, 2**51))
+def test_quota_is_refused_exactly_when_it_does_not_fit(held: int, wanted: int, bound: int) -> None:
+    """What fits exactly fits; the refusal names what is held, wanted and allowed."""
+    refusal = refuse_quota("7", "the client", held, wanted, bound)
+    assert (refusal is None) == (held + wanted <= bound)
+    if refusal is not None:
+        assert (refusal.client_id, refusal.rule, refusal.value) == ("7", "quota", held + wanted)
+        assert all(f"{n:,}" in refusal.reason for n in (held, wanted, bound))
+
+
+def test_what_a_client_sends_cannot_make_a_refusal_long() -> None:
+    """Names of arrays and reasons are quoted in part: they are logged, and kept in reports."""
+    with pytest.raises(AdmissionError) as caught:
+        check_arrays("9", SPEC, {"x" * 10**6: np.zeros(1), **{f"{'y' * 1000}{i}": np.zeros(1) for i in range(1000)}})
+    assert len(caught.value.reason) <= MOST_REASON
+    assert "and 998 more" in caught.value.reason
+    long = AdmissionError("9", "error", "z" * 10**6)
+    assert len(long.reason) == MOST_REASON
+    assert len(str(long)) < MOST_REASON + 50

@@ -27,13 +27,17 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"shm"},
     "sizes": {"shm", "tensor"},
     "fold": {"kernels", "tensor"},
+    "clip": {"admission", "errors", "tensor"},
     "intake": {"admission", "kernels", "loan", "tensor"},
     "host": {"errors", "ring", "shm"},
     "loan": {"kernels", "shm", "tensor"},
     "books": {"metrics", "shm"},
     "result": {"metrics", "tensor"},
+    "roster": set(),
+    "terms": {"admission", "clip", "intake", "ring", "shm", "tensor"},
     "recovery": {"books", "shm"},
     "assignment": {"books", "errors", "host", "recovery", "ring", "shm", "sizes", "tensor"},
+    "quota": {"admission", "assignment", "errors", "host", "roster", "shm", "sizes"},
     "round": {
         *(
             "admission",
@@ -45,24 +49,44 @@ ALLOWED: dict[str, set[str]] = {
             "intake",
             "loan",
             "metrics",
+            "quota",
             "result",
             "ring",
+            "roster",
             "shm",
-            "tensor",
+            "terms",
         ),
     },
     # the processes
     "aggregator": {"fold", "ring", "shm", "tensor"},
     "nursery": {"aggregator", "errors"},
     "crew": {"errors", "nursery"},
-    "runtime": {"aggregator", "assignment", "crew", "errors", "ring", "round", "shm", "sizes", "tensor"},
-    "embedded": {"round", "runtime", "shm", "sizes", "tensor"},
+    "runtime": {
+        *(
+            "admission",
+            "aggregator",
+            "assignment",
+            "crew",
+            "errors",
+            "ring",
+            "round",
+            "shm",
+            "sizes",
+            "tensor",
+            "terms",
+        ),
+    },
+    "embedded": {"runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
     "strategy.exchange": set(),
     "strategy.landing": {
-        *("admission", "embedded", "errors", "metrics", "npy", "result", "round", "runtime", "tensor"),
+        *("admission", "embedded", "errors", "metrics", "npy", "result", "round", "runtime", "tensor", "terms"),
     },
-    "strategy.fedavg": {"errors", "metrics", "round", "runtime", "strategy.exchange", "strategy.landing"},
+    "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
+    "strategy.fedavg": {
+        *("admission", "errors", "metrics", "runtime", "strategy.averaging", "strategy.exchange", "strategy.landing"),
+        "terms",
+    },
     "strategy.on_the_mean": {"strategy.fedavg"},
     "strategy.reference": {"npy", "tensor"},
     # programs
@@ -74,9 +98,10 @@ ALLOWED: dict[str, set[str]] = {
     "bench.handoff": {"bench.pair", "runtime"},
     "bench.limits": {"bench.handoff", "bench.pair", "errors", "kernels", "nursery", "ring", "runtime", "shm", "tensor"},
     "bench.fold": {"bench.limits", "bench.shapes", "fold", "runtime", "sizes", "strategy.reference", "tensor"},
-    "cli": {"bench.fold", "bench.handoff", "bench.limits", "demo", "errors", ""},
+    "bench.recovery": {"bench.shapes", "crew", "errors", "round", "runtime", "shm", "sizes", "tensor"},
+    "cli": {"bench.fold", "bench.handoff", "bench.limits", "bench.recovery", "demo", "errors", ""},
     # the public names ("" is the package itself)
-    "": {"errors", "loan", "metrics", "result", "round", "runtime", "tensor"},
+    "": {"admission", "errors", "loan", "metrics", "result", "round", "runtime", "tensor"},
     "bench": set(),
     "strategy": {"strategy.fedavg", "strategy.on_the_mean"},
 }
@@ -85,7 +110,8 @@ ALLOWED: dict[str, set[str]] = {
 PURE = {
     "tensor": {"attrs", "collections", "functools", "numpy", "struct", "torch", "typing"},
     "fold": {"attrs", "collections", "fractions", "math", "numpy", "typing"},
-    "admission": {"collections", "math", "numpy", "typing"},
+    "admission": {"attrs", "collections", "math", "numbers", "numpy", "typing"},
+    "clip": {"collections", "math", "numpy", "typing"},
     "npy": {"attrs", "io", "numpy", "re", "typing"},
     "metrics": {"attrs", "typing"},
     "errors": set(),
@@ -196,7 +222,7 @@ def test_pure_room_touches_nothing(room: str) -> None:
     assert ARROWS[room][1] <= PURE[room]
 
 
-@pytest.mark.parametrize("room", ["fold", "admission", "tensor", "npy"])
+@pytest.mark.parametrize("room", ["fold", "admission", "clip", "tensor", "npy"])
 def test_pure_room_has_no_global_state(room: str) -> None:
     """Nor do they write to a global."""
     tree = ast.parse(sources()[room].read_text())
@@ -205,7 +231,7 @@ def test_pure_room_has_no_global_state(room: str) -> None:
 
 # ---------------------------------------------------------------- files
 
-LONGER = {"round": 460, "runtime": 425}
+LONGER = {"round": 440, "runtime": 425}
 """Rooms that are over the limit and wait to be split by noun; each at most so long."""
 
 

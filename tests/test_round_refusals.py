@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lifl
-from lifl.errors import AdmissionError
+from lifl.errors import AdmissionError, RoundError
 from lifl.tensor import Tensor
 
 WAIT_S = 60.0
@@ -146,3 +146,71 @@ def test_nothing_is_taken_after_the_end(node: lifl.Node, end: str) -> None:
     if end != "closed":
         assert means(round_.result(WAIT_S)) == {1.0}
     round_.close()
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, 0, -1, 1e300, 2**62, "1", None], ids=repr)
+@pytest.mark.parametrize("how", ["submit", "loan"])
+def test_weight_is_refused_at_each_entrance(node: lifl.Node, weight: Any, how: str) -> None:
+    """Also one that only the server's own bound forbids; the attacker's model is no part of the mean."""
+    with node.open_round(SPEC, expected=2, limits=lifl.Limits(max_weight=1e6)) as round_:
+        round_.submit(update(1), client_id="good")
+        with pytest.raises(AdmissionError) as caught:
+            offer(round_, how, update(1000), weight, "evil")
+        assert (caught.value.client_id, caught.value.rule, caught.value.value) == ("evil", "weight", weight) or (
+            math.isnan(weight) and math.isnan(caught.value.value)  # type: ignore[arg-type]
+        )
+        round_.submit(update(3), 1e6, client_id="large")
+        result = round_.result(WAIT_S)
+    assert [(r.client_id, r.rule) for r in result.rejected] == [("evil", "weight")]
+    assert means(result) <= {3.0, float(np.float32((1 + 3e6) / (1 + 1e6)))}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("how", ["submit", "loan"])
+def test_values_are_refused_at_each_entrance(node: lifl.Node, value: float, how: str) -> None:
+    """NaN and Inf, copied in or written in place; the round ends with the others."""
+    with node.open_round(SPEC, expected=1) as round_:
+        bad = update(1)
+        bad["w"][1, 2] = value
+        with pytest.raises(AdmissionError) as caught:
+            offer(round_, how, bad, 1, "evil")
+        assert (caught.value.client_id, caught.value.rule) == ("evil", "values")
+        round_.submit(update(2), client_id="good")
+        result = round_.result(WAIT_S)
+    assert means(result) == {2.0}
+    assert [(r.client_id, r.rule) for r in result.rejected] == [("evil", "values")]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((2, 3), complex), np.full((2, 3), "x"), np.full((2, 3), None), np.zeros((2, 3), ">f4"), b"npz", object()],
+    ids=["complex", "text", "objects", "big-endian", "bytes", "object"],
+)
+def test_arrays_of_no_known_dtype_are_refused(node: lifl.Node, array: Any) -> None:
+    """Whatever else is sent for an array is refused as a dtype, without being looked into."""
+    with node.open_round(SPEC, expected=1) as round_:
+        with pytest.raises(AdmissionError) as caught:
+            round_.submit(update(1) | {"w": array}, client_id="evil")
+        assert (caught.value.client_id, caught.value.rule) == ("evil", "dtype")
+
+
+def test_nobody_good_is_a_loud_end_with_the_reasons(node: lifl.Node) -> None:
+    """A round without a good update has no result, and says who was refused and why."""
+    with node.open_round(SPEC, expected=2) as round_:
+        for client in ("x", "y"):
+            with pytest.raises(AdmissionError):
+                round_.submit(update(1), weight=-5, client_id=client)
+        round_.close_early()
+        with pytest.raises(RoundError, match=r"x \(weight: the weight is -5\.0.*; y \(weight"):
+            round_.result(WAIT_S)
+
+
+def offer(round_: lifl.Round, how: str, arrays: dict[str, Any], weight: Any, client: str) -> None:
+    """One update into a round: submitted, or written in place."""
+    if how == "submit":
+        round_.submit(arrays, weight, client)
+        return
+    with round_.loan(client) as loan:
+        for name, array in arrays.items():
+            loan.arrays[name][...] = array
+        loan.send(weight)

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from logging import ERROR, INFO, WARNING
+from logging import ERROR, INFO
 from typing import Any, ClassVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 
+from lifl.admission import Limits
 from lifl.errors import PeerGoneError, RoundError
 from lifl.metrics import RoundReport
-from lifl.round import Order, Timing
 from lifl.runtime import Node
+from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
-from lifl.strategy.landing import Landing, spec_of, to_record
+from lifl.strategy.landing import Landing, spec_of, to_record, views_of
+from lifl.terms import Order, Timing
 
 
 def _show_flowers_arguments(cls: type[RoundOptions]) -> None:
@@ -70,6 +71,12 @@ class RoundOptions:
         of them in memory, in the arena and as they came, until the round ends.
     node : lifl.Node, optional
         Where to fold. Default: the process's own, made on first use and closed at exit.
+    max_weight : float, optional
+        The largest weight that is accepted; a reply with a larger one is refused. Default: 2**100.
+    clipping_norm : float, optional
+        How far, in the L2 norm over all floating-point arrays together, a reply's model may be from the
+        model that was sent. One that is farther is moved onto that distance, as Flower's server-side
+        clipping does. Default: not bounded.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -78,6 +85,7 @@ class RoundOptions:
     timing: Timing
     order: Order
     node: Node | None
+    limits: Limits
 
     def __init__(
         self,
@@ -87,6 +95,8 @@ class RoundOptions:
         timing: Timing = "eager",
         order: Order = "any",
         node: Node | None = None,
+        max_weight: float | None = None,
+        clipping_norm: float | None = None,
         **flower: Any,
     ) -> None:
         super().__init__(*args, **flower)
@@ -99,6 +109,8 @@ class RoundOptions:
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
         self.quorum, self.deadline, self.timing, self.order, self.node = quorum, deadline, timing, order, node
+        max_weight = Limits().max_weight if max_weight is None else max_weight
+        self.limits = Limits(max_weight=max_weight, clipping_norm=clipping_norm)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,11 +129,14 @@ class Mean(FlowerFedAvg):
     timing: Timing = "eager"
     order: Order = "any"
     node: Node | None = None
+    limits: Limits = Limits()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reports: dict[int, RoundReport] = {}
         self._landing: Landing | None = None
+        self._base: Mapping[str, Any] | None = None  # the model that was sent, if replies are clipped against it
+        self._is_evaluating = False
 
     # ------------------------------------------------------------ the run
 
@@ -153,6 +168,7 @@ class Mean(FlowerFedAvg):
             )
         finally:
             self._drop_landing()
+            self._base, self._is_evaluating = None, False
         if not result.arrays:
             result.arrays = initial_arrays
         return Result(**vars(result), reports=dict(self.reports))
@@ -165,6 +181,9 @@ class Mean(FlowerFedAvg):
         log(INFO, "\t├──> lifl settings:")
         log(INFO, "\t│\t├── Timing: %s | order: %s", self.timing, self.order)
         log(INFO, "\t│\t├── Quorum: %s | deadline: %s", quorum, deadline)
+        if self.limits != Limits():
+            norm = "none" if self.limits.clipping_norm is None else f"{self.limits.clipping_norm:g}"
+            log(INFO, "\t│\t├── Weights up to: %g | clipping norm: %s", self.limits.max_weight, norm)
         log(INFO, "\t│\t└── Node: %s", where)
         super().summary()
 
@@ -176,6 +195,7 @@ class Mean(FlowerFedAvg):
         if self.deadline is not None:
             timeout = self.deadline if timeout is None else min(timeout, self.deadline)
         is_train = messages[0].metadata.message_type.split(".")[0] == MessageType.TRAIN
+        self._base, self._is_evaluating = None, not is_train
         take: Callable[[Message, int], Message] = as_it_is
         missing: Callable[[int], None] = not_reported
         reply_bytes = 0
@@ -183,12 +203,19 @@ class Mean(FlowerFedAvg):
             sent = messages[0].content.array_records.get(self.arrayrecord_key)
             spec = None if sent is None else spec_of(sent)
             reply_bytes = 0 if spec is None else spec.nbytes
+            self._base = None if sent is None or self.limits.clipping_norm is None else views_of(sent)
             self._landing = landing = self._new_landing(spec, len(messages), keeps=self._is_looked_at())
             take, missing = landing.take, landing.mark_late
         return exchange(grid, messages, timeout, reply_bytes, take, missing)
 
     def _new_landing(self, spec: Any, expected: int, *, keeps: bool) -> Landing:
-        return Landing(self.node, spec, expected, self.weighted_by_key, self.timing, self.order, keeps)
+        if self.limits.clipping_norm is not None and self._base is None:
+            raise ValueError(
+                f"clipping_norm={self.limits.clipping_norm:g} needs the model that the clients were sent, and there is "
+                f"none: call start(), whose messages have it under {self.arrayrecord_key!r}, or leave clipping_norm out"
+            )
+        settings = (self.weighted_by_key, self.timing, self.order, keeps)
+        return Landing(self.node, spec, expected, *settings, self.limits, self._base)
 
     def _drop_landing(self) -> None:
         if self._landing is not None:
@@ -260,7 +287,7 @@ class Mean(FlowerFedAvg):
         log(INFO, "\t└──> lifl: %s", report)
         contents = [m.content for m in valid]
         is_flowers = self.train_metrics_aggr_fn is aggregate_metricrecords
-        metrics = self.train_metrics_aggr_fn(_consistent(contents, is_flowers), self.weighted_by_key)
+        metrics = self.train_metrics_aggr_fn(consistent(contents, is_flowers), self.weighted_by_key)
         return to_record(result), metrics
 
     def _fail(self, server_round: int, report: RoundReport) -> tuple[None, None]:
@@ -274,29 +301,22 @@ class Mean(FlowerFedAvg):
         # Rounded first: 0.07 * 100 is a little more than 7.
         return self.quorum if isinstance(self.quorum, int) else max(1, math.ceil(round(self.quorum * expected, 9)))
 
+    # ------------------------------------------------------------ evaluation
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Flower's weighted mean of the replies' metrics, during a run only of those that have one.
+
+        The others are left out, and named by a warning; called outside a run, Flower's method refuses all.
+        """
+        if self._is_evaluating:
+            is_flowers = self.evaluate_metrics_aggr_fn is aggregate_metricrecords
+            replies = averageable(server_round, list(replies), self.weighted_by_key, is_flowers, self.limits.max_weight)
+        return super().aggregate_evaluate(server_round, replies)
+
 
 class FedAvg(RoundOptions, Mean):
     """Federated Averaging (McMahan et al., 2017, https://arxiv.org/abs/1602.05629), Flower's class.
 
     Flower's arguments, and those of :class:`RoundOptions`: ``quorum``, ``deadline``, ``timing``, ``order``,
-    ``node``.
+    ``node``, ``max_weight``, ``clipping_norm``.
     """
-
-
-def _consistent(contents: list[RecordDict], looks_into_lists: bool) -> list[RecordDict]:
-    """The contents whose metrics have the form that most have: the others cannot be averaged.
-
-    The form is the keys, as Flower demands; if `looks_into_lists` also which are lists, and of what length,
-    as Flower's own mean of metrics demands.
-    """
-    forms = [frozenset(_form(c, looks_into_lists)) for c in contents]
-    common, count = Counter(forms).most_common(1)[0]
-    if count < len(contents):
-        message = "aggregate_train: metrics of %s replies have another form and are left out"
-        log(WARNING, message, len(contents) - count)
-    return [content for content, form in zip(contents, forms, strict=True) if form == common]
-
-
-def _form(content: RecordDict, looks_into_lists: bool) -> Iterator[tuple[str, int | None]]:
-    for key, value in next(iter(content.metric_records.values())).items():
-        yield key, len(value) if looks_into_lists and isinstance(value, list) else None

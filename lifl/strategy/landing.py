@@ -18,13 +18,15 @@ from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode, SType
 
 from lifl import admission, npy
+from lifl.admission import Limits
 from lifl.embedded import embedded
-from lifl.errors import AdmissionError, PeerGoneError
+from lifl.errors import AdmissionError, PeerGoneError, shortened
 from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
-from lifl.round import Order, Round, Timing
+from lifl.round import Round
 from lifl.runtime import Node
 from lifl.tensor import TensorSpec
+from lifl.terms import Order, Timing
 
 
 @attrs.frozen(eq=False)
@@ -70,6 +72,10 @@ class Landing:
     keeps : bool
         Whether replies stay as they came, because they will be looked at again. If not, accepted ones lose
         their arrays and refused ones become error replies as soon as they have landed.
+    limits : Limits
+        The server's bounds.
+    base : mapping of str to numpy.ndarray or None
+        The model that updates are clipped against, if they are.
 
     Attributes
     ----------
@@ -89,8 +95,12 @@ class Landing:
         timing: Timing,
         order: Order,
         keeps: bool,
+        limits: Limits,
+        base: Mapping[str, Any] | None,
     ) -> None:
-        self._node, self._spec, self._capacity = node, spec, expected
+        self._node, self._capacity, self._limits, self._base = node, expected, limits, base
+        # What cannot be compared with the base model cannot be clipped, so that decides what is taken.
+        self._spec = spec if base is None else TensorSpec.from_arrays(base)
         self._weight_key, self._timing, self._order, self._keeps = weight_key, timing, order, keeps
         self.expected = expected
         self.is_exact = True
@@ -121,13 +131,14 @@ class Landing:
     def take_all(self, replies: list[Message]) -> list[Message]:
         """Lands replies that are all there already; returns those that were accepted.
 
-        The round's dtypes and shapes are those of most replies.
+        The round's dtypes and shapes are those of most replies, or of the model that they are clipped against.
         """
         nodes = [self._nodes.get(id(reply), reply.metadata.src_node_id) for reply in replies]
         parsed = [self._parse(reply, str(node_id)) for reply, node_id in zip(replies, nodes, strict=True)]
-        specs = [TensorSpec.from_arrays(p.views) for p in parsed if isinstance(p, _Update)]
-        votes = Counter(frozenset(spec.tensors) for spec in specs)
-        self._spec = max(specs, key=lambda spec: votes[frozenset(spec.tensors)], default=None)
+        if self._base is None:
+            specs = [TensorSpec.from_arrays(p.views) for p in parsed if isinstance(p, _Update)]
+            votes = Counter(frozenset(spec.tensors) for spec in specs)
+            self._spec = max(specs, key=lambda spec: votes[frozenset(spec.tensors)], default=None)
         for reply, update in zip(replies, parsed, strict=True):
             self._settle(reply, update)
         refused = {id(seen.reply) for seen in self._seen if seen.refusal is not None}
@@ -138,7 +149,7 @@ class Landing:
         if self._names[client] > 1:  # as in Flower, a node that was sent two messages counts twice
             client = f"{client}#{self._names[client]}"
         if reply.has_error():
-            return Rejection(client, "error", str(reply.error.reason))
+            return Rejection(client, "error", shortened(str(reply.error.reason)))
         try:
             arrays, weight = self._read(client, reply.content)
             views = _views(client, arrays)
@@ -154,7 +165,7 @@ class Landing:
                 raise AdmissionError(client, "format", f"{len(records)} {name}s, one is expected", len(records))
         metrics = next(iter(content.metric_records.values()))
         if self._weight_key not in metrics:
-            reason = f"no {self._weight_key!r} among the metrics {sorted(metrics)}"
+            reason = f"no {self._weight_key!r} among the metrics {sorted(metrics)[:10]}"
             raise AdmissionError(client, "weight", reason, sorted(metrics))
         return next(iter(content.array_records.values())), metrics[self._weight_key]
 
@@ -165,7 +176,7 @@ class Landing:
             self._seen.append(_Seen(reply, refusal, said))
             return reply
         if refusal is not None:
-            reply = _error_reply(reply, refusal)
+            reply = error_reply(reply, refusal)
         else:
             reply.content = _without_arrays(reply.content)
         self._seen.append(_Seen(reply, refusal, None))
@@ -186,7 +197,9 @@ class Landing:
 
     def _open(self, spec: TensorSpec) -> Round:
         node = self._node or embedded(spec, self._capacity, self._order)
-        self._round = node.open_round(spec, self._capacity, self._timing, self._order)
+        self._round = node.open_round(
+            spec, self._capacity, self._timing, self._order, limits=self._limits, base=self._base
+        )
         return self._round
 
     def mark_late(self, node_id: int) -> None:
@@ -215,7 +228,7 @@ class Landing:
     def counted(self, replies: Iterable[Message]) -> list[Message]:
         """`replies`, of which ``is_of`` is true, with an error reply in the place of each refused one."""
         refusals = {id(seen.reply): seen.refusal for seen in self._seen}
-        return [_error_reply(r, refusal) if (refusal := refusals[id(r)]) is not None else r for r in replies]
+        return [error_reply(r, refusal) if (refusal := refusals[id(r)]) is not None else r for r in replies]
 
     @property
     def num_accepted(self) -> int:
@@ -277,7 +290,8 @@ def _rejection(error: AdmissionError) -> Rejection:
     return Rejection(error.client_id, error.rule, error.reason)
 
 
-def _error_reply(reply: Message, refusal: Rejection) -> Message:
+def error_reply(reply: Message, refusal: Rejection) -> Message:
+    """What takes the place of a reply that was refused."""
     if reply.has_error():
         return reply
     said = AdmissionError(refusal.client_id, refusal.rule, refusal.reason)
@@ -314,13 +328,18 @@ def spec_of(arrays: ArrayRecord) -> TensorSpec:
 
     Raises ``TypeError`` or ``ValueError`` if lifl cannot fold one of its arrays.
     """
+    return TensorSpec.from_arrays(views_of(arrays))
+
+
+def views_of(arrays: ArrayRecord) -> dict[str, Any]:
+    """A model as Flower holds it as NumPy arrays, without a copy; raises ``ValueError`` if one cannot be read."""
     views = {}
     for key, array in arrays.items():
         try:
             views[key] = npy.view(array.data)
         except ValueError as error:
             raise ValueError(f"lifl cannot fold array {key!r} of the model: {error}") from None
-    return TensorSpec.from_arrays(views)
+    return views
 
 
 def to_record(result: RoundResult) -> ArrayRecord:

@@ -116,7 +116,7 @@ def test_a_name_exists(name: str) -> None:
 def test_make_message_and_error() -> None:
     """An error reply can be made from a reply's own metadata."""
     make_message, error = resolve("flwr.app.message.make_message"), resolve("flwr.app.error.Error")
-    where = "landing.py (_error_reply)"
+    where = "landing.py (error_reply)"
     assert list(inspect.signature(make_message).parameters) == ["metadata", "content", "error"], broke(
         "make_message has other parameters", where
     )
@@ -132,7 +132,7 @@ def test_constants() -> None:
     """The values that lifl compares with or sends."""
     s_type, code = resolve("flwr.common.constant.SType"), resolve("flwr.common.constant.ErrorCode")
     assert s_type.NUMPY == "numpy.ndarray", broke("SType.NUMPY has changed", "landing.py (_views)")
-    assert isinstance(code.MOD_FAILED_PRECONDITION, int), broke("the error code is gone", "landing.py (_error_reply)")
+    assert isinstance(code.MOD_FAILED_PRECONDITION, int), broke("the error code is gone", "landing.py (error_reply)")
     assert MessageType.TRAIN == "train", broke("MessageType.TRAIN has changed", "fedavg.py (_send_and_receive)")
 
 

@@ -562,7 +562,8 @@ def test_flowers_arguments_by_name_and_place() -> None:
     flowers = inspect.signature(FlowerFedAvg)
     ours = inspect.signature(FedAvg)
     assert list(ours.parameters)[: len(flowers.parameters)] == list(flowers.parameters)
-    assert list(ours.parameters)[len(flowers.parameters) :] == ["quorum", "deadline", "timing", "order", "node"]
+    added = ["quorum", "deadline", "timing", "order", "node", "max_weight", "clipping_norm"]
+    assert list(ours.parameters)[len(flowers.parameters) :] == added
     for name, parameter in flowers.parameters.items():
         assert ours.parameters[name] == parameter
     strategy = FedAvg(0.5, 0.25, 3, 4, 5, "weight", "model", "settings", deadline=3)

@@ -556,7 +556,7 @@ def test_replies_handed_on_untouched_are_not_folded_again(
     """A class that only looks costs no second aggregation; one that changes something does."""
     opened: list[int] = []
     open_round = node.open_round
-    monkeypatch.setattr(node, "open_round", lambda *args: opened.append(1) or open_round(*args))
+    monkeypatch.setattr(node, "open_round", lambda *args, **options: opened.append(1) or open_round(*args, **options))
     for body, rounds in ((looks_into_arrays, 1), (adds_a_metric, 1), (sorts, 1), (filters, 2), (changes_bytes, 2)):
         opened.clear()
         run(subclass(body, node=node), CLIENTS, 1, clock, timeout=20)

@@ -1,0 +1,89 @@
+"""How much of the arena a round's clients may hold, and the one way for them to get a block of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from lifl import admission
+from lifl.admission import Limits
+from lifl.assignment import Assignment
+from lifl.errors import AdmissionError
+from lifl.host import WAIT_CAP_S, Host, wait_for_block
+from lifl.roster import Roster
+from lifl.shm import Block
+from lifl.sizes import units_of
+
+
+class Quota:
+    """What is held is counted anew each time, from who has a loan and which updates are not folded.
+
+    The host's lock is held by who calls.
+    """
+
+    def __init__(self, host: Host, limits: Limits, update_bytes: int, roster: Roster, work: Assignment) -> None:
+        self._host, self._limits, self._update_bytes = host, limits, update_bytes
+        self._roster, self._work = roster, work
+
+    def held_by(self, client_id: str) -> int:
+        """Bytes of the arena that the loan or the update of a client takes."""
+        if client_id not in self._roster:
+            return 0
+        updates = sum(update.client_id == client_id for update in self._work.updates.values())
+        return (self._roster.has_loan(client_id) + updates) * units_of(self._update_bytes)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the arena that all loans and updates of the round take."""
+        return (self._roster.num_loans + len(self._work.updates)) * units_of(self._update_bytes)
+
+    def take_block(self, client_id: str, timeout: float | None, check: Callable[[], None]) -> Block:
+        """A block for one more update of a client, as soon as there is room and the quotas have some.
+
+        `check` raises if the client may not have one; it is asked before and after each wait.
+
+        Raises :class:`AdmissionError` (``quota``) at once for what only clients can give back: what this one
+        holds, and loans. What is being copied or folded is waited for, up to `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            check()
+            self._wait_for_share(client_id, deadline, check)
+            if deadline is not None and self._limits.total_bytes is not None:
+                timeout = max(0.0, deadline - time.monotonic())
+            block = wait_for_block(self._host, self._update_bytes, timeout, f"an update of client {client_id}")
+            try:
+                check()
+            except AdmissionError:
+                self._host.arena.reclaim(block)
+                raise
+            if self._client_refusal(client_id) is None and self._share_refusal(client_id) is None:
+                return block
+            self._host.arena.reclaim(block)  # others were faster; what they hold is waited for, or refused
+
+    def _client_refusal(self, client_id: str) -> AdmissionError | None:
+        bound = self._limits.client_bytes
+        if bound is None:
+            return None
+        held = 0 if self._roster.is_unnamed(client_id) else self._host.held_by(client_id)
+        return admission.refuse_quota(client_id, "the client", held, units_of(self._update_bytes), bound)
+
+    def _share_refusal(self, client_id: str) -> AdmissionError | None:
+        bound = self._limits.total_bytes
+        if bound is None:
+            return None
+        return admission.refuse_quota(client_id, "the round", self.held, units_of(self._update_bytes), bound)
+
+    def _wait_for_share(self, client_id: str, deadline: float | None, check: Callable[[], None]) -> None:
+        if (refusal := self._client_refusal(client_id)) is not None:
+            raise refusal
+        while self._share_refusal(client_id) is not None:
+            self._work.press()
+            self._host.pump()
+            if (refusal := self._share_refusal(client_id)) is None:
+                return
+            left = WAIT_CAP_S if deadline is None else deadline - time.monotonic()
+            if left <= 0 or not (self._work.is_busy or self._roster.is_copying):
+                raise refusal
+            self._host.changed.wait(min(left, WAIT_CAP_S))
+            check()

@@ -1,0 +1,75 @@
+"""What a round is opened with, checked before anything is taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any, Literal
+
+import attrs
+
+from lifl.admission import Limits
+from lifl.clip import Clip
+from lifl.intake import as_numpy
+from lifl.ring import BATCH_SHIFT, FLOWER, LAZY
+from lifl.shm import lib
+from lifl.tensor import Layout, TensorSpec
+
+Timing = Literal["eager", "lazy"]
+Order = Literal["any", "flower"]
+
+
+@attrs.frozen(eq=False)
+class Terms:
+    """A round's terms; ``Terms.of`` checks them."""
+
+    spec: TensorSpec
+    expected: int
+    timing: Timing
+    order: Order
+    commit_every: int | None
+    limits: Limits
+    clip: Clip | None
+
+    @classmethod
+    def of(
+        cls,
+        spec: TensorSpec,
+        expected: int,
+        timing: Timing,
+        order: Order,
+        commit_every: int | None,
+        limits: Limits | None,
+        base: Mapping[str, Any] | None,
+    ) -> Terms:
+        """The arguments of ``Node.open_round``, whose docstring says what they mean; raises its ``ValueError``."""
+        if timing not in ("eager", "lazy"):
+            raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
+        if order not in ("any", "flower"):
+            raise ValueError(f"order={order!r}: use 'any' or 'flower'")
+        if not isinstance(expected, Integral) or expected < 1:
+            raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
+        if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
+            raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
+        batch_max = int(lib.lifl_batch_max())
+        if commit_every is not None and not 1 <= commit_every <= batch_max:
+            raise ValueError(f"commit_every={commit_every!r}: give 1 to {batch_max}")
+        limits = limits or Limits()
+        if (limits.clipping_norm is None) != (base is None):
+            missing = "base, the model that updates are clipped against" if base is None else "clipping_norm"
+            raise ValueError(f"limits={limits}: clipping_norm and base go together, and there is no {missing}")
+        clip = None
+        if limits.clipping_norm is not None and base is not None:
+            clip = Clip(spec, {name: as_numpy(array) for name, array in base.items()}, limits.clipping_norm)
+        return cls(spec, int(expected), timing, order, commit_every, limits, clip)
+
+    @property
+    def layout(self) -> Layout:
+        """Where everything lies in the round's blocks."""
+        return self.spec.flower_layout if self.order == "flower" else self.spec.layout
+
+    @property
+    def flags(self) -> int:
+        """What a worker has to know of it."""
+        flags = (LAZY if self.timing == "lazy" else 0) | (FLOWER if self.order == "flower" else 0)
+        return flags | (self.commit_every or 0) << BATCH_SHIFT
