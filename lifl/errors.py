@@ -25,6 +25,10 @@ class PeerGoneError(LiflError):
     """A process on the other side of a ring died or closed."""
 
 
+class CheckpointError(LiflError):
+    """A checkpoint could not be written or read, or belongs to another run."""
+
+
 MOST_REASON = 500
 """Characters of a refusal's reason: it may quote what a client sent, and is logged and kept in reports."""
 

@@ -88,6 +88,13 @@ class RoundReport:
         """The same as plain dicts, lists, strings and numbers, for JSON."""
         return attrs.asdict(self)
 
+    @classmethod
+    def from_dict(cls, said: dict[str, Any]) -> RoundReport:
+        """The report that :meth:`to_dict` was called on."""
+        accepted = tuple(Contribution(**one) for one in said["accepted"])
+        rejected = tuple(Rejection(**one) for one in said["rejected"])
+        return cls(**{**said, "accepted": accepted, "rejected": rejected, "late": tuple(said["late"])})
+
     def __str__(self) -> str:
         """One line, as it is logged."""
         line = f"{len(self.accepted)} of {self.expected} updates, weight {self.weight:g}"

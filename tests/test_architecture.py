@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"shm"},
     "sizes": {"shm", "tensor"},
     "fold": {"kernels", "tensor"},
+    "checkpoint": {"errors"},
     "clip": {"admission", "errors", "tensor"},
     "intake": {"admission", "kernels", "loan", "tensor"},
     "host": {"errors", "ring", "shm"},
@@ -82,10 +83,11 @@ ALLOWED: dict[str, set[str]] = {
     "strategy.landing": {
         *("admission", "embedded", "errors", "metrics", "npy", "result", "round", "runtime", "tensor", "terms"),
     },
+    "strategy.journal": {"checkpoint", "errors", "metrics"},
     "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
     "strategy.fedavg": {
         *("admission", "errors", "metrics", "runtime", "strategy.averaging", "strategy.exchange", "strategy.landing"),
-        "terms",
+        *("strategy.journal", "terms"),
     },
     "strategy.on_the_mean": {"strategy.fedavg"},
     "strategy.reference": {"npy", "tensor"},

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import ERROR, INFO
+from os import PathLike
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -27,6 +28,7 @@ from lifl.metrics import RoundReport
 from lifl.runtime import Node
 from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
+from lifl.strategy.journal import Journal
 from lifl.strategy.landing import Landing, spec_of, to_record, views_of
 from lifl.terms import Order, Timing
 
@@ -77,6 +79,16 @@ class RoundOptions:
         How far, in the L2 norm over all floating-point arrays together, a reply's model may be from the
         model that was sent. One that is farther is moved onto that distance, as Flower's server-side
         clipping does. Default: not bounded.
+    checkpoint : str or path, optional
+        A file that is replaced after each round, atomically, by what a run needs to go on: the model, the
+        metrics, the reports, the state of ``random`` and ``numpy.random``, and those attributes of the
+        strategy that changed since the start (momentum, for example). It must not be there yet, unless
+        `resume` is set. If it cannot be written at the start :meth:`start` raises
+        :class:`lifl.errors.CheckpointError`; later, that is logged and the run goes on.
+    resume : bool
+        Go on after the last round that is in `checkpoint`; from the beginning if there is no such file.
+        Arguments of :meth:`start` are given as for the whole run. Given the same replies, the end is that of
+        a run that was never interrupted, bit by bit.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -86,6 +98,8 @@ class RoundOptions:
     order: Order
     node: Node | None
     limits: Limits
+    checkpoint: str | PathLike[str] | None
+    resume: bool
 
     def __init__(
         self,
@@ -97,6 +111,8 @@ class RoundOptions:
         node: Node | None = None,
         max_weight: float | None = None,
         clipping_norm: float | None = None,
+        checkpoint: str | PathLike[str] | None = None,
+        resume: bool = False,
         **flower: Any,
     ) -> None:
         super().__init__(*args, **flower)
@@ -111,6 +127,9 @@ class RoundOptions:
         self.quorum, self.deadline, self.timing, self.order, self.node = quorum, deadline, timing, order, node
         max_weight = Limits().max_weight if max_weight is None else max_weight
         self.limits = Limits(max_weight=max_weight, clipping_norm=clipping_norm)
+        if resume and checkpoint is None:
+            raise ValueError("resume=True: say from which file, with checkpoint=")
+        self.checkpoint, self.resume = checkpoint, resume
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -130,6 +149,8 @@ class Mean(FlowerFedAvg):
     order: Order = "any"
     node: Node | None = None
     limits: Limits = Limits()
+    checkpoint: str | PathLike[str] | None = None
+    resume: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -156,21 +177,21 @@ class Mean(FlowerFedAvg):
         `initial_arrays`.
         """
         self.reports = {}
+        journal = None if self.checkpoint is None else Journal(self, self.checkpoint, self.resume, num_rounds)
+        if journal is not None:
+            initial_arrays = journal.arrays or initial_arrays
+            evaluate_fn = evaluate_fn and journal.noted(evaluate_fn)
+        events = EventGrid(grid, self._send_and_receive)
+        run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
         try:
-            result = super().start(
-                EventGrid(grid, self._send_and_receive),
-                initial_arrays,
-                num_rounds,
-                timeout,
-                train_config,
-                evaluate_config,
-                evaluate_fn,
-            )
+            result = super().start(*run) if journal is None else journal.start(*run)
         finally:
             self._drop_landing()
             self._base, self._is_evaluating = None, False
         if not result.arrays:
             result.arrays = initial_arrays
+        if journal is not None:
+            journal.end(num_rounds, result.arrays)
         return Result(**vars(result), reports=dict(self.reports))
 
     def summary(self) -> None:
@@ -184,6 +205,8 @@ class Mean(FlowerFedAvg):
         if self.limits != Limits():
             norm = "none" if self.limits.clipping_norm is None else f"{self.limits.clipping_norm:g}"
             log(INFO, "\t│\t├── Weights up to: %g | clipping norm: %s", self.limits.max_weight, norm)
+        if self.checkpoint is not None:
+            log(INFO, "\t│\t├── Checkpoint: %s%s", self.checkpoint, " (resumed if there)" if self.resume else "")
         log(INFO, "\t│\t└── Node: %s", where)
         super().summary()
 
@@ -318,5 +341,5 @@ class FedAvg(RoundOptions, Mean):
     """Federated Averaging (McMahan et al., 2017, https://arxiv.org/abs/1602.05629), Flower's class.
 
     Flower's arguments, and those of :class:`RoundOptions`: ``quorum``, ``deadline``, ``timing``, ``order``,
-    ``node``, ``max_weight``, ``clipping_norm``.
+    ``node``, ``max_weight``, ``clipping_norm``, ``checkpoint``, ``resume``.
     """

@@ -1,0 +1,170 @@
+"""A run's state in one file: old or new after a crash, never between, and never executed.
+
+Values of closed kinds (no pickle) and tensors go into a safetensors file, with a checksum over all of it. Knows
+neither Flower nor rounds: what a run's state is, its strategy says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lifl.errors import CheckpointError
+
+FORMAT = "lifl-checkpoint-1"
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
+MOST_DEPTH = 50
+
+Tensors = dict[str, Any]
+Convert = Callable[[Any], "tuple[str, Any] | None"]
+
+
+def pack(value: Any, name: str, tensors: Tensors, convert: Convert = lambda value: None) -> Any:
+    """`value` as JSON can hold it; its arrays are put into `tensors`, under names that begin with `name`.
+
+    Kinds: None, bool, int, float, str, bytes, list, tuple, dict, NumPy scalars and arrays of ``DTYPES``, and
+    what `convert` turns into a kind's name and a value of these kinds.
+
+    Raises
+    ------
+    TypeError
+        For anything else: subclasses too, which would come back as something else.
+    """
+    return _pack(value, name, tensors, convert, 0)
+
+
+def _pack(value: Any, name: str, tensors: Tensors, convert: Convert, depth: int) -> Any:
+    if depth > MOST_DEPTH:
+        raise TypeError(f"{name} is nested more than {MOST_DEPTH} deep")
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is bytes:
+        return {"bytes": value.hex()}
+    if type(value) in (list, tuple):
+        packed = [_pack(item, f"{name}/{i}", tensors, convert, depth + 1) for i, item in enumerate(value)]
+        return {type(value).__name__: packed}
+    if type(value) is dict:
+        pairs = []
+        for i, (key, item) in enumerate(value.items()):
+            at = f"{name}/{key if isinstance(key, str) else i}"
+            pairs.append([_pack(key, at, tensors, convert, depth + 1), _pack(item, at, tensors, convert, depth + 1)])
+        return {"dict": pairs}
+    if (type(value) is np.ndarray or isinstance(value, np.generic)) and value.dtype.name in DTYPES:
+        at = name
+        while at in tensors:
+            at += "'"
+        native = value.dtype.newbyteorder("=")
+        tensors[at] = np.ascontiguousarray(value, native).reshape(value.shape)
+        return {"array" if type(value) is np.ndarray else "scalar": at}
+    if (foreign := convert(value)) is not None:
+        return {"foreign": [foreign[0], _pack(foreign[1], name, tensors, convert, depth + 1)]}
+    raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+def unpack(packed: Any, tensors: Tensors, revive: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """The value that :func:`pack` was given; `revive` makes foreign kinds of their plain values."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, inner),) = packed.items()
+    if kind == "bytes":
+        return bytes.fromhex(inner)
+    if kind in ("list", "tuple"):
+        items = [unpack(item, tensors, revive) for item in inner]
+        return items if kind == "list" else tuple(items)
+    if kind == "dict":
+        return {unpack(key, tensors, revive): unpack(item, tensors, revive) for key, item in inner}
+    if kind == "array":
+        return tensors[inner]
+    if kind == "scalar":
+        return tensors[inner][()]
+    if kind == "foreign":
+        return revive[inner[0]](unpack(inner[1], tensors, revive))
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
+    """Replaces the file at `path`, atomically; when this returns the new one is on the disk.
+
+    Written beside it (the name with ``.tmp`` added), synced, renamed over it, and the folder synced. Who dies in
+    between leaves the old file.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written; the old file is as it was.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    state = json.dumps(packed)
+    metadata = {"format": FORMAT, "state": state, "sha256": _checksum(state, tensors)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, beside, metadata)
+            _sync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink()
+            raise
+        _sync(path.parent)
+    except Exception as error:  # also safetensors' own
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {error}; make room or choose another checkpoint="
+        ) from error
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Any, Tensors]:
+    """What :func:`save` was given; the arrays are the caller's.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    CheckpointError
+        If it is not a checkpoint of lifl, or its bytes are not those that were written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    advice = "restore it from a copy, or move it away and begin anew"
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is no checkpoint of this lifl ({FORMAT}): choose another checkpoint=")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error}; {advice}") from error
+    state = metadata.get("state", "")
+    if metadata.get("sha256") != _checksum(state, tensors):
+        raise CheckpointError(f"the checkpoint {path} was damaged: its checksum is another; {advice}")
+    return json.loads(state), tensors
+
+
+def _checksum(state: str, tensors: Tensors) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"\0{name}\0{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

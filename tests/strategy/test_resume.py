@@ -1,0 +1,252 @@
+"""A run that goes on from its checkpoint: the same end, bit by bit, and clear words where it cannot."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, Message, MetricRecord
+from scripted import MODEL, Client, failing, metrics_of, nudge, plain, record, run
+
+import lifl
+from lifl.errors import CheckpointError
+from lifl.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+
+CLIENTS: Mapping[int, Client] = {1: nudge(1), 2: nudge(2), 3: nudge(3), 4: failing}
+ROUNDS = 5
+
+
+class Killed(BaseException):
+    """Ends a run as nothing of it expects."""
+
+
+def make(cls: Any, path: Path | None, node: lifl.Node, **more: Any) -> Any:
+    """A strategy with something to remember."""
+    known: dict[Any, dict[str, Any]] = {FedProx: {"proximal_mu": 0.5}, FedAvgM: {"server_momentum": 0.9}}
+    if cls in (FedAdam, FedYogi):
+        more |= {"beta_1": 0.9, "beta_2": 0.99}
+    return cls(node=node, checkpoint=path, **known.get(cls, {}), **more)
+
+
+def central(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    """A central evaluation that uses both generators."""
+    return MetricRecord(
+        {"norm": float(np.abs(plain(arrays)["weight"]).sum()), "luck": random.random() + np.random.rand()}
+    )
+
+
+def dying(at: int, hook: str) -> Any:
+    """The same central evaluation or client, until the round in which it dies."""
+    if hook == "central":
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+            if server_round == at:
+                raise Killed
+            return central(server_round, arrays)
+
+        return evaluate
+
+    def client(message: Message) -> Any:
+        config: Any = message.content["config"]
+        if config["server-round"] == at and message.metadata.message_type.startswith(hook):
+            raise Killed
+        return nudge(1)(message)
+
+    return client
+
+
+def seeded() -> None:
+    """The generators as a run finds them."""
+    random.seed(11)
+    np.random.seed(12)
+
+
+def check_same(resumed: Any, whole: Any) -> None:
+    """Two Results of the same run."""
+    for a, b in zip(plain(resumed.arrays).items(), plain(whole.arrays).items(), strict=True):
+        assert a[0] == b[0]
+        assert a[1].dtype == b[1].dtype
+        assert a[1].tobytes() == b[1].tobytes()
+    assert metrics_of(resumed) == metrics_of(whole)
+    assert resumed.reports.keys() == whole.reports.keys()
+    for number, report in whole.reports.items():
+        again = resumed.reports[number]
+        assert [(c.client_id, c.weight) for c in again.accepted] == [(c.client_id, c.weight) for c in report.accepted]
+        assert again.rejected == report.rejected
+
+
+@pytest.mark.parametrize("cls", [FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi])
+@pytest.mark.parametrize(("at", "hook"), [(1, "train"), (3, "train"), (3, "evaluate"), (4, "central"), (5, "central")])
+@pytest.mark.usefixtures("clock")
+def test_resumed_ends_as_the_whole(cls: Any, at: int, hook: str, node: lifl.Node, tmp_path: Path) -> None:
+    """Died in any part of any round: the resumed run's model, metrics and reports are the undisturbed run's."""
+    seeded()
+    whole, _ = run(make(cls, None, node), CLIENTS, ROUNDS, evaluate_fn=central)
+    path = tmp_path / "run"
+    seeded()
+    evaluate_fn = dying(at, hook) if hook == "central" else central
+    clients = CLIENTS if hook == "central" else {**CLIENTS, 1: dying(at, hook)}
+    with pytest.raises(Killed):
+        run(make(cls, path, node), clients, ROUNDS, evaluate_fn=evaluate_fn)
+    random.seed(99)
+    np.random.seed(98)
+    other = record({name: array + 1 for name, array in MODEL.items()})  # a new process makes another first model
+    strategy = make(cls, path, node, resume=True)
+    asked = set()
+
+    def noting(message: Message) -> Any:
+        asked.add(message.content["config"]["server-round"])
+        return nudge(2)(message)
+
+    resumed, _ = run(strategy, {**CLIENTS, 2: noting}, ROUNDS, evaluate_fn=central, initial_arrays=other)
+    check_same(resumed, whole)
+    assert asked == set(range(at, ROUNDS + 1))  # for what was over nobody is asked again
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_run_that_is_over_is_not_run_again(node: lifl.Node, tmp_path: Path) -> None:
+    """Resumed after its end, a run gives its Result and asks nobody; with more rounds it goes on."""
+    path = tmp_path / "run"
+    first, _ = run(FedAvg(node=node, checkpoint=path), CLIENTS, 3)
+    again, grid = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 3)
+    check_same(again, first)
+    assert not grid.asked
+    more, _ = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 4)
+    whole, _ = run(FedAvg(node=node), CLIENTS, 4)
+    check_same(more, whole)
+
+
+@pytest.mark.usefixtures("clock")
+def test_rounds_without_a_result(node: lifl.Node, tmp_path: Path) -> None:
+    """Where no round had a model, the first one is kept, not the one that a new process made."""
+    path = tmp_path / "run"
+    run(FedAvg(node=node, checkpoint=path), {1: failing, 2: failing}, 2)
+    other = record({name: array + 1 for name, array in MODEL.items()})
+    strategy = FedAvg(node=node, checkpoint=path, resume=True)
+    result, _ = run(strategy, {1: failing, 2: failing}, 3, initial_arrays=other)
+    assert plain(result.arrays)["weight"].tobytes() == MODEL["weight"].tobytes()
+    assert set(result.reports) == {1, 2, 3}
+
+
+class Best(FedAvg):
+    """A user's strategy with something of its own to remember."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.best, self.history, self.sums = float("inf"), [0.0], np.zeros(2)
+        self.lock = object()
+
+    def aggregate_evaluate(self, server_round: int, replies: Any) -> MetricRecord | None:
+        """Remembers."""
+        metrics = super().aggregate_evaluate(server_round, replies)
+        assert metrics is not None
+        loss = metrics["loss"]
+        assert isinstance(loss, float)
+        self.best = min(self.best, loss / server_round)
+        self.history.append(loss)
+        self.sums += loss  # in place
+        return metrics
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_a_user_remembers(node: lifl.Node, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Attributes that changed come back, also those changed in place; what cannot be saved is named."""
+    path = tmp_path / "run"
+    whole = Best(node=node)
+    run(whole, CLIENTS, 4)
+    run(Best(node=node, checkpoint=path), CLIENTS, 2)
+    assert "Best.lock cannot be saved (state/lock is a object)" in caplog.text
+    again = Best(node=node, checkpoint=path, resume=True)
+    run(again, CLIENTS, 4)
+    assert (again.best, again.history) == (whole.best, whole.history)
+    assert again.sums.tobytes() == whole.sums.tobytes()
+
+
+@pytest.mark.usefixtures("clock")
+def test_new_arguments_hold(node: lifl.Node, tmp_path: Path) -> None:
+    """What was only an argument is not in the file: a resumed run may have another learning rate or quorum."""
+    path = tmp_path / "run"
+    run(FedAvgM(node=node, checkpoint=path, server_momentum=0.9), CLIENTS, 2)
+    again = FedAvgM(node=node, checkpoint=path, resume=True, server_momentum=0.5, quorum=2, min_train_nodes=3)
+    run(again, CLIENTS, 3)
+    assert (again.server_momentum, again.quorum, again.min_train_nodes) == (0.5, 2, 3)
+
+
+def test_resume_needs_a_file() -> None:
+    """Without a path there is nothing to resume from."""
+    with pytest.raises(ValueError, match="with checkpoint="):
+        FedAvg(resume=True)
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_is_there_is_not_overwritten(node: lifl.Node, tmp_path: Path) -> None:
+    """A checkpoint is only gone on from, or moved away: a forgotten resume=True does not cost a run."""
+    path = tmp_path / "run"
+    run(FedAvg(node=node, checkpoint=path), CLIENTS, 1)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="set resume=True"):
+        run(FedAvg(node=node, checkpoint=path), CLIENTS, 1)
+    with pytest.raises(CheckpointError, match="is of a run of FedAvg, this is FedAdam"):
+        run(FedAdam(node=node, checkpoint=path, resume=True), CLIENTS, 1)
+    with pytest.raises(CheckpointError, match="num_rounds=0"):
+        run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 0)
+    path.write_bytes(before[:-1])
+    with pytest.raises(CheckpointError, match="cannot read"):
+        run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 1)
+
+
+@pytest.mark.usefixtures("clock")
+def test_disk_full(
+    node: lifl.Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start it is an error; later it is logged, and the run goes on with the last one kept."""
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("lifl.checkpoint.os.fsync", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            run(FedAvg(node=node, checkpoint=path), CLIENTS, 1)
+    with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> None:
+            if server_round == 2:
+                patched.setattr("lifl.checkpoint.os.fsync", full)
+
+        result, _ = run(FedAvg(node=node, checkpoint=path), CLIENTS, 3, evaluate_fn=evaluate)
+    assert "the one after round 1 is still there" in caplog.text
+    whole, _ = run(FedAvg(node=node), CLIENTS, 3)
+    check_same(result, whole)
+    again, _ = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 3)
+    check_same(again, whole)
+
+
+@pytest.mark.usefixtures("clock")
+def test_files_tensors_are_open_to_all(node: lifl.Node, tmp_path: Path) -> None:
+    """The file is plain safetensors: the model's arrays are in it under their names."""
+    from safetensors.numpy import load_file
+
+    path = tmp_path / "run.safetensors"
+    result, _ = run(FedAvg(node=node, checkpoint=path), CLIENTS, 1)
+    tensors = load_file(path)
+    for name, array in plain(result.arrays).items():
+        assert tensors[f"model/{name}"].tobytes() == array.tobytes()
+
+
+@pytest.mark.usefixtures("clock")
+def test_log_shows_the_users_class(node: lifl.Node, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Flower's own log names the strategy, not what stands before it; lifl's says where it goes on."""
+    path = tmp_path / "run"
+    with caplog.at_level(logging.INFO):
+        run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 1)
+        assert "begins with round 1" in caplog.text
+        run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 2)
+    assert "Starting FedAvg strategy" in caplog.text
+    assert f"Resumed from {path}, written after round 1" in caplog.text
