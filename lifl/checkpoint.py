@@ -93,15 +93,15 @@ def unpack(packed: Any, tensors: Tensors, revive: Mapping[str, Callable[[Any], A
 def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
     """Replaces the file at `path`, atomically; when this returns the new one is on the disk.
 
-    Written beside it (the name with ``.tmp`` added), synced, renamed over it, and the folder synced. Who dies in
-    between leaves the old file.
+    Made in memory, written beside it (the name with ``.tmp`` added), synced, renamed over it, and the folder
+    synced. Who dies in between leaves the old file.
 
     Raises
     ------
     CheckpointError
         If it cannot be written; the old file is as it was.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as to_bytes
 
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
@@ -110,14 +110,21 @@ def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, beside, metadata)
-            _sync(beside)
+            # Not safetensors' own file: that is written by way of another, which would stay if this process died.
+            with open(beside, "wb") as file:
+                file.write(to_bytes(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(beside, path)
         except BaseException:
             with suppress(OSError):
                 beside.unlink()
             raise
-        _sync(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except Exception as error:  # also safetensors' own
         raise CheckpointError(
             f"cannot write the checkpoint {path}: {error}; make room or choose another checkpoint="
@@ -160,11 +167,3 @@ def _checksum(state: str, tensors: Tensors) -> str:
         digest.update(f"\0{name}\0{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
