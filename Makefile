@@ -4,7 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_shm.c lifl/_fold.c
 
+SOAK_MINUTES ?= 30
+FUZZ_SECONDS ?= 300
+
 .PHONY: demo test install lint types docs bench clean
+.PHONY: crash model sanitize fuzz faults soak seeded
 
 demo: .venv/demo
 	$(BIN)/lifl demo
@@ -12,6 +16,28 @@ demo: .venv/demo
 test: lint types
 	$(BIN)/python -m pytest
 	$(MAKE) --no-print-directory docs
+
+# The ladder (docs/reliability.md). `make test` has 1 to 5 in minutes; here they are one by one, and longer.
+crash: .venv/dev
+	LIFL_CRASH=all $(BIN)/python -m pytest -s tests/crash
+
+model: .venv/dev
+	$(BIN)/python -m pytest tests/model
+
+sanitize: .venv/dev
+	$(BIN)/python -m pytest tests/c
+
+fuzz: .venv/dev
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz
+
+faults: .venv/dev
+	$(BIN)/python -m pytest tests/faults
+
+soak: .venv/dev
+	$(BIN)/python tests/soak/soak.py --minutes $(SOAK_MINUTES) --json soak.json
+
+seeded: .venv/dev
+	$(BIN)/python -m pytest tests/seeded
 
 install: .venv/dev
 
@@ -29,6 +55,7 @@ bench: .venv/dev
 	$(BIN)/lifl bench limits
 	$(BIN)/lifl bench fold
 	$(BIN)/lifl bench handoff
+	$(BIN)/lifl bench recovery
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lifl needs Python 3.11 or newer, this is " + sys.version)'
@@ -44,4 +71,4 @@ bench: .venv/dev
 	@touch $@ .venv/demo
 
 clean:
-	rm -rf .venv build dist site *.egg-info lifl/*.so lifl/_shm_ffi.c
+	rm -rf .venv build dist site *.egg-info lifl/*.so lifl/_shm_ffi.c soak.json
