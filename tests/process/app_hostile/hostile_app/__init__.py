@@ -1,0 +1,1 @@
+"""Six honest SuperNodes and two that send nonsense."""

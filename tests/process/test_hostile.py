@@ -1,0 +1,138 @@
+"""Eight real SuperNodes, two of them hostile, over the real wire: every row of the table of bad clients."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lifl.deployment import Deployment
+
+APP = Path(__file__).parent / "app_hostile"
+HONEST = range(6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hostile_app() -> Iterator[None]:
+    """The app's modules can be imported here too."""
+    sys.path.insert(0, str(APP))
+    yield
+    sys.path.remove(str(APP))
+
+
+def module(name: str) -> ModuleType:
+    """A module of the app."""
+    return importlib.import_module(f"hostile_app.{name}")
+
+
+class Said:
+    """What the ServerApp wrote."""
+
+    def __init__(self, out: Path, lines: list[str]) -> None:
+        self.out, self.lines = out, lines
+        self.runs: dict[str, Any] = json.loads((out / "results.json").read_text())
+
+    def model(self, run: str, server_round: int) -> dict[str, Any]:
+        """The model after a round."""
+        with np.load(self.out / f"{run}-{server_round}.npz") as arrays:
+            return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
+    """All the runs, one after another, on one deployment."""
+    out, lines = tmp_path_factory.mktemp("hostile"), list[str]()
+    with Deployment(supernodes=8) as deployment:
+        deployment.run(APP, {"out": str(out)}, lines.append, timeout=280)
+    return Said(out, lines)
+
+
+def mean_of_honest(server_round: int) -> dict[str, Any]:
+    """What the six honest nodes make: sums of whole numbers, rounded once, when they are divided."""
+    updates = [module("client_app").honest(me, server_round) for me in HONEST]
+    total = sum(weight for _, weight in updates)
+    means = {name: sum(np.float64(w) * u[name] for u, w in updates) / total for name in updates[0][0]}
+    return {"w": means["w"].astype(np.float32), "bias": means["bias"], "count": np.rint(means["count"]).astype(int)}
+
+
+def check_honest(model: dict[str, Any], server_round: int) -> None:
+    """The model is that of the honest nodes, bit by bit."""
+    for name, array in mean_of_honest(server_round).items():
+        np.testing.assert_array_equal(model[name], array)
+        assert model[name].dtype == array.dtype
+
+
+def test_every_row_is_refused_and_named(said: Said) -> None:
+    """Each round ends with the model of the six; its report has the other two, by the right rule."""
+    rows, pair = module("nonsense").ROWS, module("nonsense").pair
+    reports = said.runs["table"]["reports"]
+    assert len(reports) * 2 == len(rows)
+    wrong = {}
+    hostile = {rejection["client_id"] for report in reports.values() for rejection in report["rejected"]}
+    assert len(hostile) == 2
+    for number in map(int, reports):
+        report = reports[str(number)]
+        assert report["error"] is None
+        assert len(report["accepted"]) == len(HONEST)
+        assert {one["weight"] for one in report["accepted"]} == {3 + 2 * me for me in HONEST}
+        assert {one["client_id"] for one in report["rejected"]} == hostile
+        names = [pair(rows, number, me) for me in (6, 7)]
+        if sorted(rows[name].rule for name in names) != sorted(one["rule"] for one in report["rejected"]):
+            wrong[tuple(names)] = report["rejected"]
+        check_honest(said.model("table", number), number)
+    assert not wrong
+    assert not (said.out / module("nonsense").PROOF).exists()
+
+
+def test_every_reason_says_what_was_wrong(said: Said) -> None:
+    """The log names the client, the rule and the reason, in one line for each round, of bounded length."""
+    lines = [line for line in said.lines if "6 of 8 updates" in line]
+    assert len(lines) >= len(module("nonsense").ROWS) // 2
+    assert all("refused: " in line and len(line) < 2000 for line in lines)
+
+
+def test_bad_evaluations_are_left_out(said: Said) -> None:
+    """The mean of the metrics is that of the replies that have one."""
+    expected = sum((3 + 2 * me) * me for me in HONEST) / sum(3 + 2 * me for me in HONEST)
+    evaluated = said.runs["evaluations"]["evaluated"]
+    assert len(evaluated) * 2 == len(module("nonsense").EVALUATIONS)
+    for metrics in evaluated.values():
+        assert metrics["norm"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_who_goes_too_far_is_clipped(said: Said) -> None:
+    """A model a hundred times as large counts, moved onto the allowed distance; one beyond float64 is refused."""
+    (report,) = said.runs["far"]["reports"].values()
+    assert [one["rule"] for one in report["rejected"]] == ["norm"]
+    assert len(report["accepted"]) == 7
+    (clipped,) = [one for one in report["accepted"] if one["clipped"] < 1]
+    assert clipped["weight"] == 3 + 2 * 6
+    client = module("client_app")
+    updates = [client.honest(me, 1) for me in range(7)]
+    updates[6] = ({k: a * (100 if a.dtype.kind == "f" else 1) for k, a in updates[6][0].items()}, updates[6][1])
+    distance = float(np.sqrt(sum((updates[6][0][name].astype(np.float64) ** 2).sum() for name in ("w", "bias"))))
+    factor = module("server_app").CLIPPING_NORM / distance
+    assert clipped["clipped"] == pytest.approx(factor, rel=1e-12)
+    total = sum(weight for _, weight in updates)
+    model = said.model("far", 1)
+    for name, rtol in (("w", 2**-22), ("bias", 2**-50)):
+        parts = [w * u[name].astype(np.float64) * (factor if i == 6 else 1) for i, (u, w) in enumerate(updates)]
+        np.testing.assert_allclose(model[name], sum(parts) / total, rtol=rtol)
+
+
+def test_stock_fedavg_fails(said: Said) -> None:
+    """Flower's FedAvg on the same replies: the attacker's model, or no run. So the rows are really sent."""
+    assert np.isnan(said.model("a NaN", 1)["bias"]).any()
+    attackers, _ = module("client_app").honest(7, 1)
+    np.testing.assert_allclose(said.model("weight 1e300", 1)["w"], attackers["w"])
+    everyone = [module("client_app").honest(me, 1) for me in range(8)]
+    fair = sum(w * u["w"].astype(np.float64) for u, w in everyone) / sum(w for _, w in everyone)
+    assert not np.allclose(said.model("shape (1,)", 1)["w"], fair, rtol=0.01)
+    assert "InconsistentMessageReplies" in said.runs["one array too many"]["error"]
