@@ -128,6 +128,8 @@ class Layout:
     @classmethod
     def decode(cls, data: bytes) -> tuple[Layout, int]:
         """The inverse of ``encode``; raises ``ValueError`` if a segment leaves its block."""
+        if len(data) < _HEAD.size:
+            raise ValueError(f"control block of {len(data)} bytes: its head alone has {_HEAD.size}")
         count, flags, update_bytes, sum_bytes, mean_bytes = _HEAD.unpack_from(data)
         if count > len(DTYPES) or len(data) < _HEAD.size + count * _SEGMENT.size:
             raise ValueError(f"control block claims {count} segments in {len(data)} bytes")
