@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 import lifl
@@ -225,4 +226,8 @@ class Rounds(RuleBasedStateMachine):
 
 
 TestRounds = Rounds.TestCase
-TestRounds.settings = settings(max_examples=400, stateful_step_count=60, deadline=None, derandomize=True)
+# Where it is known that it will fail there is no need for the shortest way (tests/seeded).
+PHASES = set(Phase) - ({Phase.shrink, Phase.explain} if os.environ.get("LIFL_SEEDED") else set())
+TestRounds.settings = settings(
+    max_examples=400, stateful_step_count=60, deadline=None, derandomize=True, phases=PHASES, report_multiple_bugs=False
+)

@@ -65,7 +65,7 @@ def test_seeded_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
     applied = subprocess.run(["git", "apply", str(bug.path)], cwd=copy, capture_output=True, text=True, check=False)
     assert applied.returncode == 0, f"{bug.path.name} no longer fits the code, renew it: {applied.stderr}"
     command = [sys.executable, "-m", "pytest", "-x", "--no-header", "-p", "no:cacheprovider", *bug.run]
-    env = os.environ | {"PYTHONPATH": str(copy)}
+    env = os.environ | {"PYTHONPATH": str(copy), "LIFL_SEEDED": "1"}
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     # 1: tests ran, and some failed. Anything else is an error of the run, which would prove nothing.
     assert done.returncode == 1, f"{bug.what}: survived {bug.rung}\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
