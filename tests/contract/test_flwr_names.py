@@ -208,6 +208,17 @@ def test_start_exchanges_messages_in_one_way_only() -> None:
     assert calls == [["messages", "timeout"]] * 2, broke("send_and_receive is called with other arguments", where)
 
 
+def test_start_calls_these_hooks_and_no_others() -> None:
+    """What a checkpoint must note and play back."""
+    where = "journal.py (Journal, which the loop calls in the place of the strategy)"
+    tree = ast.parse(textwrap.dedent(inspect.getsource(flowers.Strategy.start)))
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"}
+    hooks = {f"{verb}_{kind}" for verb in ("configure", "aggregate") for kind in ("train", "evaluate")}
+    assert used == hooks | {"__class__", "summary"}, broke(f"Strategy.start uses {used} of the strategy", where)
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "evaluate_fn"]
+    assert [len(call.args) for call in calls] == [2, 2], broke("evaluate_fn is called otherwise", where)
+
+
 @pytest.mark.parametrize("name", ours.__all__)
 def test_start_is_the_loop_itself(name: str) -> None:
     """Strategy.start is a plain function that no strategy overrides: its frame tells a round from a hook's message."""
