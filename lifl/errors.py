@@ -34,8 +34,11 @@ MOST_REASON = 500
 
 
 def shortened(reason: str) -> str:
-    """`reason`, cut to ``MOST_REASON`` characters."""
-    return reason if len(reason) <= MOST_REASON else reason[: MOST_REASON - 3] + "..."
+    """`reason` in at most ``MOST_REASON`` characters: its beginning, and its end, where a traceback has the cause."""
+    if len(reason) <= MOST_REASON:
+        return reason
+    end = MOST_REASON * 3 // 5
+    return f"{reason[: MOST_REASON - end - 5]} ... {reason[-end:]}"
 
 
 class AdmissionError(LiflError, ValueError):
