@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import fedavg_runs
+import numpy as np
 import pytest
 from resumable import MOMENTS
 from safetensors import safe_open
+
+from lifl.deployment import Deployment
 
 PROGRAM = Path(__file__).with_name("resumable.py")
 
@@ -54,3 +60,31 @@ def test_killed_at_every_moment_of_one_run(whole: Path, tmp_path: Path) -> None:
     assert [part(path, out, moment) for moment in MOMENTS.values()] == [-signal.SIGKILL] * len(MOMENTS)
     assert part(path, out) == 0
     assert end_of(out) == end_of(whole)
+
+
+def test_server_app_of_a_superlink_is_killed(tmp_path: Path) -> None:
+    """On a real SuperLink: the ServerApp is SIGKILLed in round 2, and `flwr run` again ends as if it had not been."""
+
+    def config(name: str) -> dict[str, str | int | float | bool]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return {"out": str(tmp_path / name), "checkpoint": str(tmp_path / name / "run")}
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with Deployment(supernodes=2) as deployment:
+        deployment.run(fedavg_runs.APP, config("whole"), timeout=120)
+        # Not deployment.run, which waits until the SuperLink misses the ServerApp: that takes it a minute.
+        pairs = [f"{key} = {json.dumps(value)}\n" for key, value in (config("killed") | {"end": 2}).items()]
+        (tmp_path / "config.toml").write_text("".join(pairs))
+        deployment._flwr("run", str(fedavg_runs.APP), "--run-config", str(tmp_path / "config.toml"))
+        end = time.monotonic() + 60
+        while not (killed / "end").exists():  # the last thing that it does
+            assert time.monotonic() < end, "the ServerApp did not come to round 2 within 60 s"
+            time.sleep(0.05)
+        assert not (killed / "results.json").exists()
+        deployment.run(fedavg_runs.APP, config("killed"), timeout=120)
+    for number in (1, 2, 3):
+        with np.load(whole / f"resumable-{number}.npz") as a, np.load(killed / f"resumable-{number}.npz") as b:
+            assert {name: array.tobytes() for name, array in a.items()} == {
+                n: array.tobytes() for n, array in b.items()
+            }
+    assert list(json.loads((killed / "results.json").read_text())) == ["1", "2", "3"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterable
@@ -84,8 +86,26 @@ def everything(grid: Grid, out: Path, num_nodes: int, patience: float) -> None:
     (out / "results.json").write_text(json.dumps(said))
 
 
+def resumable(grid: Grid, out: Path, checkpoint: str, end: int) -> None:
+    """A run with a checkpoint, whose process ends as by a crash after round `end`, if that is not 0."""
+
+    def save(number: int, arrays: ArrayRecord) -> None:
+        np.savez(out / f"resumable-{number}.npz", **{key: array.numpy() for key, array in arrays.items()})
+        if end and number == end:
+            (out / "end").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sample = {"min_train_nodes": 2, "min_evaluate_nodes": 2, "min_available_nodes": 2}
+    strategy = FedAvg(order="flower", fraction_evaluate=0.0, checkpoint=checkpoint, resume=True, **sample)
+    result = strategy.start(grid, first_model(), 3, timeout=120, evaluate_fn=save)
+    (out / "results.json").write_text(json.dumps({n: r.to_dict() for n, r in result.reports.items()}))
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """On a SuperLink."""
     config = context.run_config
+    if config["checkpoint"]:
+        resumable(grid, Path(str(config["out"])), str(config["checkpoint"]), int(config["end"]))
+        return
     everything(grid, Path(str(config["out"])), int(config["num-nodes"]), float(config["patience"]))
