@@ -209,6 +209,7 @@ def test_recovery_is_killed(bench: Bench, role: str, monkeypatch: pytest.MonkeyP
     tell(record_property, bench)
 
 
+@pytest.mark.timeout(1800)  # with LIFL_CRASH=all some fifteen hundred processes, one after another
 def test_killed_parent(library: Path, tmp_path: Path, record_property: Any) -> None:
     """Whoever made the Node, submits, lends and recovers is killed at a step: all its processes are gone soon."""
     with stepping(library, tmp_path, "lines"):
