@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ import pytest
 from lifl.deployment import Deployment
 
 APP = Path(__file__).parent / "app_hostile"
+FORGER = Path(__file__).parent / "forger"
 HONEST = range(6)
 
 
@@ -38,6 +41,7 @@ class Said:
     def __init__(self, out: Path, lines: list[str]) -> None:
         self.out, self.lines = out, lines
         self.runs: dict[str, Any] = json.loads((out / "results.json").read_text())
+        self.forged = [tuple(json.loads(line)) for line in (out / "forged").read_text().splitlines()]
 
     def model(self, run: str, server_round: int) -> dict[str, Any]:
         """The model after a round."""
@@ -49,7 +53,8 @@ class Said:
 def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
     """All the runs, one after another, on one deployment."""
     out, lines = tmp_path_factory.mktemp("hostile"), list[str]()
-    with Deployment(supernodes=8) as deployment:
+    path = os.pathsep.join(filter(None, [str(FORGER), os.environ.get("PYTHONPATH")]))
+    with Deployment(supernodes=8, env={"PYTHONPATH": path, "LIFL_FORGED": str(out / "forged")}) as deployment:
         deployment.run(APP, {"out": str(out)}, lines.append, timeout=280)
     return Said(out, lines)
 
@@ -89,6 +94,18 @@ def test_every_row_is_refused_and_named(said: Said) -> None:
         check_honest(said.model("table", number), number)
     assert not wrong
     assert not (said.out / module("nonsense").PROOF).exists()
+
+
+def test_forged_replies_change_nothing(said: Said) -> None:
+    """After each reply a bad node sends it again, and others: none is let in, and each round came out as it should.
+
+    Flower asks for the objects of a reply that it takes, and answers 500 when the run is not known.
+    """
+    sent = Counter(what for what, _ in said.forged)
+    kinds = ("sent again", "a second reply", "of another run", "to no message", "of another node", "of an old round")
+    assert sorted(sent) == sorted(kinds)
+    assert min(sent.values()) >= len(module("nonsense").ROWS)  # of two nodes, in each of half as many rounds
+    assert {what: answers for what, answers in said.forged if answers not in ([], 500)} == {}
 
 
 def test_every_reason_says_what_was_wrong(said: Said) -> None:
