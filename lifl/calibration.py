@@ -1,0 +1,235 @@
+"""Measures what aggregation costs on this machine, once, and remembers it in a file.
+
+Owns the measurement and the file. What the costs mean for a round is ``lifl.planner``'s. The file is only a
+convenience: if it cannot be read, was damaged, or was written by another version or on another machine, it is as if it
+were not there, and if it cannot be written, nothing is lost but the time of the next measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import attrs
+
+from lifl.errors import LiflError, PeerGoneError
+from lifl.gauge import measure_memory
+from lifl.nursery import Nursery
+from lifl.planner.costs import Costs
+from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.shm import AGENT, Arena, require
+
+STARTS = 3
+QUESTIONS = 20
+WIRE_BYTES = 64 * 2**20
+ANSWER_TIMEOUT_S = 20.0
+
+
+def default_costs() -> Costs:
+    """What is assumed of a machine that was not measured: a slow one, so that little is promised.
+
+    Rates are about half of what a server of 2020 does. The bus carries a core and a quarter of each other one.
+    """
+    count = _cores()
+    return Costs(
+        cores=count,
+        land_bytes_s=3e9,
+        land_array_s=10e-6,
+        fold_bytes_s=5e9,
+        sum_bytes_s=5e9,
+        mean_bytes_s=4e9,
+        parallel=1 + (count - 1) / 4,
+        dispatch_s=100e-6,
+        cold_start_s=0.02,
+        first_read_bytes_s=10e9,
+        first_write_bytes_s=1.5e9,
+        wire_bytes_s=1e9,
+        wire_cpu_bytes_s=1.5e9,
+    )
+
+
+def costs(measure: bool = False) -> Costs:
+    """The costs of this machine: from the file; else measured if `measure` is true, else the default, at once."""
+    known = _read()
+    if known is not None:
+        return known
+    return calibrate() if measure else default_costs()
+
+
+def calibrate() -> Costs:
+    """Measures this machine's costs and writes them to the file. Takes one to two seconds and 270 MB for that time.
+
+    Of the kernels those runs count that had their cores to themselves: differences of disturbed runs mean nothing. What
+    cannot be measured, because no process or socket may be made, is taken from :func:`default_costs`.
+
+    Raises :class:`~lifl.errors.ShmError` where lifl cannot run.
+    """
+    require()
+    measured = attrs.evolve(default_costs(), **measure_memory(_cores()))
+    for part in (_starts, _wire):
+        with contextlib.suppress(LiflError, OSError):
+            measured = attrs.evolve(measured, **part())
+    _write(measured)
+    return measured
+
+
+# ---------------------------------------------------------------- runtimes
+
+
+class _Workers:
+    """A nursery and its workers, asked for signs of life."""
+
+    def __init__(self) -> None:
+        self._pidfds: list[int] = []
+        with contextlib.ExitStack() as stack:
+            arena, bell = Arena.create(1, 1 + 1 + STARTS), Bell()
+            stack.callback(arena.close)
+            stack.callback(bell.close)
+            self._inbox, self._outbox = Inbox(arena, AGENT), Outbox(arena, AGENT)
+            self._nursery = Nursery(arena.fd, bell.fd, 0.0)
+            stack.callback(self._nursery.close)
+            self._end = stack.pop_all()
+
+    def start(self) -> float:
+        """Seconds until one more worker waits for work."""
+        begin = time.perf_counter()
+        self._pidfds.append(self._nursery.start_worker(len(self._pidfds) + 1)[1])
+        self._ask(len(self._pidfds))
+        return time.perf_counter() - begin
+
+    def ask(self) -> float:
+        """Seconds until the first worker, which sleeps, has done as it was told and said so."""
+        begin = time.perf_counter()
+        self._ask(1)
+        return time.perf_counter() - begin
+
+    def _ask(self, worker: int) -> None:
+        # A worker answers so for every round, also for one that it has never heard of.
+        self._outbox.push(worker, Descriptor(Kind.ABORT, 1))
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while (item := self._inbox.try_pop()) is None or item[1].kind != Kind.ABORTED:  # HELLO comes first
+            if time.monotonic() > deadline:
+                raise PeerGoneError(f"worker {worker} did not answer in {ANSWER_TIMEOUT_S:g} s")
+            if item is None:
+                self._inbox.wait(0.0)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for worker in range(1, 1 + len(self._pidfds)):
+            self._outbox.push(worker, Descriptor(Kind.STOP, 0))
+        self._end.close()
+        for pidfd in self._pidfds:
+            os.close(pidfd)
+
+
+def _starts() -> dict[str, Any]:
+    """One more worker beside a first; and half of a question and its answer, which is one way."""
+    with _Workers() as workers:
+        workers.start()
+        starts = [workers.start() for _ in range(STARTS)]
+        answers = [workers.ask() for _ in range(QUESTIONS)]
+    return {"cold_start_s": statistics.median(starts), "dispatch_s": statistics.median(answers) / 2}
+
+
+# ---------------------------------------------------------------- the wire
+
+
+def _wire() -> dict[str, Any]:
+    """One connection over loopback: bytes a second, and bytes per second of CPU, the mean of both sides."""
+    source, target = bytearray(2**20), bytearray(2**20)
+    spent: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(ANSWER_TIMEOUT_S)
+
+        def send() -> None:
+            with contextlib.suppress(OSError), socket.create_connection(server.getsockname()) as connection:
+                begin = time.thread_time()
+                for _ in range(WIRE_BYTES // len(source)):
+                    connection.sendall(source)
+                spent.append(time.thread_time() - begin)
+
+        sender = threading.Thread(target=send, daemon=True)  # nobody waits for it if nothing comes
+        sender.start()
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(ANSWER_TIMEOUT_S)
+            begin, begin_cpu, received = time.perf_counter(), time.thread_time(), 0
+            while n := connection.recv_into(target):
+                received += n
+            seconds = time.perf_counter() - begin
+            spent.append(time.thread_time() - begin_cpu)
+        sender.join()
+    if received < WIRE_BYTES:
+        raise OSError(f"{received} of {WIRE_BYTES} bytes came through the loopback connection")
+    return {"wire_bytes_s": received / seconds, "wire_cpu_bytes_s": received / statistics.mean(spent)}
+
+
+# ---------------------------------------------------------------- the file
+
+
+def cache_folder() -> Path:
+    """``$LIFL_CACHE``, else ``lifl`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    if folder := os.environ.get("LIFL_CACHE"):
+        return Path(folder)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "lifl"
+
+
+def machine() -> dict[str, str | int]:
+    """What the costs depend on: the processor's model, the cores that lifl may use, and lifl's version."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        model = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    try:
+        ours = version("lifl")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        ours = "unknown"
+    return {"cpu": model, "cores": _cores(), "lifl": ours}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _path() -> Path:
+    key = json.dumps(machine(), sort_keys=True)
+    return cache_folder() / f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _read() -> Costs | None:
+    # RuntimeError: there is no home. The others: no file, no JSON, not these names, no numbers, too deep, ...
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, OverflowError):
+        found = json.loads(_path().read_bytes())
+        if found["machine"] == machine():
+            return Costs.from_dict(found["costs"])
+    return None
+
+
+def _write(measured: Costs) -> None:
+    """As a whole or not at all: another process may read it, or write its own."""
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            try:
+                json.dump({"machine": machine(), "costs": measured.to_dict()}, file, indent=1)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
