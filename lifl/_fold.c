@@ -18,13 +18,20 @@
 #include <emmintrin.h>
 #endif
 
-/* Elements done for all updates before going on: the sums (4 KiB) stay in the first-level cache, and
- * with them what is fetched ahead, so each update is read once from memory and the sums are written
- * once. */
-#define CHUNK 512u
+/* Elements done for all updates before going on. With more updates than one pass takes, long runs (32 KiB of
+ * float32), because the hardware fetches ahead within a run; the sums (64 KiB) stay in the second-level cache. In one
+ * pass there is nothing to come back to: short ones, whose sums (4 KiB) stay in the first-level cache. */
+#define CHUNK 8192u
+#define SHORT_CHUNK 512u
+#define CHUNK_OF(updates) ((updates) > 4 ? CHUNK : SHORT_CHUNK)
 
-/* Elements between one fetch ahead and the next: spread out, because a core has few of them in flight. */
-#define BLOCK 64u
+/* Elements between one fetch ahead and the next, a cache line of float32: spread out, because a core has few of
+ * them in flight. */
+#define BLOCK 16u
+
+/* How many elements ahead of its use an element is fetched: far enough for memory to answer, near enough to be in
+ * the first-level cache still. */
+#define AHEAD 512u
 
 /* A target of this size or more is written past the caches. It would not stay there, and a line that is
  * overwritten as a whole is then not read first. */
@@ -180,10 +187,10 @@ uint64_t lifl_sum_bytes(uint32_t dtype) {
 
 /* ---------------------------------------------------------------- memory */
 
-/* The hardware fetches ahead within a page and within one run. Between two runs it does not know where
- * to go, so each pass fetches what the next one reads. A fetch outside of mapped memory does nothing. */
+/* The hardware fetches ahead within a page and within one run, and too late at the beginning of each: so what is
+ * used AHEAD later is fetched, in this run or the next. A fetch outside of mapped memory does nothing. */
 INLINE void fetch(const void *x, uint64_t nbytes) {
-  for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)x + i, 0, 2);
+  for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)x + i, 0, 3);
 }
 
 INLINE int is_streamed(const void *target, uint64_t nbytes) {
@@ -213,13 +220,15 @@ INLINE void end_stream(void) {
 
 /* ---------------------------------------------------------------- fold: sum = previous + sum of w*x */
 
-/* s = p + TERM for one chunk, while the next pass's input is fetched: `ahead` updates from xs[next] on,
- * at element `to`. `p` may be `s`. */
-#define PASS(TERM)                                                                                          \
-  for (uint64_t b = 0; b < m; b += BLOCK) {                                                                 \
-    uint64_t e = m - b < BLOCK ? m : b + BLOCK;                                                             \
-    for (uint32_t j = 0; j < ahead; j++) fetch((const char *)xs[next + j] + (to + b) * size, BLOCK * size); \
-    _Pragma("GCC ivdep") for (uint64_t i = b; i < e; i++) s[i] = p[i] + (TERM);                             \
+/* s = p + TERM for one chunk, while what is used AHEAD later is fetched: of these `step` updates, or of the `ahead`
+ * updates from xs[next] on that the next pass reads, from element `to`. `p` may be `s`. */
+#define PASS(TERM)                                                                                           \
+  for (uint64_t b = 0; b < m; b += BLOCK) {                                                                  \
+    uint64_t e = m - b < BLOCK ? m : b + BLOCK, f = b + AHEAD;                                               \
+    uint32_t from = f < m ? k : next, many = f < m ? step : ahead;                                           \
+    uint64_t element = f < m ? at + f : to + f - m;                                                          \
+    for (uint32_t j = 0; j < many; j++) fetch((const char *)xs[from + j] + element * size, BLOCK * size);    \
+    _Pragma("GCC ivdep") for (uint64_t i = b; i < e; i++) s[i] = p[i] + (TERM);                              \
   }
 
 /* s = p + sum of ws[k] * xs[k][at..], `m` elements. Four updates at a time: the sums are loaded and stored
@@ -256,8 +265,9 @@ DTYPES(ADD, )
                        uint64_t count) {                                                                         \
     _Alignas(64) double scratch[CHUNK];                                                                          \
     int past_caches = is_streamed(sum, count * sizeof *sum);                                                     \
-    for (uint64_t at = 0; at < count; at += CHUNK) {                                                             \
-      uint64_t m = count - at < CHUNK ? count - at : CHUNK;                                                      \
+    const uint64_t chunk = CHUNK_OF(n);                                                                          \
+    for (uint64_t at = 0; at < count; at += chunk) {                                                             \
+      uint64_t m = count - at < chunk ? count - at : chunk;                                                      \
       double *s = past_caches ? scratch : sum + at;                                                              \
       if (!previous) memset(s, 0, m * sizeof *s);                                                                \
       add_##T(s, previous ? previous + at : s, xs, ws, n, at, m);                                                \
@@ -296,65 +306,78 @@ int lifl_fold(uint32_t dtype, void *sum, const void *previous, const void *const
   CALL(fold, dtype, sum, previous, updates, weights, n, count)
 }
 
-/* ---------------------------------------------------------------- finish: mean = (sum of sums) / weight */
+/* ---------------------------------------------------------------- finish: mean = (sum of sums + sum of w*x) / weight */
 
-#define FINISH(CODE, T, ...)                                                                                \
-  INLINE int finish_##T(void *mean, const double *const *sums, uint32_t n, double weight, uint64_t count) { \
-    _Alignas(64) double s[CHUNK];                                                                           \
-    _Alignas(64) unsigned char out[CHUNK * sizeof(double)];                                                 \
-    const uint64_t size = dtype_bytes[CODE];                                                                \
-    int bad = 0, past_caches = is_streamed(mean, count * size);                                             \
-    for (uint64_t at = 0; at < count; at += CHUNK) {                                                        \
-      uint64_t m = count - at < CHUNK ? count - at : CHUNK;                                                 \
-      for (uint64_t b = 0; b < m; b += BLOCK) { /* short, so that the division overlaps with the loads */    \
-        uint64_t e = m - b < BLOCK ? m : b + BLOCK;                                                         \
-        const double *p = sums[0] + at;                                                                     \
-        for (uint32_t k = 0; k < n; k++) fetch(sums[k] + at + CHUNK + b, BLOCK * sizeof *p);                \
-        for (uint32_t k = 1; k < n; k++, p = s)                                                             \
-          _Pragma("GCC ivdep") for (uint64_t i = b; i < e; i++) s[i] = p[i] + sums[k][at + i];              \
-        _Pragma("GCC ivdep") for (uint64_t i = b; i < e; i++) s[i] = p[i] / weight;                         \
-      }                                                                                                     \
-      for (uint64_t i = 0; i < m; i++) bad |= !(fabs(s[i]) <= DBL_MAX);                                     \
-      if (past_caches) {                                                                                    \
-        for (uint64_t i = 0; i < m; i++) STORE_##T(out, i, s[i]);                                           \
-        stream((char *)mean + at * size, out, m * size);                                                    \
-      } else {                                                                                              \
-        for (uint64_t i = 0; i < m; i++) STORE_##T(mean, at + i, s[i]);                                     \
-      }                                                                                                     \
-    }                                                                                                       \
-    if (past_caches) end_stream();                                                                          \
-    return bad ? LIFL_OVERFLOW : LIFL_OK;                                                                   \
+/* s = sum of the sums at `at`, `m` elements; what comes next of them is fetched ahead. */
+INLINE void add_sums(double *s, const double *const *sums, uint32_t n, uint64_t at, uint64_t m) {
+  const double *p = sums[0] + at;
+  for (uint64_t b = 0; b < m; b += BLOCK, p = sums[0] + at) {
+    uint64_t e = m - b < BLOCK ? m : b + BLOCK;
+    for (uint32_t k = 0; k < n; k++) fetch(sums[k] + at + b + AHEAD, BLOCK * sizeof *p);
+    if (n == 1) memcpy(s + b, p + b, (e - b) * sizeof *s);
+    for (uint32_t k = 1; k < n; k++, p = s)
+      _Pragma("GCC ivdep") for (uint64_t i = b; i < e; i++) s[i] = p[i] + sums[k][at + i];
+  }
+}
+
+/* Sums, updates that are in none of them, or both: what is left of a round becomes its mean in one pass. */
+#define FINISH(CODE, T, ...)                                                                                    \
+  INLINE int finish_##T(void *mean, const double *const *sums, uint32_t n, const void *const *xs, const double *ws, \
+                        uint32_t updates, double weight, uint64_t count) {                                      \
+    _Alignas(64) double s[CHUNK];                                                                               \
+    _Alignas(64) unsigned char out[CHUNK * sizeof(double)];                                                     \
+    const uint64_t size = dtype_bytes[CODE], chunk = CHUNK_OF(updates);                                     \
+    int bad = 0, past_caches = is_streamed(mean, count * size);                                                 \
+    for (uint64_t at = 0; at < count; at += chunk) {                                                            \
+      uint64_t m = count - at < chunk ? count - at : chunk;                                                     \
+      if (n) add_sums(s, sums, n, at, m);                                                                       \
+      else memset(s, 0, m * sizeof *s);                                                                         \
+      if (updates) add_##T(s, s, xs, ws, updates, at, m);                                                       \
+      _Pragma("GCC ivdep") for (uint64_t i = 0; i < m; i++) s[i] = s[i] / weight;                               \
+      for (uint64_t i = 0; i < m; i++) bad |= !(fabs(s[i]) <= DBL_MAX);                                         \
+      if (past_caches) {                                                                                        \
+        for (uint64_t i = 0; i < m; i++) STORE_##T(out, i, s[i]);                                               \
+        stream((char *)mean + at * size, out, m * size);                                                        \
+      } else {                                                                                                  \
+        for (uint64_t i = 0; i < m; i++) STORE_##T(mean, at + i, s[i]);                                         \
+      }                                                                                                         \
+    }                                                                                                           \
+    if (past_caches) end_stream();                                                                              \
+    return bad ? LIFL_OVERFLOW : LIFL_OK;                                                                       \
   }
 DTYPES(FINISH, )
 
-INLINE int finish_i64(int64_t *mean, const struct pair *const *sums, uint32_t n, double weight, double low,
-                      uint64_t count) {
+INLINE int finish_i64(int64_t *mean, const struct pair *const *sums, uint32_t n, const void *const *xs,
+                      const double *ws, uint32_t updates, double weight, double low, uint64_t count) {
   for (uint64_t i = 0; i < count; i++) {
-    struct pair s = sums[0][i];
-    for (uint32_t k = 1; k < n; k++) s = pair_add(s, sums[k][i]);
+    struct pair s = {0, 0};
+    for (uint32_t k = 0; k < n; k++) s = pair_add(s, sums[k][i]);
+    for (uint32_t k = 0; k < updates; k++) s = pair_add(s, pair_of_product(ws[k], ((const int64_t *)xs[k])[i]));
     mean[i] = pair_round(s, weight, low);
   }
   return LIFL_OK;
 }
 
 #define FINISH_CASE(CODE, T, ...) \
-  case CODE: return finish_##T(mean, (const double *const *)sums, n, weight, count);
-#define DEFINE_FINISH(WIDTH, TARGET)                                                                               \
-  TARGET static int finish_##WIDTH(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight, \
-                                   double low, uint64_t count) {                                                   \
-    switch (dtype) {                                                                                               \
-      DTYPES(FINISH_CASE, )                                                                                        \
-    case LIFL_INT64: return finish_i64(mean, (const struct pair *const *)sums, n, weight, low, count);             \
-    default: return LIFL_EINVAL;                                                                                   \
-    }                                                                                                              \
+  case CODE: return finish_##T(mean, (const double *const *)sums, n, xs, ws, updates, weight, count);
+#define DEFINE_FINISH(WIDTH, TARGET)                                                                                 \
+  TARGET static int finish_##WIDTH(uint32_t dtype, void *mean, const void *const *sums, uint32_t n,                  \
+                                   const void *const *xs, const double *ws, uint32_t updates, double weight,         \
+                                   double low, uint64_t count) {                                                     \
+    switch (dtype) {                                                                                                 \
+      DTYPES(FINISH_CASE, )                                                                                          \
+    case LIFL_INT64:                                                                                                 \
+      return finish_i64(mean, (const struct pair *const *)sums, n, xs, ws, updates, weight, low, count);             \
+    default: return LIFL_EINVAL;                                                                                     \
+    }                                                                                                                \
   }
 WIDTHS(DEFINE_FINISH)
 
 /* `weight_low` matters for int64 alone, whose sums are that exact. */
-int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight, double weight_low,
-                uint64_t count) {
-  if (n == 0 || !(weight > 0)) return LIFL_EINVAL;
-  CALL(finish, dtype, mean, sums, n, weight, weight_low, count)
+int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, const void *const *updates,
+                const double *weights, uint32_t num_updates, double weight, double weight_low, uint64_t count) {
+  if (n + num_updates == 0 || !(weight > 0)) return LIFL_EINVAL;
+  CALL(finish, dtype, mean, sums, n, updates, weights, num_updates, weight, weight_low, count)
 }
 
 /* ---------------------------------------------------------------- Flower's mean, bit by bit */

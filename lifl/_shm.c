@@ -110,7 +110,7 @@ struct lifl_arena {
   uint64_t *spin_ns; /* per consumer: the adaptive spin's present length */
   uint32_t *scan;    /* per consumer: where the fan-in goes on */
   uint64_t *used;    /* the allocator's bitmap, only in the process that created the arena */
-  uint32_t free_units, cursor;
+  uint32_t free_units;
 };
 
 uint64_t lifl_unit_bytes(void) { return UNIT_BYTES; }
@@ -278,9 +278,9 @@ static uint32_t next_run(const lifl_arena *a, uint32_t from, uint32_t most, uint
   return first;
 }
 
-static uint32_t find_run(const lifl_arena *a, uint32_t units, uint32_t from, uint32_t to) {
+static uint32_t find_run(const lifl_arena *a, uint32_t units) {
   uint32_t length = 0;
-  for (uint32_t i = next_run(a, from, units, &length); i != NONE && i < to; i = next_run(a, i + length, units, &length))
+  for (uint32_t i = next_run(a, 0, units, &length); i != NONE; i = next_run(a, i + length, units, &length))
     if (length == units) return i;
   return NONE;
 }
@@ -292,15 +292,14 @@ int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t st
   uint64_t wanted = nbytes ? (nbytes + UNIT_BYTES - 1) / UNIT_BYTES : 1;
   if (wanted > a->free_units) return LIFL_FULL;
   uint32_t units = (uint32_t)wanted, head = NONE;
-  /* Next fit: blocks of a round stay together and a freed block rests before it is used again. */
-  uint32_t run = find_run(a, units, a->cursor, a->h.units);
-  if (run == NONE) run = find_run(a, units, 0, a->cursor);
+  /* First fit: what was used before is used again, since its pages are mapped in every process that used it. A page's
+   * first use by a process is a fault of some microseconds, an update of 47 MB has eleven thousand of them. */
+  uint32_t run = find_run(a, units);
   if (run != NONE) {
     mark(a, run, units, true);
     a->table[run].units = units;
     a->table[run].next = NONE;
     head = run;
-    a->cursor = run + units < a->h.units ? run + units : 0;
   } else {
     uint32_t last = NONE, length = 0, from = 0;
     while (units) {

@@ -119,8 +119,8 @@ uint64_t lifl_sum_bytes(uint32_t dtype);
 int64_t lifl_copy_finite(uint32_t dtype, void *target, const void *source, uint64_t count);
 int lifl_fold(uint32_t dtype, void *sum, const void *previous, const void *const *updates,
               const double *weights, uint32_t n, uint64_t count);
-int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, double weight,
-                double weight_low, uint64_t count);
+int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, const void *const *updates,
+                const double *weights, uint32_t num_updates, double weight, double weight_low, uint64_t count);
 int lifl_flower(uint32_t dtype, void *mean, const void *const *updates, const double *factors, uint32_t n,
                 uint64_t count);
 

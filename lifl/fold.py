@@ -17,7 +17,17 @@ import attrs
 import numpy as np
 
 from lifl import kernels
-from lifl.tensor import CODES, NUMPY_DTYPES, Array, Layout, TensorSpec, dtype_name
+from lifl.tensor import (
+    CODES,
+    ITEM_BYTES,
+    NUMPY_DTYPES,
+    Array,
+    Layout,
+    TensorSpec,
+    dtype_name,
+    flower_dtype,
+    sum_item_bytes,
+)
 
 MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
@@ -47,22 +57,61 @@ def add_weights(weight: tuple[float, float], more: Sequence[float]) -> tuple[flo
     return high, math.fsum((*weight, *more, -high))
 
 
-def finish_at(layout: Layout, mean: int, sums: Sequence[int], weight: tuple[float, float]) -> bool:
-    """Mean at `mean` = (sum of the sums) / `weight`; false if a mean left the range of its dtype."""
+WHOLE = (0, 1)
+SHARD_ALIGNMENT = 512
+"""Elements: a shard begins at a multiple of it, so that two of them share no cache line of a block."""
+
+
+def shard_bounds(count: int, part: tuple[int, int]) -> tuple[int, int]:
+    """The elements [begin, end) of `count` that shard i of n, ``part = (i, n)``, makes.
+
+    ``begin_i = floor(count * i / n)``, down to the next multiple of ``SHARD_ALIGNMENT``; the last one ends at `count`.
+    """
+    index, parts = part
+    begin, end = (count * i // parts // SHARD_ALIGNMENT * SHARD_ALIGNMENT for i in (index, index + 1))
+    return begin, count if index + 1 == parts else end
+
+
+def finish_at(
+    layout: Layout,
+    mean: int,
+    sums: Sequence[int],
+    weight: tuple[float, float],
+    updates: Sequence[int] = (),
+    weights: Sequence[float] = (),
+    part: tuple[int, int] = WHOLE,
+) -> bool:
+    """Mean at `mean` = (sum of the sums + the weighted updates) / `weight`, in the range of one shard.
+
+    Every sum and update is read once. False if a mean left the range of its dtype. Releases the GIL.
+    """
     finite = True
     for s in layout.segments:
-        if s.count:
-            inputs = [t + s.sum_offset for t in sums]
-            finite &= kernels.finish(CODES[s.dtype], mean + s.mean_offset, inputs, weight, s.count)
+        begin, end = shard_bounds(s.count, part)
+        if begin < end:
+            item = ITEM_BYTES[s.dtype]
+            finite &= kernels.finish(
+                CODES[s.dtype],
+                mean + s.mean_offset + begin * item,
+                [t + s.sum_offset + begin * sum_item_bytes(s.dtype) for t in sums],
+                [u + s.update_offset + begin * item for u in updates],
+                weights,
+                weight,
+                end - begin,
+            )
     return finite
 
 
-def flower_at(layout: Layout, mean: int, updates: Sequence[int], factors: Sequence[float]) -> None:
-    """Flower's mean of updates in the order given; `layout` is a ``flower_layout``."""
+def flower_at(
+    layout: Layout, mean: int, updates: Sequence[int], factors: Sequence[float], part: tuple[int, int] = WHOLE
+) -> None:
+    """Flower's mean of updates in the order given, in the range of one shard; `layout` is a ``flower_layout``."""
     for s in layout.segments:
-        if s.count:
-            inputs = [u + s.update_offset for u in updates]
-            kernels.flower(CODES[s.dtype], mean + s.mean_offset, inputs, factors, s.count)
+        begin, end = shard_bounds(s.count, part)
+        if begin < end:
+            inputs = [u + s.update_offset + begin * ITEM_BYTES[s.dtype] for u in updates]
+            target = mean + s.mean_offset + begin * ITEM_BYTES[flower_dtype(s.dtype)]
+            kernels.flower(CODES[s.dtype], target, inputs, factors, end - begin)
 
 
 # ---------------------------------------------------------------- over arrays: state first, then input

@@ -31,12 +31,31 @@ def fold(
     check(status, "fold")
 
 
-def finish(dtype: int, mean: int, sums: Sequence[int], weight: tuple[float, float], count: int) -> bool:
-    """mean = (sum of sums) / weight, rounded once to `dtype`; false if a mean is not finite.
+def finish(
+    dtype: int,
+    mean: int,
+    sums: Sequence[int],
+    updates: Sequence[int],
+    weights: Sequence[float],
+    weight: tuple[float, float],
+    count: int,
+) -> bool:
+    """mean = (sum of sums + sum of weights[k] * updates[k]) / weight, rounded once; false if a mean is not finite.
 
-    The weight is a pair whose sum is meant; its second part is what a float64 cannot hold.
+    One of the two sequences may be empty. The weight is that of all, a pair whose sum is meant; its second part is
+    what a float64 cannot hold.
     """
-    status = lib.lifl_finish(dtype, ffi.cast("void *", mean), _pointers(sums), len(sums), *weight, count)
+    status = lib.lifl_finish(
+        dtype,
+        ffi.cast("void *", mean),
+        _pointers(sums),
+        len(sums),
+        _pointers(updates),
+        ffi.new("double[]", list(weights)),
+        len(updates),
+        *weight,
+        count,
+    )
     return bool(check(status, "finish") != lib.LIFL_OVERFLOW)
 
 

@@ -455,7 +455,7 @@ static void test_fold_and_finish_against_naive_loops(void) {
         for (int tree = 0; tree < 2; tree++) {
           const void *sums[] = {second, first};
           if (tree) CHECK(lifl_fold(dtype, second, NULL, all + split, weights + split, UPDATES - split, count) == LIFL_OK);
-          CHECK(lifl_finish(dtype, mean, sums, 1 + (uint32_t)tree, total, 0, count) == LIFL_OK);
+          CHECK(lifl_finish(dtype, mean, sums, 1 + (uint32_t)tree, NULL, NULL, 0, total, 0, count) == LIFL_OK);
           for (uint64_t i = 0; i < count; i++) {
             double sum = 0, got = value_of(dtype, mean, i), expected;
             for (int k = 0; k < UPDATES; k++) sum += weights[k] * value_of(dtype, updates[k], i);
@@ -491,7 +491,7 @@ static void test_fold_writes_only_its_elements(void) {
       fill(dtype, x, n);
       CHECK(lifl_copy_finite(dtype, mean, x, n) == -1 && memcmp(mean, x, n * size) == 0);
       CHECK(lifl_fold(dtype, sum, NULL, xs, ones, 3, n) == LIFL_OK);
-      CHECK(lifl_finish(dtype, mean, sums, 1, 3, 0, n) == LIFL_OK && memcmp(mean, x, n * size) == 0);
+      CHECK(lifl_finish(dtype, mean, sums, 1, NULL, NULL, 0, 3, 0, n) == LIFL_OK && memcmp(mean, x, n * size) == 0);
       CHECK(lifl_flower(dtype, wide_mean, xs, thirds, 3, n) == (dtype == LIFL_BFLOAT16 ? LIFL_EINVAL : LIFL_OK));
       free(x);
       free(sum);
@@ -506,9 +506,9 @@ static void test_kernels_refuse_nonsense(void) {
   CHECK(lifl_fold(10, other, NULL, xs, weights, 1, 1) == LIFL_EINVAL);
   CHECK(lifl_fold(LIFL_FLOAT64, sum, sum, xs, weights, 1, 1) == LIFL_EINVAL);
   CHECK(lifl_fold(LIFL_FLOAT64, other, NULL, xs, weights, 0, 1) == LIFL_EINVAL);
-  CHECK(lifl_finish(10, other, xs, 1, 1, 0, 1) == LIFL_EINVAL && lifl_finish(LIFL_FLOAT64, other, xs, 0, 1, 0, 1) == LIFL_EINVAL);
-  CHECK(lifl_finish(LIFL_FLOAT64, other, xs, 1, 0, 0, 1) == LIFL_EINVAL);
-  CHECK(lifl_finish(LIFL_FLOAT64, other, xs, 1, NAN, 0, 1) == LIFL_EINVAL);
+  CHECK(lifl_finish(10, other, xs, 1, NULL, NULL, 0, 1, 0, 1) == LIFL_EINVAL && lifl_finish(LIFL_FLOAT64, other, xs, 0, NULL, NULL, 0, 1, 0, 1) == LIFL_EINVAL);
+  CHECK(lifl_finish(LIFL_FLOAT64, other, xs, 1, NULL, NULL, 0, 0, 0, 1) == LIFL_EINVAL);
+  CHECK(lifl_finish(LIFL_FLOAT64, other, xs, 1, NULL, NULL, 0, NAN, 0, 1) == LIFL_EINVAL);
   CHECK(lifl_flower(LIFL_FLOAT64, other, xs, weights, 0, 1) == LIFL_EINVAL);
   CHECK(lifl_copy_finite(10, other, sum, 1) == -2);
 }
@@ -517,11 +517,11 @@ static void test_overflow_is_told(void) {
   double sum[3] = {1, INFINITY, 2}, mean[3];
   float narrow[3];
   const void *sums[] = {sum};
-  CHECK(lifl_finish(LIFL_FLOAT64, mean, sums, 1, 1, 0, 3) == LIFL_OVERFLOW);
-  CHECK(lifl_finish(LIFL_FLOAT32, narrow, sums, 1, 1, 0, 3) == LIFL_OVERFLOW);
-  CHECK(lifl_finish(LIFL_FLOAT64, mean, sums, 1, 1, 0, 1) == LIFL_OK);
+  CHECK(lifl_finish(LIFL_FLOAT64, mean, sums, 1, NULL, NULL, 0, 1, 0, 3) == LIFL_OVERFLOW);
+  CHECK(lifl_finish(LIFL_FLOAT32, narrow, sums, 1, NULL, NULL, 0, 1, 0, 3) == LIFL_OVERFLOW);
+  CHECK(lifl_finish(LIFL_FLOAT64, mean, sums, 1, NULL, NULL, 0, 1, 0, 1) == LIFL_OK);
   sum[1] = NAN;
-  CHECK(lifl_finish(LIFL_FLOAT32, narrow, sums, 1, 1, 0, 3) == LIFL_OVERFLOW);
+  CHECK(lifl_finish(LIFL_FLOAT32, narrow, sums, 1, NULL, NULL, 0, 1, 0, 3) == LIFL_OVERFLOW);
 }
 
 static void test_int64_is_exact(void) {
@@ -530,14 +530,14 @@ static void test_int64_is_exact(void) {
   int64_t mean[5];
   const void *xs[] = {x, x, x}, *sums[] = {sum};
   CHECK(lifl_fold(LIFL_INT64, sum, NULL, xs, weights, 3, 5) == LIFL_OK);
-  CHECK(lifl_finish(LIFL_INT64, mean, sums, 1, 1000010, 0, 5) == LIFL_OK);
+  CHECK(lifl_finish(LIFL_INT64, mean, sums, 1, NULL, NULL, 0, 1000010, 0, 5) == LIFL_OK);
   for (int i = 0; i < 5; i++) CHECK(mean[i] == x[i]);
   int64_t a[] = {1, 2, -1, -2, INT64_C(9007199254740993)}, b[] = {0, 1, 0, -1, INT64_C(9007199254740994)};
   int64_t even[] = {0, 2, 0, -2, INT64_C(9007199254740994)};
   const void *two[] = {a, b};
   double ones[] = {1, 1};
   CHECK(lifl_fold(LIFL_INT64, sum, NULL, two, ones, 2, 5) == LIFL_OK);
-  CHECK(lifl_finish(LIFL_INT64, mean, sums, 1, 2, 0, 5) == LIFL_OK);
+  CHECK(lifl_finish(LIFL_INT64, mean, sums, 1, NULL, NULL, 0, 2, 0, 5) == LIFL_OK);
   for (int i = 0; i < 5; i++) CHECK(mean[i] == even[i]);
 }
 
