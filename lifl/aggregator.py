@@ -1,4 +1,7 @@
-"""The worker: Recv -> Agg -> Send. A leaf folds updates, a top adds up the leaves' sums and divides.
+"""The worker: Recv -> Agg -> Send. What it is, its next descriptor says.
+
+A leaf folds updates, a top adds up the leaves' sums and divides; or several workers make the mean, each in one range of
+its coordinates.
 
 A worker holds nothing between tasks and never allocates: the agent grants it blocks. It trusts a
 descriptor only after the compare-and-swap of the block's ownership word. The same class runs in a
@@ -11,23 +14,30 @@ inputs freed. Whoever dies in between leaves either the old sum and the inputs, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import math
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 
 import attrs
 
-from lifl import fold
-from lifl.ring import BATCH_SHIFT, FLOWER, LAZY, NO_BLOCK, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
+from lifl import fold, order
+from lifl.order import BATCH_SHIFT, FLOWER
+from lifl.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
 from lifl.shm import AGENT, Arena, Block, Mapping, State, lib
 from lifl.tensor import Layout
 
 log = logging.getLogger("lifl.aggregator")
+
+RETRY_S = 0.001
+"""What did not fit into a full ring is tried again so soon."""
+MOST_ENDED = 4096
+"""Rounds that a worker knows to be over; a sum of one comes soon after, if at all."""
 
 
 @attrs.define
@@ -51,31 +61,42 @@ class _Task:
     current: _Sum | None = None
     pending: deque[Block] = attrs.field(factory=deque)
     alone: set[Block] = attrs.field(factory=set)  # of these, what must not be folded with others
-    is_pressed: bool = False
     flush: Descriptor | None = None
     is_sent: bool = False
     epoch: int = 0
     arrived: dict[int, Descriptor] = attrs.field(factory=dict)  # the leaves' sums, if this is the top
+    served: int = 0  # its last turn
 
-    def is_foldable(self) -> bool:
-        return bool(self.pending) and (not self.flags & LAZY or self.is_pressed or self.flush is not None)
+
+@attrs.define(eq=False)
+class _Shard:
+    """A range of a round's mean that this worker was asked for."""
+
+    round: int
+    asked: Descriptor
+    served: int = 0
 
 
 class Aggregator:
-    """One runtime: participant `me` of the arena, leaf and top as asked."""
+    """One runtime: participant `me` of the arena, in each round what it is asked to be."""
 
     def __init__(self, arena: Arena, me: int) -> None:
         self._arena, self._me = arena, me
         self._inbox, self._outbox = Inbox(arena, me), Outbox(arena, me)
         self._tasks: dict[int, _Task] = {}
-        self._newest = 0  # no round up to this one will be opened here: they are opened in order
-        self._early: dict[int, dict[int, Descriptor]] = {}
+        self._shards: list[_Shard] = []
+        self._turns = 0
+        self._ended: dict[int, None] = {}  # the newest last
+        self._early: dict[int, dict[int, Descriptor]] = {}  # sums that have overtaken the round's opening
         self._manifest_bytes = int(lib.lifl_manifest_bytes())
         self._batch_max = int(lib.lifl_batch_max())
         self.is_stopped = False
 
     def step(self) -> bool:
-        """Receives what is there, then does one piece of work; false if there was neither."""
+        """Receives what is there, then does one piece of work; false if there was neither.
+
+        Rounds take turns: the piece is of the one that has waited longest.
+        """
         worked = False
         while (item := self._inbox.try_pop()) is not None:
             worked = True
@@ -84,26 +105,37 @@ class Aggregator:
             except Exception:
                 self._fail(item[1].round)
         self._outbox.flush()
-        for task in list(self._tasks.values()):
+        works: list[_Task | _Shard] = [*self._tasks.values(), *self._shards]
+        for work in sorted(works, key=lambda one: one.served):
             try:
-                if self._advance(task):
+                if self._make(work) if isinstance(work, _Shard) else self._advance(work):
+                    self._turns += 1
+                    work.served = self._turns
                     return True
             except Exception:
-                self._fail(task.round)
+                self._fail(work.round)
         return worked
 
     def _fail(self, number: int) -> None:
         """The round is lost, the worker is not: the agent ends the round and says why."""
         log.exception("worker %d: round %d failed", self._me, number)
+        self._drop(number)
+        self._outbox.push(AGENT, Descriptor(Kind.FAILED, number))
+
+    def _drop(self, number: int) -> None:
+        """Lets go of a round."""
+        self._shards = [shard for shard in self._shards if shard.round != number]
         if (task := self._tasks.get(number)) is not None:
             self._forget(task)
-        self._outbox.push(AGENT, Descriptor(Kind.FAILED, number))
 
     def run(self, spin_s: float) -> None:
         """Works until told to stop."""
         while not self.is_stopped:
             if not self.step():
-                self._inbox.wait(spin_s, 0.001 if not self._outbox.flush() else 0.1)
+                is_sent = self._outbox.flush()
+                # Without a task it is waited for by nobody but the agent, whose death ends it too.
+                sleep_s = WAIT_CAP_S if self._tasks or self._early else IDLE_WAIT_S
+                self._inbox.wait(spin_s, sleep_s if is_sent else RETRY_S)
 
     # ------------------------------------------------------------ Recv
 
@@ -117,12 +149,12 @@ class Aggregator:
             layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
             control.close()
             self._tasks[d.round] = _Task(d.round, layout, flags, arrived=self._early.pop(d.round, {}))
-            self._see(d.round)
         elif d.kind == Kind.ABORT:
-            if (task := self._tasks.get(d.round)) is not None:
-                self._forget(task)
-            self._see(d.round)
+            self._drop(d.round)
+            self._end(d.round)
             self._outbox.push(AGENT, Descriptor(Kind.ABORTED, d.round))
+        elif d.kind == Kind.SHARD:
+            self._shards.append(_Shard(d.round, d))
         elif (task := self._tasks.get(d.round)) is None:
             self._receive_unknown(d)
         elif d.kind == Kind.GRANT:
@@ -131,23 +163,22 @@ class Aggregator:
             task.pending.append(block := Block(d.block, d.generation, 0))
             if d.arg:
                 task.alone.add(block)
-        elif d.kind == Kind.PRESS:
-            task.is_pressed = bool(task.pending)
         elif d.kind == Kind.FLUSH:
             task.flush = d
         elif d.kind == Kind.SUM:
             task.arrived[d.arg] = d  # twice if the agent repeats what a dead leaf may have said
 
-    def _see(self, number: int) -> None:
-        """No round up to `number` will be opened here any more: sums that came early for one go back."""
-        self._newest = max(self._newest, number)
-        for early in [n for n in self._early if n <= self._newest]:
-            for d in self._early.pop(early).values():
-                self._give_back(Block(d.block, d.generation, 0))
+    def _end(self, number: int) -> None:
+        """The round is over here: sums of it that are here, or come yet, go back."""
+        for d in self._early.pop(number, {}).values():
+            self._give_back(Block(d.block, d.generation, 0))
+        self._ended[number] = None
+        if len(self._ended) > MOST_ENDED:
+            self._ended.pop(next(iter(self._ended)))
 
     def _receive_unknown(self, d: Descriptor) -> None:
         """Of a round that was aborted meanwhile; or a leaf's sum has overtaken the round's opening."""
-        if d.kind == Kind.SUM and d.round > self._newest:
+        if d.kind == Kind.SUM and d.round not in self._ended:
             self._early.setdefault(d.round, {})[d.arg] = d
         elif d.kind == Kind.SUM:
             self._give_back(Block(d.block, d.generation, 0))
@@ -184,11 +215,8 @@ class Aggregator:
     # ------------------------------------------------------------ Agg
 
     def _advance(self, task: _Task) -> bool:
-        if task.flags & FLOWER:
-            return self._flower(task) if task.flush else False
-        if task.is_foldable():
+        if task.pending:
             self._fold(task)
-            task.is_pressed = task.is_pressed and bool(task.pending)
             return True
         if task.flush and not task.is_sent:
             self._send_sum(task, task.flush)
@@ -261,10 +289,13 @@ class Aggregator:
     # ------------------------------------------------------------ Send
 
     def _send_sum(self, task: _Task, flush: Descriptor) -> None:
+        begin = lib.lifl_now_ns()
         task.is_sent = True
         top, held = flush.arg >> 8, task.current
         message = Descriptor(Kind.SUM, task.round, arg=self._me)
         if held is not None:
+            note = self._arena.note(held.block.index)
+            note.begin_ns, note.end_ns = begin, lib.lifl_now_ns()
             # Handed over to the top; every input of it has been freed above.
             self._arena.move(held.block, (self._me, State.COMMITTED), (top, State.COMMITTED))
             message = message._replace(block=held.block.index, generation=held.block.generation)
@@ -289,69 +320,63 @@ class Aggregator:
         weight = fold.add_weights((0.0, 0.0), [part for m in manifests for part in (m.weight, m.weight_low)])
         at = self._manifest_bytes
         finite = fold.finish_at(task.layout, mean.address, [s.address + at for s in sums], weight)
-        num_updates = sum(m.num_updates for m in manifests)
-        for mapping in sums:
-            mapping.close()
-        self._send_mean(task, flush, mean, begin, weight[0], num_updates, finite)
-
-    def _flower(self, task: _Task) -> bool:
-        """Everything at once, in the order it came: the agent has put each factor in the note's weight."""
-        flush = task.flush
-        assert flush is not None
-        begin = lib.lifl_now_ns()
-        batch = self._take(task.pending)
-        inputs = [self._arena.map(b.index, b.generation) for b in batch]
-        notes = [self._arena.note(b.index) for b in batch]
-        factors = [n.weight for n in notes]
-        mean = self._arena.map(flush.block, flush.generation)
-        fold.flower_at(task.layout, mean.address, [i.address for i in inputs], factors)
-        end = lib.lifl_now_ns()
-        for mapping, note in zip(inputs, notes, strict=True):
-            note.begin_ns, note.end_ns = begin, end
-            mapping.close()
-        task.pending.clear()
-        self._send_mean(task, flush, mean, begin, sum(factors), len(batch), True, batch)
-        return True
-
-    def _send_mean(
-        self,
-        task: _Task,
-        flush: Descriptor,
-        mean: Mapping,
-        begin: int,
-        weight: float,
-        num_updates: int,
-        finite: bool,
-        inputs: Sequence[Block] = (),
-    ) -> None:
         note = self._arena.note(flush.block)
-        note.weight = weight if finite else math.inf
-        note.tag, note.begin_ns, note.end_ns = num_updates, begin, lib.lifl_now_ns()
-        mean.close()
+        note.weight = weight[0] if finite else math.inf
+        note.tag = sum(m.num_updates for m in manifests)
+        note.begin_ns, note.end_ns = begin, lib.lifl_now_ns()
+        for mapping in (*sums, mean):
+            mapping.close()
         # The commit: from here on nothing of the round is needed but the mean.
         block = Block(flush.block, flush.generation, 0)
         self._arena.move(block, (self._me, State.WRITING), (AGENT, State.READY))
-        for done in inputs:
-            self._arena.move(done, (self._me, State.READING), (AGENT, State.FREE))
-            self._outbox.push(AGENT, Descriptor(Kind.FOLDED, task.round, done.index, done.generation))
         self._forget(task)
+        self._end(task.round)
         self._outbox.push(AGENT, Descriptor(Kind.RESULT, task.round, flush.block, flush.generation))
 
+    def _make(self, work: _Shard) -> bool:
+        """Makes one range of a mean. Every block of it is the agent's until all ranges are made."""
+        d = work.asked
+        begin = lib.lifl_now_ns()
+        self._shards.remove(work)
+        control = self._arena.map(d.block, d.generation)
+        layout, flags, what = order.read(ctypes.string_at(control.address, control.nbytes))
+        sums = [self._arena.map(s.index, s.generation) for s in what.sums]
+        updates = [self._arena.map(s.index, s.generation) for s in what.updates]
+        mean = self._arena.map(what.mean.index, what.mean.generation)
+        part = d.arg >> 8, d.arg & 0xFF
+        inputs, weights = [u.address for u in updates], [u.weight for u in what.updates]
+        if flags & FLOWER:
+            fold.flower_at(layout, mean.address, inputs, weights, part)
+            finite = True
+        else:
+            at = self._manifest_bytes
+            totals = [s.address + at for s in sums]
+            finite = fold.finish_at(layout, mean.address, totals, what.weight, inputs, weights, part)
+        times = order.times_of(begin, lib.lifl_now_ns())
+        ctypes.memmove(control.address + order.times_offset(layout, part[0]), times, len(times))
+        for mapping in (*sums, *updates, mean, control):
+            mapping.close()
+        self._outbox.push(AGENT, Descriptor(Kind.SHARDED, d.round, d.block, d.generation, part[0] << 8 | (not finite)))
+        return True
 
-def main(arena_fd: int, bell_fd: int, me: int, spin_s: float) -> None:
-    """A worker process's life, after the fork of the clean process that makes workers."""
+
+def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int) -> None:
+    """A worker process's life, after the fork of the clean process that makes workers, `parent`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then ends its workers
-    die_with_parent()
+    die_with(parent)
+    # Who wakes a worker goes on, and wakes the next one: a batch task does not preempt it.
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     arena = Arena.attach(arena_fd)
     ring_for(arena, AGENT, bell_fd)
     Producer(arena, me, AGENT).try_push(Descriptor(Kind.HELLO, 0))
     Aggregator(arena, me).run(spin_s)
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to SIGKILL this process when the thread that made it ends."""
+def die_with(parent: int) -> None:
+    """Asks the kernel to SIGKILL this process when `parent`, which made it, ends; ends it if that is gone already."""
     pr_set_pdeathsig = 1
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request
+    # Not asked of the kernel before: it may have died between the fork and the first instruction here.
+    if os.getppid() != parent:
         os._exit(1)

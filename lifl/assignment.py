@@ -6,101 +6,170 @@ Carries out, decides nothing about who counts: that is ``lifl.round``'s. Called 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 
-from lifl import recovery
+from lifl import order, recovery
 from lifl.books import Update
 from lifl.errors import ArenaCorruptError
 from lifl.host import Host, wait_for_block
+from lifl.planner.hierarchy import FAN_IN
+from lifl.planner.shape import Shape
 from lifl.recovery import Remains
-from lifl.ring import FLOWER, LAZY, Descriptor, Kind
+from lifl.ring import NO_BLOCK, Descriptor, Kind
 from lifl.shm import AGENT, Block, State
-from lifl.sizes import sum_bytes_of
+from lifl.sizes import sum_bytes_of, units_of
 from lifl.tensor import Layout
+
+ROOM_FOR_UPDATES = 4
+"""A leaf that joins a round leaves room for so many more updates, so that it does not keep them out."""
 
 
 class Assignment:
-    """A round's blocks and their keepers; the first leaf is the top.
+    """A round's blocks and their keepers.
 
     Parameters
     ----------
     mean, control : Block
-        The agent's: what the top writes the mean into, and the description of the round.
-    sums : dict of int to list of Block
-        Per leaf, in order: the two blocks that were granted for its partial sum (none in Flower's order).
+        The agent's: what takes the mean, and the description of the round.
+    pair : list of Block
+        Room for the sums of the first leaf (empty in Flower's order, which has none).
     """
 
-    def __init__(
-        self, host: Host, number: int, mean: Block, control: Block, sums: dict[int, list[Block]], is_lazy: bool
-    ) -> None:
-        self._host, self._number, self._is_lazy = host, number, is_lazy
-        self.leaves, self.top = tuple(sums), next(iter(sums))
-        self.mean, self._control, self._sums = mean, control, sums
+    def __init__(self, host: Host, number: int, layout: Layout, mean: Block, control: Block, pair: list[Block]) -> None:
+        self._host, self._number, self.layout, self._has_leaves = host, number, layout, bool(pair)
+        self.mean, self.control, self._pair = mean, control, pair
+        self.shape = Shape(1, 0)
+        self._sums: dict[int, list[Block]] = {}  # leaf -> the two blocks for its partial sum
+        self.working: set[int] = set()  # leaves that have not sent their sum
         self.updates: dict[tuple[int, int], Update] = {}  # accepted, and not known to be folded
-        self._outstanding = dict.fromkeys(sums, 0)
-        self._given = dict.fromkeys(sums, 0)
+        self.held: deque[Update] = deque()  # of these, what no leaf was given
+        self._outstanding: dict[int, int] = {}
+        self._given: dict[int, int] = {}
         self._flushed: Descriptor | None = None
+        self.top = AGENT
+
+    @staticmethod
+    def control_bytes(host: Host, layout: Layout, expected: int) -> int:
+        """Bytes of the control block: it names a sum of each worker and as many updates as there can be at a time."""
+        room = host.arena.block_bytes // units_of(layout.update_bytes)
+        return order.control_bytes(layout, min(expected, room) + host.pool.most)
 
     @classmethod
-    def reserve(cls, host: Host, number: int, layout: Layout, leaves: Sequence[int], flags: int) -> Assignment:
-        """Allocates what a round needs beside its updates, and tells the leaves; the arena must have the room."""
+    def reserve(cls, host: Host, number: int, layout: Layout, flags: int, expected: int) -> Assignment:
+        """Allocates what a round needs beside its updates; the arena must have the room."""
         encoded = layout.encode(flags)
-        control = wait_for_block(host, len(encoded), 0, "a round's control block")
-        host.arena.buffer(control)[:] = encoded
+        control = wait_for_block(host, cls.control_bytes(host, layout, expected), 0, "a round's control block")
+        host.arena.buffer(control)[: len(encoded)] = encoded
         mean = wait_for_block(host, layout.mean_bytes, 0, "a round's mean")
-        sums: dict[int, list[Block]] = {leaf: [] for leaf in leaves}
-        for leaf in leaves:
-            host.outbox.push(leaf, Descriptor(Kind.OPEN, number, control.index, control.generation))
-            for _ in range(0 if flags & FLOWER else 2):
-                block = host.arena.alloc(sum_bytes_of(layout), leaf, State.ACCUM)
-                assert block is not None, "the caller has seen to it, under the same lock"
-                sums[leaf].append(block)
-                host.outbox.push(leaf, Descriptor(Kind.GRANT, number, block.index, block.generation))
-        return cls(host, number, mean, control, sums, bool(flags & LAZY))
+        pair = []
+        if not flags & order.FLOWER:
+            pair = [wait_for_block(host, sum_bytes_of(layout), 0, "a leaf's sum") for _ in range(2)]
+        return cls(host, number, layout, mean, control, pair)
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The workers that fold ahead, in the order in which they joined."""
+        return tuple(self._sums)
 
     # ------------------------------------------------------------ to the leaves
 
-    def add(self, update: Update) -> None:
-        """Takes an accepted update into the books, not yet given to a leaf."""
-        self.updates[update.block.index, update.block.generation] = update
+    def enlist(self) -> bool:
+        """One more leaf, if there is a worker that is none, and room for its sums; false if not."""
+        chosen = self._host.pool.choose(1, self._sums)
+        pair = (self._pair or self._take_pair()) if chosen else []
+        if not pair:
+            return False
+        (leaf,), self._pair = chosen, []
+        self._sums[leaf] = pair
+        self._outstanding[leaf] = self._given[leaf] = 0
+        self.working.add(leaf)
+        self._host.outbox.push(leaf, Descriptor(Kind.OPEN, self._number, self.control.index, self.control.generation))
+        for block in pair:
+            self._host.arena.move(block, (AGENT, State.WRITING), (leaf, State.ACCUM))
+            self._host.outbox.push(leaf, Descriptor(Kind.GRANT, self._number, block.index, block.generation))
+        return True
 
-    def give(self, update: Update) -> None:
-        """Hands an update to the leaf with the least to do; of those, to the one that has had the least."""
-        leaf = min(self.leaves, key=lambda i: (self._outstanding[i], self._given[i]))
-        self._given[leaf] += 1
-        update.runtime = leaf
-        self._outstanding[leaf] += 1
-        if not self._host.arena.move(update.block, (AGENT, State.WRITING), (leaf, State.READY)):
+    def _take_pair(self) -> list[Block]:
+        arena, sum_bytes = self._host.arena, sum_bytes_of(self.layout)
+        rest = arena.free_bytes - 2 * units_of(sum_bytes)
+        if rest < ROOM_FOR_UPDATES * units_of(self.layout.update_bytes):
+            return []
+        blocks = [arena.alloc(sum_bytes) for _ in range(2)]
+        assert all(blocks), "there is room, under the same lock"
+        return [block for block in blocks if block is not None]
+
+    def add(self, update: Update) -> None:
+        """Takes an accepted update into the books; it is held until it is given to a leaf or becomes the mean."""
+        self.updates[update.block.index, update.block.generation] = update
+        if not self._host.arena.move(update.block, (AGENT, State.WRITING), (AGENT, State.READY)):
             raise ArenaCorruptError(errno.EBADMSG, f"block {update.block.index} changed hands while it was written")
-        self._host.outbox.push(leaf, self._told(update))
+        self.held.append(update)
+
+    def give(self) -> None:
+        """Hands what is held to the leaves: to the one with the least to do; of those, with the least so far.
+
+        When all have ``FAN_IN`` updates or more to do, one more leaf joins, up to what the shape allows.
+        """
+        while self.held:
+            if not self._sums:
+                self.enlist()
+            leaf = min(self._sums, key=lambda i: (self._outstanding[i], self._given[i]))
+            busy = self._outstanding[leaf] >= FAN_IN and len(self._sums) < self.shape.leaves
+            if busy and self.enlist():
+                leaf = self.leaves[-1]
+            update = self.held.popleft()
+            self._given[leaf] += 1
+            update.runtime = leaf
+            self._outstanding[leaf] += 1
+            self._host.arena.move(update.block, (AGENT, State.READY), (leaf, State.READY))
+            self._host.outbox.push(leaf, self._told(update))
+
+    def press(self) -> None:
+        """Gives what is held to leaves, because memory is short; nothing in Flower's order, which has none."""
+        if self._has_leaves and self._flushed is None:
+            self.give()
 
     def _told(self, update: Update) -> Descriptor:
         # One that a worker died of is folded alone, so that only the culprit meets the second death.
         block, alone = update.block, int(update.deaths > 0)
         return Descriptor(Kind.UPDATE, self._number, block.index, block.generation, alone)
 
-    def press(self) -> None:
-        """Makes lazy leaves fold what they hold, because memory is short."""
-        for leaf, n in self._outstanding.items():
-            if n and self._is_lazy:
-                self._host.outbox.push(leaf, Descriptor(Kind.PRESS, self._number))
-
     def flush(self) -> None:
-        """All have been given: the leaves commit and send to the top, which makes the mean."""
-        self._host.arena.move(self.mean, (AGENT, State.WRITING), (self.top, State.WRITING))
-        arg = self.top << 8 | len(self.leaves)
-        self._flushed = Descriptor(Kind.FLUSH, self._number, self.mean.index, self.mean.generation, arg)
-        for leaf in self.leaves:
+        """All have come: the leaves commit and send, to the top in a tree, else to the agent."""
+        block = (NO_BLOCK, 0)
+        if self.shape.shards:
+            self._take_back()
+        else:
+            self.give()
+            self.top = self._choose_top()
+            self._host.arena.move(self.mean, (AGENT, State.WRITING), (self.top, State.WRITING))
+            block = (self.mean.index, self.mean.generation)
+        self._flushed = Descriptor(Kind.FLUSH, self._number, *block, self.top << 8 | len(self._sums))
+        for leaf in self._sums:
             self._host.outbox.push(leaf, self._flushed)
 
-    def abort(self) -> None:
-        """Tells every leaf to let go of the round."""
-        for leaf in self.leaves:
-            self._host.outbox.push(leaf, self.aborted)
+    def _choose_top(self) -> int:
+        """The leaf that is done first: it changes its role, and no process is started for it."""
+        return min(self._sums, key=lambda i: self._outstanding[i])
+
+    def _take_back(self) -> None:
+        """Takes what no leaf has begun with, but for what has to be folded alone."""
+        for update in self.updates.values():
+            leaf, block = update.runtime, update.block
+            if leaf and not update.deaths and self._host.arena.move(block, (leaf, State.READY), (AGENT, State.READY)):
+                update.runtime = AGENT
+                self._outstanding[leaf] -= 1
+                self.held.append(update)
+
+    def abort(self, workers: Iterable[int]) -> None:
+        """Tells workers to let go of the round."""
+        for worker in workers:
+            self._host.outbox.push(worker, self.aborted)
 
     @property
     def aborted(self) -> Descriptor:
-        """What makes a leaf let go, and give back sums that reach it later."""
+        """What makes a worker let go, and give back sums that reach it later."""
         return Descriptor(Kind.ABORT, self._number)
 
     # ------------------------------------------------------------ back from them
@@ -110,10 +179,27 @@ class Assignment:
         """True while a leaf has updates that it has not reported as folded."""
         return any(self._outstanding.values())
 
+    @property
+    def is_committed(self) -> bool:
+        """True when every leaf has sent its sum to the agent: the mean can be made in shards."""
+        return self._flushed is not None and self.top == AGENT and not self.working
+
+    def sums(self) -> list[Block]:
+        """The partial sums that leaves have sent to the agent."""
+        word = recovery.word
+        blocks = [block for pair in self._sums.values() for block in pair]
+        return [block for block in blocks if word(self._host.arena, block) == (AGENT, State.COMMITTED)]
+
+    def sent(self) -> list[tuple[int, int, int]]:
+        """The leaves that had a sum to hand over, and when they did, in nanoseconds of the monotonic clock."""
+        notes = [(leaf, self._host.arena.note(block.index)) for leaf, pair in self._sums.items() for block in pair]
+        return [(leaf, note.begin_ns, note.end_ns) for leaf, note in notes if note.end_ns]
+
     def settle(self, update: Update) -> None:
         """The update is in a committed sum, or refused: its block, which is free, is reclaimed."""
         del self.updates[update.block.index, update.block.generation]
-        self._outstanding[update.runtime] -= 1
+        if update.runtime:
+            self._outstanding[update.runtime] -= 1
         self._host.arena.reclaim(update.block)
 
     def take_all(self) -> list[Block]:
@@ -121,10 +207,11 @@ class Assignment:
         held = [*self._reserved(), self.mean, *(update.block for update in self.updates.values())]
         self._host.arena.move(self.mean, (self.top, State.WRITING), (AGENT, State.FREE))
         self.updates = {}
+        self.held.clear()
         return held
 
     def _reserved(self) -> list[Block]:
-        return [self._control, *(block for blocks in self._sums.values() for block in blocks)]
+        return [self.control, *self._pair, *(block for pair in self._sums.values() for block in pair)]
 
     # ------------------------------------------------------------ when a worker is dead
 
@@ -148,20 +235,27 @@ class Assignment:
         return remains
 
     def refuse(self, update: Update) -> None:
-        """Takes a dead worker's update away, for good."""
+        """Takes an update away, for good; no living worker has it."""
         recovery.free(self._host.arena, update.runtime, [update.block])
-        self._given[update.runtime] -= 1
+        if update.runtime:
+            self._given[update.runtime] -= 1
+        else:
+            self.held.remove(update)
         self.settle(update)
 
     def retell(self, me: int, remains: Remains) -> list[Descriptor]:
         """What the dead worker's successor has to be told, in order; tells the top what it may not know."""
         again = [u for u in remains.again if (u.block.index, u.block.generation) in self.updates]
-        if self._flushed is not None and me != self.top and remains.sum is None and not again:
+        if self._flushed is not None and me != self.top and not again and (remains.sum is None or self.top == AGENT):
             # Its part was done, or it had none.
+            if remains.sum is not None:
+                self._host.arena.move(remains.sum, (me, State.COMMITTED), (AGENT, State.COMMITTED))
             recovery.free(self._host.arena, me, self._sums[me])
-            self._host.outbox.push(self.top, self._sum_of(me))
+            self.working.discard(me)
+            if self.top != AGENT:
+                self._host.outbox.push(self.top, self._sum_of(me))
             return []
-        told = [Descriptor(Kind.OPEN, self._number, self._control.index, self._control.generation)]
+        told = [Descriptor(Kind.OPEN, self._number, self.control.index, self.control.generation)]
         if remains.sum is not None:
             told.append(Descriptor(Kind.GRANT, self._number, remains.sum.index, remains.sum.generation, 1))
         told += [Descriptor(Kind.GRANT, self._number, b.index, b.generation) for b in remains.spare]
@@ -180,11 +274,13 @@ class Assignment:
 
     def _sums_for_top(self) -> Iterable[Descriptor]:
         """What the other leaves had handed over to a top that died; it may have read of them or not."""
-        for leaf in self.leaves[1:]:
+        for leaf in self._sums:
+            if leaf == self.top:
+                continue
             if any(recovery.word(self._host.arena, block)[0] == leaf for block in self._sums[leaf]):
                 continue  # it has not let go of all: it will say so itself, and until then the round may not end
             for block in self._sums[leaf]:
                 self._host.arena.move(block, (self.top, State.READING), (self.top, State.COMMITTED))
             said = self._sum_of(leaf)
-            if said.block != Descriptor(Kind.SUM, 0).block or not self._given[leaf]:
+            if said.block != NO_BLOCK or not self._given[leaf]:
                 yield said

@@ -6,7 +6,7 @@ import time
 
 import attrs
 
-from lifl.metrics import Contribution, Rejection, RoundReport
+from lifl.metrics import Contribution, Rejection, RoundReport, Span
 from lifl.shm import Block
 
 
@@ -19,9 +19,9 @@ class Update:
     block: Block
     arrived_s: float
     clipped: float = 1.0
+    landed_s: float = 0.0  # when copying or checking it began
     runtime: int = 0
     folded_s: float = 0.0
-    fold_ns: tuple[int, int] = (0, 0)
     deaths: int = 0  # of workers that were reading it
 
 
@@ -32,10 +32,12 @@ class Books:
     updates: list[Update] = attrs.field(factory=list)
     rejected: list[Rejection] = attrs.field(factory=list)
     opened_s: float = attrs.field(factory=time.monotonic)
-    land_s: float = 0.0
     done_s: float = 0.0
     deaths: int = 0
-    finish_ns: int = 0
+    cold_starts: int = 0  # of the Node, before
+    started: int = 0
+    sent: dict[int, tuple[int, int]] = attrs.field(factory=dict)  # leaf -> begin, end
+    spans: dict[tuple[int, str, int, int], int] = attrs.field(factory=dict)  # runtime, role, begin, end -> updates
 
     def now_s(self) -> float:
         """Seconds since the round was opened."""
@@ -53,16 +55,50 @@ class Books:
         shown = "; ".join(f"{r.client_id} ({r.rule}: {r.reason})" for r in self.rejected[:5])
         return f"; refused: {shown}" + (f" and {len(self.rejected) - 5} more" if len(self.rejected) > 5 else "")
 
-    def report(self, number: int, expected: int, timing: str, order: str, error: Exception | None) -> RoundReport:
+    def add_sent(self, leaf: int, begin_ns: int, end_ns: int) -> None:
+        """A leaf handed its sum over, from and to nanoseconds of the monotonic clock."""
+        self.sent[leaf] = begin_ns, end_ns
+
+    def add_span(self, runtime: int, role: str, begin_ns: int, end_ns: int, updates: int) -> None:
+        """A runtime aggregated so many updates or sums, from and to nanoseconds of the monotonic clock."""
+        span = (runtime, role, begin_ns, end_ns)
+        self.spans[span] = self.spans.get(span, 0) + updates
+
+    def folded(self, update: Update, begin_ns: int, end_ns: int) -> None:
+        """An update is in its leaf's sum."""
+        if not end_ns:  # its leaf died between the commit and this note
+            update.folded_s = self.now_s()
+            return
+        update.folded_s = end_ns / 1e9 - self.opened_s
+        self.add_span(update.runtime, "leaf", begin_ns, end_ns, 1)
+
+    def seconds_of(self, *roles: str) -> float:
+        """How long runtimes aggregated in these roles, all together."""
+        return sum(end - begin for _, role, begin, end in self.spans if role in roles) / 1e9
+
+    def _timeline(self) -> tuple[Span, ...]:
+        landed = [Span(0, "gateway", "receive", u.landed_s, u.arrived_s, 1) for u in self.updates]
+        made = [
+            Span(runtime, role, "aggregate", begin / 1e9 - self.opened_s, end / 1e9 - self.opened_s, n)
+            for (runtime, role, begin, end), n in self.spans.items()
+        ]
+        sent = [
+            Span(leaf, "leaf", "send", begin / 1e9 - self.opened_s, end / 1e9 - self.opened_s, 1)
+            for leaf, (begin, end) in self.sent.items()
+        ]
+        return tuple(sorted([*landed, *made, *sent], key=lambda span: span.begin_s))
+
+    def report(
+        self, number: int, expected: int, timing: str, order: str, leaves: int, shards: int, error: Exception | None
+    ) -> RoundReport:
         """The books as they stand; the times are final once there is a result."""
         now = self.done_s or self.now_s()
         last = max((u.arrived_s for u in self.updates), default=0.0)
-        folds = {(u.runtime, u.fold_ns) for u in self.updates}
         stages = {
             "receive": last,
-            "land": self.land_s,
-            "fold": sum(end - begin for _, (begin, end) in folds) / 1e9,
-            "finish": self.finish_ns / 1e9,
+            "land": sum(u.arrived_s - u.landed_s for u in self.updates),
+            "fold": self.seconds_of("leaf"),
+            "finish": self.seconds_of("top", "shard"),
             "last_to_result": now - last,
             "total": now,
         }
@@ -79,4 +115,8 @@ class Books:
             deaths=self.deaths,
             stages=stages,
             error=None if error is None else str(error),
+            spans=self._timeline(),
+            leaves=leaves,
+            shards=shards,
+            started=self.started,
         )

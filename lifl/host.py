@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lifl.errors import ShmError
 from lifl.ring import Outbox
 from lifl.shm import Arena, Block
+
+if TYPE_CHECKING:
+    from lifl.forecast import Forecast
+    from lifl.pool import Pool
 
 WAIT_CAP_S = 0.1
 """No wait is longer in one piece: signals and lost peers are noticed within it."""
@@ -21,6 +25,8 @@ class Host(Protocol):
     arena: Arena
     outbox: Outbox
     changed: threading.Condition
+    pool: Pool
+    forecast: Forecast
 
     def pump(self) -> None:
         """Gets the work going that is there; without workers it is done now, in the calling thread."""

@@ -17,7 +17,9 @@ from lifl.shm import Arena, check, ffi, lib
 
 NO_BLOCK = 0xFFFFFFFF
 WAIT_CAP_S = 0.1
-"""No sleep is longer: a lost peer or a signal is noticed within it."""
+"""No sleep of who takes part in a round is longer: a lost peer or a signal is noticed within it."""
+IDLE_WAIT_S = 2.0
+"""No sleep at all is longer. It is that of a worker without a task, which should cost nothing to have."""
 
 
 class Kind(IntEnum):
@@ -25,24 +27,19 @@ class Kind(IntEnum):
 
     OPEN = 1  # agent -> leaf: `block` is the control block of `round`
     GRANT = 2  # agent -> leaf: `block` may hold your partial sum; two of them per round; `arg` 1: it holds one
-    UPDATE = 3  # agent -> leaf: `block` is READY
-    PRESS = 4  # agent -> leaf: fold what you hold, memory is short
+    UPDATE = 3  # agent -> leaf: `block` is READY; `arg` 1: fold it alone
+    SHARD = 4  # agent -> worker: `block` is the control block with an order; make range `arg` >> 8 of `arg` & 255
     FLUSH = 5  # agent -> leaf: that was all; `block` takes the mean; `arg` = top << 8 | number of leaves
-    ABORT = 6  # agent -> leaf: forget the round
+    ABORT = 6  # agent -> worker: forget the round
     STOP = 7  # agent -> worker: exit
-    SUM = 8  # leaf -> top: `block` is COMMITTED; `arg` is the leaf; NO_BLOCK if nothing came
+    SUM = 8  # leaf -> top, which may be the agent: `block` is COMMITTED; `arg` is the leaf; NO_BLOCK if nothing came
     FOLDED = 9  # leaf -> agent: `block` has been counted and is FREE
     RESULT = 10  # top -> agent: `block` is the mean, READY
-    ABORTED = 11  # leaf -> agent: nothing of the round is touched any more
+    ABORTED = 11  # worker -> agent: nothing of the round is touched any more
     FAILED = 12  # worker -> agent: the round met an error that its log describes
     HELLO = 13  # worker -> agent: it has started, or still answers
     PING = 14  # agent -> worker: say HELLO
-
-
-LAZY, FLOWER = 1, 2
-"""Flags of a control block: fold only when told to; fold in Flower's order and arithmetic."""
-BATCH_SHIFT = 8
-"""Above the flags: the most updates that are folded before a commit; 0 for as many as a manifest lists."""
+    SHARDED = 15  # worker -> agent: range `arg` >> 8 of the mean is made; `arg` & 1: a number in it is not finite
 
 
 class Descriptor(NamedTuple):
@@ -114,9 +111,10 @@ class Inbox:
     def wait(self, spin_s: float, timeout_s: float = WAIT_CAP_S) -> bool:
         """Waits until there is something: spins up to `spin_s` seconds (adaptive), then sleeps on a futex.
 
-        False at the time-out or when a signal came. Releases the GIL.
+        False at the time-out or when a signal came. Releases the GIL. The time-out is what a wake-up may be late that
+        its sender owed and was killed before giving.
         """
-        spin_ns, timeout_ns = int(spin_s * 1e9), int(min(timeout_s, WAIT_CAP_S) * 1e9)
+        spin_ns, timeout_ns = int(spin_s * 1e9), int(min(timeout_s, IDLE_WAIT_S) * 1e9)
         return bool(lib.lifl_inbox_wait(self._arena.handle, self._me, spin_ns, timeout_ns) == lib.LIFL_OK)
 
     def arm(self) -> bool:

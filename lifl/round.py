@@ -1,37 +1,33 @@
 """One round as its owner sees it: open, submit or loan, result, closed.
 
-Decides who is accepted and refused, and keeps the books; who has its blocks is its Assignment's business.
-It starts no process and reads no ring; its host (a Node) carries descriptors to and from it, with the host's
-lock held.
+Decides who is accepted and refused at the door; how the round goes on is its Course's business.
 """
 
 from __future__ import annotations
 
-import errno
-import math
 import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from lifl import admission, fold
+from lifl import admission
 from lifl.assignment import Assignment
-from lifl.books import Books, Update
-from lifl.errors import AdmissionError, ArenaCorruptError, LeaseError, RoundError
+from lifl.books import Update
+from lifl.course import Course
+from lifl.errors import AdmissionError, LeaseError, RoundError
 from lifl.host import WAIT_CAP_S, Host
 from lifl.intake import copy_in, look_for_nonfinite
 from lifl.loan import Loan
 from lifl.metrics import Rejection, RoundReport
+from lifl.pace import Pace
 from lifl.quota import Quota
 from lifl.result import RoundResult
-from lifl.ring import Descriptor, Kind
 from lifl.roster import Roster
 from lifl.shm import Lease
 from lifl.terms import Terms
 
 CLOSE_TIMEOUT_S = 30.0
-MOST_DEATHS = 2
 
 
 class Round:
@@ -40,17 +36,12 @@ class Round:
     Safe to use from several threads.
     """
 
-    def __init__(self, host: Host, number: int, terms: Terms, assignment: Assignment) -> None:
-        self._host, self.number, self._assignment = host, number, assignment
+    def __init__(self, host: Host, number: int, terms: Terms, assignment: Assignment, pace: Pace) -> None:
+        self._host, self.number = host, number
         self.spec, self.expected, self.timing, self.order = terms.spec, terms.expected, terms.timing, terms.order
         self.limits, self._clip, self._roster = terms.limits, terms.clip, Roster()
         self.quota = Quota(host, terms.limits, terms.spec.layout.update_bytes, self._roster, assignment)
-        self._phase: Literal["open", "folding", "done", "failed", "closed"] = "open"
-        self._error: Exception | None = None
-        self._books = Books()
-        self._acks: set[int] = set()
-        self._is_ended = False  # the top has said so; every leaf may not have been heard yet
-        self._result: RoundResult | None = None
+        self.course = Course(host, number, terms, assignment, pace, self._roster)
 
     # ------------------------------------------------------------ updates in
 
@@ -95,8 +86,7 @@ class Round:
             try:
                 copy_in(self.spec, arrays, loan)
                 clipped = self._clipped(loan)
-                self._books.land_s += time.monotonic() - begin
-                self._count(loan, weight, clipped)
+                self._count(loan, weight, clipped, begin)
             except AdmissionError as refusal:
                 self.reject(refusal)
                 raise
@@ -134,7 +124,7 @@ class Round:
     def reject(self, error: AdmissionError) -> None:
         """Puts a refusal into the report, also one decided elsewhere (an error reply, a bad format)."""
         with self._locked():
-            self._books.rejected.append(Rejection(error.client_id, error.rule, error.reason))
+            self.course.books.rejected.append(Rejection(error.client_id, error.rule, error.reason))
 
     def _name(self, client_id: object) -> str:
         if client_id is not None:
@@ -160,8 +150,8 @@ class Round:
 
     def _check_phase(self, who: str) -> None:
         self._host.check_workers()
-        if self._phase != "open":
-            state = "complete" if self._phase in ("folding", "done") else self._phase
+        if self.course.phase != "open":
+            state = "complete" if self.course.phase in ("folding", "done") else self.course.phase
             raise AdmissionError(who, "closed", f"round {self.number} is {state}: open another one")
 
     def returned(self, loan: Loan) -> None:
@@ -174,66 +164,41 @@ class Round:
         """A loan was written in place: looks for NaN and Inf, clips, then counts it (see ``Loan.send``)."""
         if not loan.lease.is_live:
             raise LeaseError("the loan has been sent or released before")
+        begin = time.monotonic()
         try:
             look_for_nonfinite(self.spec, loan)
             weight = admission.check_weight(loan.client_id, weight, self.limits.max_weight)
-            self._count(loan, weight, self._clipped(loan))
+            self._count(loan, weight, self._clipped(loan), begin)
         except AdmissionError as refusal:
             self.reject(refusal)
             loan.abandon()
             raise
 
-    def _count(self, loan: Loan, weight: float, clipped: float) -> None:
+    def _count(self, loan: Loan, weight: float, clipped: float, begin: float) -> None:
         host, block = self._host, loan.lease.block
         with self._locked():
             self._check_phase(loan.client_id)
-            update = Update(loan.client_id, weight, block, self._books.now_s(), clipped)
+            update = Update(loan.client_id, weight, block, self.course.books.now_s(), clipped)
+            update.landed_s = begin - self.course.books.opened_s
             note = host.arena.note(block.index)
-            note.weight, note.tag = weight, len(self._books.updates)
+            note.weight, note.tag = weight, len(self.course.books.updates)
             loan.hand_over()
             self._roster.count(loan.client_id)
-            self._books.updates.append(update)
-            self._assignment.add(update)
-            if self.order == "any":
-                self._assignment.give(update)
-            if len(self._books.updates) == self.expected:
-                self._flush()
+            self.course.count(update)
         host.pump()
-
-    def press(self) -> None:
-        """Makes lazy leaves fold what they hold, because memory is short. The host holds the lock."""
-        self._assignment.press()
-
-    @property
-    def is_moving(self) -> bool:
-        """True if blocks of this round will come free while this thread waits. The host holds the lock."""
-        return self._phase == "folding" or self._assignment.is_busy or self._roster.others_hold_loans
-
-    @property
-    def waits_for_workers(self) -> bool:
-        """True while a worker owes this round something. The host holds the lock."""
-        return self._phase in ("folding", "failed") or self._assignment.is_busy
-
-    def _flush(self) -> None:
-        """Everything that will come has come: commit, send to the top, finish."""
-        self._phase = "folding"
-        if self.order == "flower":
-            factors = fold.flower_factors([u.weight for u in self._books.updates])
-            for update, factor in zip(self._books.updates, factors, strict=True):
-                self._host.arena.note(update.block.index).weight = factor
-                self._assignment.give(update)
-        self._assignment.flush()
 
     # ------------------------------------------------------------ the result
 
     def close_early(self) -> None:
         """Takes no more updates: the result is made of those that are in. Harmless when complete."""
         with self._locked():
-            if self._phase == "open":
-                if self._books.updates:
-                    self._flush()
+            if self.course.phase == "open":
+                if self.course.books.updates:
+                    self.course.flush()
                 else:
-                    self.fail(RoundError(f"round {self.number} was closed without an update{self._books.refusals()}"))
+                    self.course.fail(
+                        RoundError(f"round {self.number} was closed without an update{self.course.books.refusals()}")
+                    )
         self._host.pump()
 
     def result(self, timeout: float | None = None) -> RoundResult:
@@ -254,136 +219,25 @@ class Round:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._locked():
-            while self._phase in ("open", "folding"):
+            while self.course.phase in ("open", "folding"):
                 self._host.check_workers()
                 left = WAIT_CAP_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
-                    have = f"{len(self._books.updates)} of {self.expected} updates are in"
+                    have = f"{len(self.course.books.updates)} of {self.expected} updates are in"
                     advice = "wait longer, or call close_early() for what is there"
                     raise RoundError(
-                        f"round {self.number}: {have} after {timeout:g} s; {advice}{self._books.refusals()}"
+                        f"round {self.number}: {have} after {timeout:g} s; {advice}{self.course.books.refusals()}"
                     )
                 self._host.changed.wait(min(left, WAIT_CAP_S))
-            if self._result is None:
-                raise self._error or RoundError(f"round {self.number} is closed")
-            return self._result
+            self.course.add_prediction()
+            if self.course.result is None:
+                raise self.course.error or RoundError(f"round {self.number} is closed")
+            return self.course.result
 
     def report(self) -> RoundReport:
         """The books as they stand now; final once there is a result."""
         with self._locked():
-            return self._books.report(self.number, self.expected, self.timing, self.order, self._error)
-
-    # ------------------------------------------------------------ what workers say; the host holds the lock
-
-    def handle(self, sender: int, d: Descriptor) -> None:
-        """Takes a descriptor from a worker into the books."""
-        if d.kind == Kind.FOLDED:
-            self._folded(sender, d)
-        elif d.kind == Kind.RESULT:
-            self._is_ended = True
-        elif d.kind == Kind.ABORTED:
-            self._acks.add(sender)
-        elif d.kind == Kind.FAILED:
-            self.fail(
-                RoundError(
-                    f"round {self.number}: worker {sender} failed; its traceback is in this process's standard error"
-                )
-            )
-        self._finish_if_ended()
-
-    def _finish_if_ended(self) -> None:
-        # The top may be heard before another leaf has told all that it folded.
-        if self._is_ended and not self._assignment.is_busy and self._phase == "folding":
-            self._finished()
-
-    def _folded(self, sender: int, d: Descriptor) -> None:
-        update = self._assignment.updates.get((d.block, d.generation))
-        if update is None:
-            raise ArenaCorruptError(errno.EBADMSG, f"worker {sender} folded block {d.block}, which is no update")
-        self._settle(update)
-
-    def _settle(self, update: Update) -> None:
-        """The update is in a committed sum, and its block free."""
-        note = self._host.arena.note(update.block.index)
-        update.fold_ns = (note.begin_ns, note.end_ns)
-        update.folded_s = note.end_ns / 1e9 - self._books.opened_s
-        self._assignment.settle(update)
-
-    def _finished(self) -> None:
-        note = self._host.arena.note(self._assignment.mean.index)
-        if note.tag != len(self._books.updates):
-            message = (
-                f"round {self.number}: the mean contains {note.tag} updates, {len(self._books.updates)} were accepted"
-            )
-            self.fail(ArenaCorruptError(errno.EBADMSG, message))
-            return
-        if not math.isfinite(note.weight):
-            message = f"round {self.number}: a weighted sum left the range of float64: use smaller weights"
-            self.fail(RoundError(message))
-            return
-        self._books.finish_ns = note.end_ns - note.begin_ns
-        self._books.done_s = self._books.now_s()
-        self._phase = "done"
-        buffer = self._host.arena.buffer(self._assignment.mean)
-        views = self.spec.flower_views if self.order == "flower" else self.spec.views
-        report = self.report()
-        weight = sum(u.weight for u in self._books.updates)
-        self._result = RoundResult(self.spec, views(buffer), weight, len(self._books.updates), report.rejected, report)
-        del buffer
-        for block in self._assignment.take_all():
-            self._host.arena.reclaim(block)
-
-    def recover(self, me: int) -> list[Descriptor]:
-        """Takes up what a dead worker left of this round; what its successor has to be told, in order.
-
-        The host holds the lock and has heard all that the dead one had said.
-        """
-        work = self._assignment
-        if me not in work.leaves or self._phase in ("done", "closed"):
-            return []
-        self._books.deaths += 1
-        if self._phase == "failed":
-            # Its successor says when it has let go: a leaf's sum may be on its way to it.
-            work.free(me)
-            return [work.aborted]
-        if work.has_made_mean(me):
-            # It had made the mean, and only not said so.
-            work.free(me)
-            for update in work.held_by(me):
-                self._settle(update)
-            self._is_ended = True
-            self._finish_if_ended()
-            return []
-        remains = work.sweep(me)
-        for update in remains.counted:
-            self._settle(update)
-        if not self._refuse_poison(me):
-            work.free(me)
-            return []
-        return work.retell(me, remains)
-
-    def _refuse_poison(self, me: int) -> bool:
-        """An update that two workers died of is not given to a third; false if the round ends by that."""
-        poison = [update for update in self._assignment.held_by(me) if update.deaths >= MOST_DEATHS]
-        if poison and self.order == "flower":
-            self.fail(RoundError(f"round {self.number}: {MOST_DEATHS} workers died of it"))
-            return False
-        for update in poison:
-            reason = f"{update.deaths} workers died while they folded it"
-            self._books.rejected.append(Rejection(update.client_id, "poison", reason))
-            self._books.updates.remove(update)
-            self._roster.leave(update.client_id)
-            self._assignment.refuse(update)
-        if poison and not self._books.updates and self._phase == "folding":
-            self.fail(RoundError(f"round {self.number}: no update is left{self._books.refusals()}"))
-            return False
-        return True
-
-    def fail(self, error: Exception) -> None:
-        """Ends the round without a result. The host holds the lock."""
-        if self._phase in ("open", "folding"):
-            self._phase, self._error = "failed", error
-            self._books.done_s = self._books.now_s()
+            return self.course.report()
 
     # ------------------------------------------------------------ the end
 
@@ -396,18 +250,18 @@ class Round:
         if host.is_foreign:
             return
         with self._locked():
-            if self._phase == "closed":
+            if self.course.phase == "closed":
                 return
-            is_done = self._phase == "done"
+            is_done = self.course.phase == "done"
             if not is_done:
-                self.fail(RoundError(f"round {self.number} was closed before its result"))
-                self._assignment.abort()
+                self.course.fail(RoundError(f"round {self.number} was closed before its result"))
+                self.course.abort()
         if not is_done:
             host.pump()
             self._take_back()
         with self._locked():
-            self._phase = "closed"
-            self._result = None  # who asked for it has it; a kept Round must not pin its memory
+            self.course.phase = "closed"
+            self.course.result = None  # who asked for it has it; a kept Round must not pin its memory
             host.forget(self.number)
             host.changed.notify_all()
 
@@ -415,7 +269,7 @@ class Round:
         """Waits until no worker touches the round any more, then reclaims what it had."""
         host, deadline = self._host, time.monotonic() + CLOSE_TIMEOUT_S
         with self._locked():
-            while self._acks < set(self._assignment.leaves):
+            while not self.course.is_let_go:
                 try:
                     host.check_workers()
                 except Exception:
@@ -423,7 +277,7 @@ class Round:
                 if time.monotonic() > deadline:
                     raise RoundError(f"round {self.number}: workers did not let go of it in {CLOSE_TIMEOUT_S:g} s")
                 host.changed.wait(WAIT_CAP_S)
-            held = self._assignment.take_all()
+            held = self.course.take_all()
             # A sum that was on its way to the top when that let go comes free a moment later.
             while (held := [block for block in held if not host.arena.reclaim(block)]) and time.monotonic() < deadline:
                 host.changed.wait(0.001)
@@ -437,4 +291,6 @@ class Round:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Round {self.number}: {len(self._books.updates)} of {self.expected} updates, {self._phase}>"
+        return (
+            f"<Round {self.number}: {len(self.course.books.updates)} of {self.expected} updates, {self.course.phase}>"
+        )

@@ -11,11 +11,12 @@ import attrs
 from lifl.admission import Limits
 from lifl.clip import Clip
 from lifl.intake import as_numpy
-from lifl.ring import BATCH_SHIFT, FLOWER, LAZY
+from lifl.order import BATCH_SHIFT, FLOWER
+from lifl.planner.shape import Shape
 from lifl.shm import lib
 from lifl.tensor import Layout, TensorSpec
 
-Timing = Literal["eager", "lazy"]
+Timing = Literal["eager", "lazy", "jit"]
 Order = Literal["any", "flower"]
 
 
@@ -30,6 +31,7 @@ class Terms:
     commit_every: int | None
     limits: Limits
     clip: Clip | None
+    shape: Shape | None
 
     @classmethod
     def of(
@@ -41,16 +43,19 @@ class Terms:
         commit_every: int | None,
         limits: Limits | None,
         base: Mapping[str, Any] | None,
+        shape: Shape | None,
     ) -> Terms:
         """The arguments of ``Node.open_round``, whose docstring says what they mean; raises its ``ValueError``."""
-        if timing not in ("eager", "lazy"):
-            raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
+        if timing not in ("eager", "lazy", "jit"):
+            raise ValueError(f"timing={timing!r}: use 'eager', 'lazy' or 'jit'")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
         if not isinstance(expected, Integral) or expected < 1:
             raise ValueError(f"expected={expected!r}: a round needs a whole number of updates, at least 1")
         if order == "flower" and any(t.dtype == "bfloat16" for t in spec.values()):
             raise ValueError("order='flower' has no bfloat16: NumPy, which Flower uses, has none")
+        if order == "flower" and shape is not None and (shape.leaves or not shape.shards):
+            raise ValueError(f"shape={shape}: order='flower' folds nothing ahead, use Shape(leaves=0, shards=...)")
         batch_max = int(lib.lifl_batch_max())
         if commit_every is not None and not 1 <= commit_every <= batch_max:
             raise ValueError(f"commit_every={commit_every!r}: give 1 to {batch_max}")
@@ -61,7 +66,7 @@ class Terms:
         clip = None
         if limits.clipping_norm is not None and base is not None:
             clip = Clip(spec, {name: as_numpy(array) for name, array in base.items()}, limits.clipping_norm)
-        return cls(spec, int(expected), timing, order, commit_every, limits, clip)
+        return cls(spec, int(expected), timing, order, commit_every, limits, clip, shape)
 
     @property
     def layout(self) -> Layout:
@@ -71,5 +76,4 @@ class Terms:
     @property
     def flags(self) -> int:
         """What a worker has to know of it."""
-        flags = (LAZY if self.timing == "lazy" else 0) | (FLOWER if self.order == "flower" else 0)
-        return flags | (self.commit_every or 0) << BATCH_SHIFT
+        return (FLOWER if self.order == "flower" else 0) | (self.commit_every or 0) << BATCH_SHIFT

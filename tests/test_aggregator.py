@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl import fold
+from lifl import fold, order
 from lifl.aggregator import Aggregator
 from lifl.errors import RoundError
-from lifl.ring import LAZY, Descriptor, Inbox, Kind, Outbox
+from lifl.order import Order, Source
+from lifl.ring import Descriptor, Inbox, Kind, Outbox
 from lifl.shm import AGENT, Arena, Block, State
 
 ME, OTHER = 1, 2
@@ -102,18 +103,54 @@ def test_updates_become_a_mean(agent: Agent) -> None:
     assert (note.weight, note.tag) == (4.0, 2)
 
 
-def test_lazy_leaf_waits_until_it_is_told(agent: Agent) -> None:
-    """A lazy leaf folds nothing before FLUSH, or PRESS, which makes it fold what it holds."""
-    agent.open(1, LAZY)
-    agent.tell(Kind.UPDATE, 1, agent.update(1))
+def test_shards_become_a_mean(agent: Agent) -> None:
+    """Ranges of the mean are made of a leaf's sum and of updates, by a worker that was told of nothing before."""
+    agent.open(1)
+    agent.tell(Kind.UPDATE, 1, agent.update(1, weight=2))
+    agent.tell(Kind.FLUSH, 1, Block(0, 0, 0), AGENT << 8 | 1)
+    folded, total = agent.heard()
+    assert (folded.kind, total.kind, total.arg) == (Kind.FOLDED, Kind.SUM, ME)
+    assert agent.arena.describe(total.block)[1:3] == (AGENT, State.COMMITTED)
+
+    encoded = SPEC.layout.encode(0)
+    control = agent.block(order.control_bytes(SPEC.layout, 2), AGENT, State.WRITING)
+    mean = agent.block(SPEC.layout.mean_bytes, AGENT, State.WRITING)
+    update = agent.block(SPEC.layout.update_bytes, AGENT, State.READY)
+    np.frombuffer(agent.arena.buffer(update), np.float32, 5)[...] = 4
+    buffer = agent.arena.buffer(control)
+    buffer[: len(encoded)] = encoded
+    sums, updates = (Source(total.block, total.generation),), (Source(update.index, update.generation, 4.0),)
+    order.write(buffer, SPEC.layout, Order(Source(mean.index, mean.generation), sums, updates, (6.0, 0.0)))
+    for shard in (1, 0):
+        agent.tell(Kind.SHARD, 2, control, shard << 8 | 2)
+    assert [(d.kind, d.round, d.arg) for d in agent.heard()] == [(Kind.SHARDED, 2, 1 << 8), (Kind.SHARDED, 2, 0)]
+    assert agent.mean(mean) == [3.0] * 5
+    begin_ns, end_ns = order.read_times(buffer, SPEC.layout, 0)
+    assert 0 < begin_ns <= end_ns
+
+
+def test_rounds_take_turns(agent: Agent) -> None:
+    """A worker with several rounds does one piece of each in turn, however much one of them has."""
+    for number in (1, 2):
+        agent.open(number)
+    agent.worker.step()
+    agent.worker._batch_max = 1
+    for number in (1, 1, 1, 2, 2, 2):
+        agent.tell(Kind.UPDATE, number, agent.update(1))
+    assert [d.round for d in agent.heard()] == [1, 2, 1, 2, 1, 2]
+
+
+def test_round_that_is_opened_late_keeps_its_sums(agent: Agent) -> None:
+    """Leaves join rounds in any order: that a newer round is open says nothing about an older one."""
+    agent.open(9)
+    agent.heard()
+    block = agent.block(MANIFEST_BYTES + SPEC.layout.sum_bytes, ME, State.COMMITTED)
+    agent.tell(Kind.SUM, 3, block, OTHER)
     assert agent.heard() == []
-    agent.tell(Kind.PRESS, 1, agent.update(0))
-    assert [d.kind for d in agent.heard()] == [Kind.FOLDED]
-    agent.tell(Kind.UPDATE, 1, agent.update(3))
-    assert agent.heard() == []
-    mean = agent.flush(1)
-    assert [d.kind for d in agent.heard()] == [Kind.FOLDED, Kind.RESULT]
-    assert agent.mean(mean) == [2.0] * 5
+    assert agent.arena.describe(block.index)[2] == State.COMMITTED
+    agent.tell(Kind.ABORT, 3, block)
+    assert [d.kind for d in agent.heard()] == [Kind.ABORTED]
+    assert agent.arena.describe(block.index)[2] == State.FREE
 
 
 def test_stale_and_doubled_descriptors_do_not_count(agent: Agent) -> None:
@@ -145,13 +182,12 @@ def test_manifest_says_what_the_sum_contains(agent: Agent) -> None:
     assert epochs == sorted(set(epochs))
 
 
-@pytest.mark.parametrize("flags", [0, LAZY], ids=["eager", "lazy"])
 @pytest.mark.parametrize("count", [0, 1, 70])
 @pytest.mark.parametrize("is_flushed", [False, True])
-def test_aborted_round_gives_everything_back(agent: Agent, flags: int, count: int, is_flushed: bool) -> None:
+def test_aborted_round_gives_everything_back(agent: Agent, count: int, is_flushed: bool) -> None:
     """Whenever a round is aborted, the worker lets go of every block of it and says ABORTED."""
     free = agent.arena.free_bytes
-    blocks = [*agent.open(1, flags)]
+    blocks = [*agent.open(1)]
     (control,) = [Block(0, agent.arena.describe(0)[0], 0)]
     for _ in range(min(count, agent.arena.free_bytes // 65536 - 1)):
         blocks.append(agent.update(1))
@@ -199,9 +235,9 @@ def test_error_in_a_fold_loses_the_round_and_not_the_node(monkeypatch: pytest.Mo
     """What goes wrong in a worker ends that round with RoundError; its blocks come back and the next one works."""
     with lifl.Node("4MiB", workers=0) as node:
         free = node.arena.free_bytes
-        with node.open_round(SPEC, expected=2) as round_:
+        with node.open_round(SPEC, expected=1) as round_:
             with monkeypatch.context() as patch:
-                patch.setattr(fold, "fold_at", lambda *_: 1 / 0)
+                patch.setattr(fold, "finish_at", lambda *_: 1 / 0)
                 # Its traceback would keep the blocks of the fold mapped.
                 patch.setattr(logging.getLogger("lifl.aggregator"), "disabled", True)
                 round_.submit(MODEL)

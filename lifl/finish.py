@@ -1,0 +1,153 @@
+"""The mean of a round made in ranges of its coordinates: of what, by whom, and what if one of them dies.
+
+Every worker reads its range of each source and writes its range of the mean, and nothing else: whoever dies has changed
+nothing that cannot be made again. The sources stay the agent's until all ranges are made. Called with the host's lock
+held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+from lifl import fold, order
+from lifl.assignment import Assignment
+from lifl.books import Update
+from lifl.host import Host
+from lifl.order import Order, Source
+from lifl.ring import Descriptor, Kind
+from lifl.shm import Block
+
+
+class Finish:
+    """Makes the mean of the leaves' sums and of what no leaf has folded.
+
+    If a worker dies of an order that has updates, they are suspects: when nobody reads them any more, each is read
+    alone. One that a worker dies of again has to be refused (:meth:`drop_suspect`); the others are cleared. Then the
+    order is given again.
+    """
+
+    def __init__(self, host: Host, number: int, work: Assignment, is_flower: bool) -> None:
+        self._host, self._number, self._work, self._is_flower = host, number, work, is_flower
+        self._makers: list[int] = []  # of each range of the order
+        self._open: set[int] = set()  # ranges that are not made yet
+        self._is_finite = True
+        self._is_spoilt = False
+        self._suspects: deque[Update] = deque()
+        self._sums: list[Block] = []
+        self.workers: set[int] = set()  # everybody who has had a part
+
+    @property
+    def is_running(self) -> bool:
+        """True while somebody reads sources or writes the mean."""
+        return bool(self._open)
+
+    @property
+    def makers(self) -> set[int]:
+        """The workers that make a range now."""
+        return {self._makers[shard] for shard in self._open}
+
+    def begin(self) -> None:
+        """Orders the mean of everything, of which there must be something; or first lets a suspect be read alone.
+
+        What is made of a suspect is written over later.
+        """
+        self._is_spoilt, self._is_finite = False, True
+        if self._suspects:
+            suspect = self._suspects[0]
+            self._give([], [suspect], [suspect.weight], 1)
+            return
+        self._sums, updates = self._work.sums(), list(self._work.held)
+        weights = [update.weight for update in updates]
+        factors = fold.flower_factors(weights) if self._is_flower else weights
+        self._give(self._sums, updates, factors, self._work.shape.shards)
+
+    def _give(self, sums: Sequence[Block], updates: Sequence[Update], factors: Sequence[float], shards: int) -> None:
+        arena, work = self._host.arena, self._work
+        what = Order(
+            Source(work.mean.index, work.mean.generation),
+            tuple(Source(block.index, block.generation) for block in sums),
+            tuple(Source(u.block.index, u.block.generation, f) for u, f in zip(updates, factors, strict=True)),
+            fold.add_weights((0.0, 0.0), [*factors, *(w for block in sums for w in self._contents(block)[:2])]),
+        )
+        order.write(arena.buffer(work.control), work.layout, what)
+        arena.note(work.mean.index).weight = what.weight[0]
+        workers = self._host.pool.choose(shards)
+        self._makers = [workers[shard % len(workers)] for shard in range(shards)]
+        self._open = set(range(shards))
+        self.workers |= set(workers)
+        for shard, worker in enumerate(self._makers):
+            self._host.outbox.push(worker, self._told(shard))
+
+    def _contents(self, block: Block) -> tuple[float, float, int]:
+        """A partial sum's weight, as a pair, and the number of its updates."""
+        mapping = self._host.arena.map(block.index, block.generation)
+        manifest = self._host.arena.manifest(mapping.address)
+        contents = manifest.weight, manifest.weight_low, manifest.num_updates
+        mapping.close()
+        return contents
+
+    def _told(self, shard: int) -> Descriptor:
+        control, arg = self._work.control, shard << 8 | len(self._makers)
+        return Descriptor(Kind.SHARD, self._number, control.index, control.generation, arg)
+
+    # ------------------------------------------------------------ back from the workers
+
+    def made(self, worker: int, shard: int, is_finite: bool) -> bool:
+        """A range is made; true if that was the last one, and :meth:`is_done` has to be asked."""
+        if shard not in self._open or self._makers[shard] != worker:
+            return False
+        self._open.remove(shard)
+        self._is_finite &= is_finite
+        return not self._open
+
+    def is_done(self) -> bool:
+        """All ranges of an order are made, or given up: true if the mean is there, else :meth:`begin` comes next."""
+        if self._suspects:
+            self._suspects.popleft().deaths = 0  # it was read alone, and nobody died
+            return False
+        if self._is_spoilt:
+            self._suspects = deque(self._work.held)
+            return False
+        note = self._host.arena.note(self._work.mean.index)
+        note.tag = len(self._work.held) + sum(self._contents(block)[2] for block in self._sums)
+        if not self._is_finite:
+            note.weight = math.inf
+        times = self.times()
+        note.begin_ns, note.end_ns = min(begin for _, begin, _ in times), max(end for _, _, end in times)
+        return True
+
+    def times(self) -> list[tuple[int, int, int]]:
+        """For each range: who made it, and when that began and ended, in nanoseconds of the monotonic clock."""
+        buffer = self._host.arena.buffer(self._work.control)
+        return [
+            (worker, *order.read_times(buffer, self._work.layout, shard)) for shard, worker in enumerate(self._makers)
+        ]
+
+    # ------------------------------------------------------------ when a worker is dead
+
+    def lost(self, me: int) -> list[Descriptor]:
+        """Worker `me` is dead: what its successor is told. ``is_running`` may be false afterwards."""
+        if self._suspects:
+            self._suspects[0].deaths += 1
+        elif self._work.held:
+            for update in self._work.held if not self._is_spoilt else ():
+                update.deaths += 1
+            self._is_spoilt = True
+            self._open -= {shard for shard in self._open if self._makers[shard] == me}
+        return self.tell_again(me)
+
+    def tell_again(self, me: int) -> list[Descriptor]:
+        """What worker `me` has been asked for and has not made."""
+        return [self._told(shard) for shard in sorted(self._open) if self._makers[shard] == me]
+
+    @property
+    def suspect(self) -> Update | None:
+        """The update that is read alone."""
+        return self._suspects[0] if self._suspects else None
+
+    def drop_suspect(self) -> None:
+        """The suspect is to be refused: nobody reads it any more, and :meth:`begin` comes next."""
+        self._suspects.popleft()
+        self._open.clear()

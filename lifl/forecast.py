@@ -1,0 +1,96 @@
+"""What a Node has learnt: at what rate updates come, what this machine takes for them, and so how a round is best done.
+
+Carries the measurements from round to round and asks the planner, which is pure. It reads no clock. Called with the
+Node's lock held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lifl.metrics import RoundReport
+from lifl.pace import Pace
+from lifl.planner.choose import choose_shape
+from lifl.planner.costs import Costs, Sizes, predict
+from lifl.planner.load import Load, observe
+from lifl.planner.shape import Shape
+from lifl.terms import Terms
+
+MOST_PREDICTED = 4096
+"""Updates of a round for which the cost model is asked afterwards; it takes some microseconds for each."""
+LEAST_TELLING_S = 0.005
+"""A round whose end took less says more about wake-ups than about this machine's memory."""
+
+
+class Forecast:
+    """One Node's.
+
+    Attributes
+    ----------
+    costs : Costs
+        Measured, or assumed where they were not, and corrected after each round.
+    load : Load or None
+        Arrival rate and execution time, smoothed; None before the first round.
+    """
+
+    def __init__(self, costs: Costs, workers: int) -> None:
+        self.costs, self._workers = costs, workers
+        self.load: Load | None = None
+        self._shapes: dict[tuple[object, ...], Shape] = {}
+
+    def pace(self, terms: Terms) -> Pace:
+        """How a round with these terms is to be done."""
+        sizes = sizes_of(terms)
+
+        def choose(rate: float | None) -> Shape:
+            # By powers of two: the planner is asked once for rates that are much the same.
+            step = None if rate is None else rate if rate in (0, math.inf) else 2.0 ** round(math.log2(rate))
+            key = (terms.expected, step, sizes, terms.timing)
+            if key not in self._shapes:
+                self._shapes[key] = choose_shape(terms.expected, step, sizes, self.costs, self._workers, terms.timing)
+            return self._shapes[key]
+
+        shape = terms.shape
+        most = min(self._workers, self.costs.cores)
+        if shape is None and terms.order == "flower":
+            shape = Shape(0, most)
+        elif shape is None and terms.commit_every is not None:
+            shape = Shape(most, 0)  # what is held for shards would not be bounded
+        rate = self.load.arrival_rate if self.load is not None and self.load.arrival_rate > 0 else None
+        return Pace(terms.timing, choose, shape, terms.expected, rate, self.costs.work(sizes).batch_s(1, False))
+
+    def predict(self, terms: Terms, shape: Shape, arrivals: Sequence[float]) -> dict[str, float] | None:
+        """What the cost model says of a round whose updates were ready at `arrivals` (seconds, sorted).
+
+        ``completion_s``, ``last_to_result_s``, ``cpu_s`` and ``peak_bytes``; None if there are too many.
+        """
+        if len(arrivals) > MOST_PREDICTED:
+            return None
+        said = predict(shape, terms.timing, arrivals, sizes_of(terms), self.costs, self._workers)
+        return {
+            "completion_s": said.completion_s,
+            "last_to_result_s": said.last_to_result_s,
+            "cpu_s": said.cpu_s,
+            "peak_bytes": said.peak_bytes,
+        }
+
+    def learn(self, report: RoundReport) -> None:
+        """Takes a round that is over into account: its arrivals, and how wrong its prediction was."""
+        arrivals = [update.arrived_s for update in report.accepted]
+        busy_s = sum(s.end_s - s.begin_s for s in report.spans if s.role in ("leaf", "shard"))
+        if len(arrivals) > 1 and busy_s > 0:
+            # What comes faster than it can be folded is as good as all at once.
+            seconds = max(max(arrivals) - min(arrivals), busy_s / (4 * self._workers))
+            self.load = observe(self.load, len(arrivals), seconds, busy_s)
+        said, real_s = report.predicted, report.stages["last_to_result"]
+        if said is not None and not report.deaths and min(said["last_to_result_s"], real_s) > LEAST_TELLING_S:
+            self.costs = self.costs.corrected(said["last_to_result_s"], real_s)
+            self._shapes.clear()
+
+
+def sizes_of(terms: Terms) -> Sizes:
+    """A round's, for the cost model, to which nothing is free."""
+    layout = terms.layout
+    update, total, mean = (max(1, n) for n in (layout.update_bytes, layout.sum_bytes, layout.mean_bytes))
+    return Sizes(update, total, mean, arrays=max(1, len(terms.spec)))

@@ -1,0 +1,109 @@
+"""A round's control block: where everything lies, and at the end what its mean is made of. Values and bytes, no arena.
+
+The agent writes it, workers read it. The first part, the layout, is there from the beginning; the rest is written when
+every sum and update is where it will be read, before anybody is told of it. Each worker notes its own times in it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from lifl.tensor import Layout
+
+FLOWER = 1
+"""Flag of a round: its mean is made in Flower's order and arithmetic."""
+BATCH_SHIFT = 8
+"""Above the flags: the most updates that are folded before a commit; 0 for as many as a manifest lists."""
+
+MOST_SHARDS = 255
+_HEAD = struct.Struct("<IIIIdd")
+_ROW = struct.Struct("<IId")
+_TIMES = struct.Struct("<QQ")
+
+
+@attrs.frozen
+class Source:
+    """A block to read: a partial sum, or an update with its weight (in Flower's order: its factor)."""
+
+    index: int
+    generation: int
+    weight: float = 0.0
+
+
+@attrs.frozen
+class Order:
+    """What the mean is made of: ``mean = (sum of sums + sum of weight_k * update_k) / weight``.
+
+    Attributes
+    ----------
+    mean : Source
+        The block that takes it; its weight says nothing.
+    sums, updates : tuple of Source
+    weight : tuple of float
+        The sum of all weights as a pair of floats; see ``fold.add_weights``.
+    """
+
+    mean: Source
+    sums: tuple[Source, ...]
+    updates: tuple[Source, ...]
+    weight: tuple[float, float]
+
+
+def control_bytes(layout: Layout, most_sources: int) -> int:
+    """Bytes of a control block for a round whose mean is made of at most so many sums and updates."""
+    return _order_offset(len(layout.encode(0))) + _HEAD.size + most_sources * _ROW.size
+
+
+def times_offset(layout: Layout, shard: int) -> int:
+    """Where in the control block the worker of a shard notes when it began and ended (two uint64, ns)."""
+    return _times_start(len(layout.encode(0))) + shard * _TIMES.size
+
+
+def _times_start(layout_bytes: int) -> int:
+    return -(-layout_bytes // 16) * 16
+
+
+def _order_offset(layout_bytes: int) -> int:
+    return _times_start(layout_bytes) + MOST_SHARDS * _TIMES.size
+
+
+def write(buffer: Any, layout: Layout, order: Order) -> None:
+    """Writes an order behind the layout; `buffer` is the control block, of at least ``control_bytes``."""
+    at = _order_offset(len(layout.encode(0)))
+    head = (order.mean.index, order.mean.generation, len(order.sums), len(order.updates), *order.weight)
+    rows = b"".join(_ROW.pack(s.index, s.generation, s.weight) for s in (*order.sums, *order.updates))
+    data = _HEAD.pack(*head) + rows
+    buffer[at : at + len(data)] = data
+
+
+def read(data: bytes) -> tuple[Layout, int, Order]:
+    """The layout, the flags and the order in a control block; raises ``ValueError`` if they leave it."""
+    layout, flags = Layout.decode(data)
+    at = _order_offset(len(layout.encode(0)))
+    if len(data) < at + _HEAD.size:
+        raise ValueError(f"control block of {len(data)} bytes: the head of its order ends at {at + _HEAD.size}")
+    index, generation, num_sums, num_updates, weight, low = _HEAD.unpack_from(data, at)
+    at += _HEAD.size
+    if len(data) < at + (num_sums + num_updates) * _ROW.size:
+        raise ValueError(f"control block claims {num_sums} sums and {num_updates} updates in {len(data)} bytes")
+    rows = [Source(*_ROW.unpack_from(data, at + i * _ROW.size)) for i in range(num_sums + num_updates)]
+    return layout, flags, Order(Source(index, generation), *_split(rows, num_sums), (weight, low))
+
+
+def _split(rows: Sequence[Source], at: int) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    return tuple(rows[:at]), tuple(rows[at:])
+
+
+def read_times(buffer: Any, layout: Layout, shard: int) -> tuple[int, int]:
+    """When the worker of a shard began and ended, nanoseconds of the monotonic clock."""
+    begin, end = _TIMES.unpack_from(buffer, times_offset(layout, shard))
+    return int(begin), int(end)
+
+
+def times_of(begin_ns: int, end_ns: int) -> bytes:
+    """What a worker notes."""
+    return _TIMES.pack(begin_ns, end_ns)

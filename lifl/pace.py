@@ -1,0 +1,85 @@
+"""When a round's updates are folded: each as it arrives, or held back for the end, as the planner's costs tell.
+
+No clock: times come in. It decides, the round's assignment carries out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lifl.planner.load import Load, has_changed
+from lifl.planner.shape import Shape
+from lifl.terms import Timing
+
+MOST_RATE = 1e9
+"""Updates per second; what comes faster is all at once."""
+MOST_REPLANS = 8
+"""A round is planned anew at most so often: each time its load has to have changed again."""
+
+
+class Pace:
+    """One round's plan, and whether what has arrived is folded ahead of the rest.
+
+    Parameters
+    ----------
+    timing : {"eager", "lazy", "jit"}
+    choose : callable
+        The planner: the shape for updates that come at a rate (updates per second; inf: all at once; None: unknown).
+    shape : Shape or None
+        What is carried out. None: what the planner chooses, and chooses again when updates come at another rate.
+    expected : int
+        Updates.
+    rate : float or None
+        Updates per second that are expected to arrive; None if nothing is known.
+    fold_s : float
+        Seconds that a leaf needs for one update.
+    """
+
+    def __init__(
+        self,
+        timing: Timing,
+        choose: Callable[[float | None], Shape],
+        shape: Shape | None,
+        expected: int,
+        rate: float | None,
+        fold_s: float,
+    ) -> None:
+        self._timing, self._choose, self._expected, self._is_planned = timing, choose, expected, shape is None
+        self._rate, self._fold_s = rate, fold_s
+        self.shape = choose(rate) if shape is None else shape
+        self._first_s = 0.0
+        self._arrived = 0
+        self.replans = 0
+
+    def is_folding_ahead(self, now_s: float, waiting: int) -> bool:
+        """One more update has arrived: true if what is held is to be given to leaves now.
+
+        Parameters
+        ----------
+        now_s : float
+            Seconds, on the clock of the calls before.
+        waiting : int
+            Updates that are held, this one included.
+        """
+        self._arrived += 1
+        if self._arrived == 1:
+            self._first_s = now_s
+        passed_s = now_s - self._first_s
+        rate = None if self._arrived == 1 else (self._arrived - 1) / passed_s if passed_s > 0 else math.inf
+        if rate is not None:
+            self._replan(rate)
+        if self._timing == "lazy" or not self.shape.leaves:
+            return False
+        if self._timing == "eager":
+            return True
+        # Just in time: the work that is there takes as long as the updates that are still to come.
+        rate = rate or self._rate
+        return rate is not None and waiting * self._fold_s >= (self._expected - self._arrived - 1) / rate
+
+    def _replan(self, rate: float) -> None:
+        planned, seen = (Load(min(k, MOST_RATE), self._fold_s) for k in (self._rate or 0.0, rate))
+        if self._is_planned and self.replans < MOST_REPLANS and has_changed(planned, seen):
+            self._rate = rate
+            self.replans += 1
+            self.shape = self._choose(rate)
