@@ -6,7 +6,8 @@
 from lifl import errors
 from lifl.admission import Limits
 from lifl.loan import Loan
-from lifl.metrics import Contribution, Rejection, RoundReport
+from lifl.metrics import Contribution, Rejection, RoundReport, Span
+from lifl.planner.shape import Shape
 from lifl.result import RoundResult
 from lifl.round import Round
 from lifl.runtime import Node
@@ -23,6 +24,8 @@ __all__ = [
     "Round",
     "RoundReport",
     "RoundResult",
+    "Shape",
+    "Span",
     "TensorSpec",
     "__version__",
     "errors",

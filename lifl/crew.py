@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import select
 import signal
+from collections.abc import Container
 
 import attrs
 
@@ -29,10 +32,26 @@ class _Worker:
     pid: int
     is_asked: bool = False
     silent_s: float = 0.0  # since it was asked
+    rests_since_s: float | None = None
+    is_heard: bool = False  # it has said a word, so that it may have read what it was given
+    is_leaving: bool = False  # it has been told to stop, because it had nothing to do
+
+
+@attrs.frozen
+class Dead:
+    """Who is proven dead: whether it had said a word since its start, and whether it had been told to stop."""
+
+    me: int
+    pid: int
+    was_heard: bool
+    was_leaving: bool
 
 
 class Crew:
-    """The nursery and its workers 1 to `count`; raises :class:`PeerGoneError` if they cannot be started."""
+    """The nursery and its workers, at first 1 to `count`; raises :class:`PeerGoneError` if they cannot be started.
+
+    It has an epoll descriptor, `fd`, that is readable when a worker is dead (or `bell_fd` has rung).
+    """
 
     def __init__(self, arena_fd: int, bell_fd: int, spin_s: float, count: int, stall_timeout: float) -> None:
         self._workers: dict[int, _Worker] = {}  # by pidfd
@@ -40,47 +59,100 @@ class Crew:
         self._stall_timeout = stall_timeout
         self._last_tick_s: float | None = None
         self.tick_s = min(LONGEST_TICK_S, stall_timeout / TICKS_PER_STALL)
+        self._vacant: set[int] = set()  # buried, and not decided yet whether they have a successor
         self.nursery = Nursery(arena_fd, bell_fd, spin_s)
+        self._poll = select.epoll()
         try:
+            self._poll.register(bell_fd, select.EPOLLIN)
             for me in range(1, 1 + count):
                 self.start(me)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def pidfds(self) -> tuple[int, ...]:
-        """A descriptor of each worker, readable when that is dead."""
-        return tuple(self._workers)
+    def wait(self, timeout_s: float | None) -> list[int]:
+        """Waits until the bell rings, a worker is dead, or the time is over; the pidfds of the dead.
+
+        Workers may be started meanwhile, by other threads.
+        """
+        seen = self._poll.poll(None if timeout_s is None else math.ceil(timeout_s * 1000) / 1000)
+        return [fd for fd, _ in seen if fd in self._workers]
 
     @property
     def pids(self) -> tuple[int, ...]:
         """The workers' process ids."""
         return tuple(worker.pid for worker in self._workers.values())
 
-    def start(self, me: int) -> int:
-        """Starts worker `me`; its pidfd, which stays the crew's."""
+    @property
+    def there(self) -> frozenset[int]:
+        """The workers that can be given work without starting them; one that was buried will have a successor then."""
+        return frozenset(worker.me for worker in self._workers.values() if not worker.is_leaving) | self._vacant
+
+    @property
+    def leaving(self) -> frozenset[int]:
+        """The workers that were told to stop and are not proven dead yet."""
+        return frozenset(worker.me for worker in self._workers.values() if worker.is_leaving)
+
+    def start(self, me: int) -> None:
+        """Starts worker `me`."""
         if self._deaths.get(me, 0) > MOST_DEATHS_IN_A_ROW:
             raise PeerGoneError(f"worker {me} died {MOST_DEATHS_IN_A_ROW} times before it had started")
         pid, pidfd = self.nursery.start_worker(me)
         self._workers[pidfd] = _Worker(me, pid)
-        return pidfd
+        self._vacant.discard(me)
+        self._poll.register(pidfd, select.EPOLLIN)
 
-    def bury(self, pidfd: int) -> tuple[int, int]:
-        """A worker is proven dead: who it was, and its pid."""
+    def bury(self, pidfd: int) -> Dead:
+        """A worker is proven dead.
+
+        :meth:`start` or :meth:`leave_empty` has to follow.
+        """
         worker = self._workers.pop(pidfd)
+        self._poll.unregister(pidfd)
         os.close(pidfd)
-        self._deaths[worker.me] = self._deaths.get(worker.me, 0) + 1
-        return worker.me, worker.pid
+        if not worker.is_leaving:
+            self._deaths[worker.me] = self._deaths.get(worker.me, 0) + 1
+        self._vacant.add(worker.me)
+        return Dead(worker.me, worker.pid, worker.is_heard, worker.is_leaving)
+
+    def leave_empty(self, me: int) -> None:
+        """Worker `me`, who was buried, has no successor for now."""
+        self._vacant.discard(me)
+
+    # ------------------------------------------------------------ rest
+
+    def dismiss(self, now_s: float, busy: Container[int], idle_timeout: float) -> tuple[list[int], float | None]:
+        """Who has rested for `idle_timeout` seconds and is to be told to stop; seconds until the next one has.
+
+        `busy` are those that have a part in a round. None: nobody rests.
+        """
+        leaving, left_s = [], None
+        for worker in self._workers.values():
+            if worker.is_leaving:
+                continue
+            if worker.me in busy:
+                worker.rests_since_s = None
+                continue
+            if worker.rests_since_s is None:
+                worker.rests_since_s = now_s
+            rest = worker.rests_since_s + idle_timeout - now_s
+            if rest <= 0:
+                worker.is_leaving = True
+                leaving.append(worker.me)
+            else:
+                left_s = rest if left_s is None else min(left_s, rest)
+        return leaving, left_s
 
     # ------------------------------------------------------------ signs of life
 
-    def heard(self, me: int) -> None:
-        """Worker `me` said something."""
+    def heard(self, me: int, has_worked: bool) -> None:
+        """Worker `me` said something: that it has worked, or only that it is there."""
         self._deaths[me] = 0
         for worker in self._workers.values():
             if worker.me == me:
-                worker.is_asked, worker.silent_s = False, 0.0
+                worker.is_asked, worker.silent_s, worker.is_heard = False, 0.0, True
+                if has_worked:  # between two looks it may have had a part in many rounds
+                    worker.rests_since_s = None
 
     def tick(self, now_s: float, work_s: float) -> list[int]:
         """Kills who has been silent for too long; whom to ask for a sign of life.
@@ -121,3 +193,4 @@ class Crew:
         for pidfd in self._workers:
             os.close(pidfd)
         self._workers = {}
+        self._poll.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
-from lifl import shm
+from lifl import calibration, shm
+from lifl.errors import LiflError
 from lifl.runtime import Node, cores
 from lifl.sizes import round_bytes
 from lifl.tensor import TensorSpec
@@ -22,7 +24,8 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
 
     It has room for `updates` of `spec` beside each other. Where they can be folded one after another, 16
     and half of the machine's memory are the most, and more than fit wait their turn; ``order="flower"``
-    keeps all of them, and raises :class:`~lifl.errors.ShmError` if the machine cannot.
+    keeps all of them, and raises :class:`~lifl.errors.ShmError` if the machine cannot. The first one on a machine
+    measures what aggregation costs there, which is kept in a file; see ``lifl.calibration``.
     """
     global _node
     with _lock:
@@ -33,5 +36,10 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
             if node.has_rounds or node.arena.block_bytes >= wanted:
                 return node
             node.close()
+        # The first time on a machine this takes a second or two, before anything is asked of the clients.
+        measured = calibration.costs()
+        with contextlib.suppress(LiflError, OSError):  # a machine that is too full to be measured can still aggregate
+            measured = calibration.costs(measure=True)
         _node = Node(max(round_bytes(spec, 1, least), min(wanted, shm.available_bytes() // 2)))
+        _node.forecast.costs = measured
         return _node

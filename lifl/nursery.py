@@ -107,10 +107,11 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
     control = socket.socket(fileno=socket_fd)
     context = multiprocess.get_context("fork")
     workers: list[Any] = []
+    parent = os.getpid()
 
     def child(me: int) -> None:
         control.close()  # else the agent's death would go unnoticed while a worker lives
-        aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9)
+        aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9, parent)
 
     try:
         agent = os.pidfd_open(agent_pid)

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
-import math
 import os
-import select
 import threading
-import time
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from lifl import shm
 from lifl.admission import Limits
+from lifl.agent import Agent
 from lifl.aggregator import Aggregator
 from lifl.assignment import Assignment
 from lifl.crew import Crew
 from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
+from lifl.forecast import Forecast
+from lifl.planner.shape import Shape
+from lifl.pool import Pool
 from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.round import Round
 from lifl.shm import AGENT, Arena
@@ -32,14 +33,11 @@ from lifl.sizes import parse_bytes, sum_bytes_of, units_of
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Terms, Timing
 
-log = logging.getLogger("lifl.runtime")
-
 DEFAULT_MEMORY = 2 * 2**30
 MAX_WORKERS = 255
 SPIN_S = 50e-6
 STALL_TIMEOUT_S = 10.0
-SLOWEST_FOLD = 100e6
-"""Bytes a second that the slowest worker still reads: it may be silent as long as it takes to read all in use."""
+IDLE_TIMEOUT_S = 60.0
 
 
 def cores() -> int:
@@ -56,7 +54,13 @@ class Node:
         The arena's size, taken from the machine at once: ``"2GiB"`` or bytes. Default: 2 GiB, or a
         quarter of what is available if that is less.
     workers : int, optional
-        Worker processes. Default: one per core. 0 folds in the calling process, through the same code.
+        The most worker processes. Default: one per core. 0 folds in the calling process, through the same code.
+    warm : int, optional
+        How many of them are started at once; the others when a round has work for them. Default: all, if `workers`
+        was given, else one.
+    idle_timeout : float or None
+        Seconds after which a worker without work ends, the last one too; the next round starts what it needs. None:
+        never.
     stall_timeout : float
         Seconds after which a worker that has work and gives no sign of life, because it is stopped or
         stuck, is killed and replaced; added to them is the time that folding what is in the arena may
@@ -85,15 +89,25 @@ class Node:
         memory: str | int | None = None,
         workers: int | None = None,
         *,
+        warm: int | None = None,
+        idle_timeout: float | None = IDLE_TIMEOUT_S,
         stall_timeout: float = STALL_TIMEOUT_S,
         debug: bool = False,
     ) -> None:
+        from lifl import calibration  # late: `import lifl` is quick
+
         shm.require()
         if not stall_timeout > 0:
             raise ValueError(f"stall_timeout={stall_timeout!r}: give seconds above 0")
+        if idle_timeout is not None and not idle_timeout > 0:
+            raise ValueError(f"idle_timeout={idle_timeout!r}: give seconds above 0, or None for never")
+        if warm is None:
+            warm = 1 if workers is None else workers
         workers = cores() if workers is None else workers
         if not 0 <= workers <= MAX_WORKERS:
             raise ValueError(f"workers={workers}: give 0 (fold in this process) to {MAX_WORKERS}")
+        if not 0 <= warm <= workers:
+            raise ValueError(f"warm={warm}: give 0 to workers={workers}")
         if memory is None:
             memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4)
         self._pid = os.getpid()
@@ -105,9 +119,9 @@ class Node:
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
         self._crew: Crew | None = None
-        self._is_dozing = False  # the agent's thread sleeps until it is rung, and watches nobody
-        self._thread: threading.Thread | None = None
+        self._agent: Agent | None = None
         self._inline: Aggregator | None = None
+        self.forecast = Forecast(calibration.costs(), max(workers, 1))
         self._bell = Bell()
         try:
             self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
@@ -115,9 +129,13 @@ class Node:
             self.outbox = Outbox(self.arena, AGENT, on_backlog=self._bell.ring)
             self._inbox = Inbox(self.arena, AGENT)
             if workers:
-                self._start_workers(stall_timeout)
+                spin_s = SPIN_S if cores() > 1 else 0.0
+                self._crew = Crew(self.arena.fd, self._bell.fd, spin_s, warm, stall_timeout)
             else:
                 self._inline = Aggregator(self.arena, 1)
+            self.pool = Pool(max(workers, 1), self._crew, self.engaged)
+            if self._crew is not None:
+                self._agent = Agent(self, self._crew, self._inbox, self._bell, idle_timeout)
         except BaseException:
             self._end_workers()
             self._bell.close()
@@ -126,98 +144,72 @@ class Node:
 
     # ------------------------------------------------------------ workers
 
-    def _start_workers(self, stall_timeout: float) -> None:
-        spin_s = SPIN_S if cores() > 1 else 0.0
-        self._crew = crew = Crew(self.arena.fd, self._bell.fd, spin_s, self.workers, stall_timeout)
-        # A daemon: a Node that is never closed must not keep the interpreter from ending.
-        self._thread = threading.Thread(target=self._hear, args=(crew,), name="lifl-agent", daemon=True)
-        self._thread.start()
+    def engaged(self) -> Counter[int]:
+        """How many rounds each worker has a part in now. The caller holds the lock."""
+        return Counter(me for round_ in self._rounds.values() for me in round_.course.engaged)
 
-    def _hear(self, crew: Crew) -> None:
-        """The agent's thread. Without it nobody would hear the workers, so what ends it ends the Node, loudly."""
-        try:
-            self._listen(crew)
-        except Exception as error:
-            log.exception("the agent's thread ended")
-            with self.changed:
-                self._lose(PeerGoneError(f"the thread that hears the workers ended: {error!r}"))
+    @property
+    def is_owed(self) -> bool:
+        """True while a worker owes a round something. The caller holds the lock."""
+        return any(round_.course.waits_for_workers for round_ in self._rounds.values())
 
-    def _listen(self, crew: Crew) -> None:
-        """Sleeps until a worker writes, dies or is silent, then puts it into the books."""
-        poll = select.poll()
-        for fd in (self._bell.fd, *crew.pidfds):
-            poll.register(fd, select.POLLIN)
-        next_tick = 0.0
-        while True:
-            self._bell.clear()
-            with self.changed:
-                if self._is_closed:
-                    return
-                self._drain(crew)
-                if (now := time.monotonic()) >= next_tick:
-                    next_tick = now + crew.tick_s
-                    self._watch(crew, now)
-                is_sent = self.outbox.flush()
-                if not self._inbox.arm():
-                    continue
-                # What did not fit into a full ring is tried again soon: its consumer does not ring.
-                wait_s = 0.002 if not is_sent else None if self._is_dozing else next_tick - now
-            for fd, _ in poll.poll(None if wait_s is None else max(1, math.ceil(wait_s * 1000))):
-                if fd in crew.pidfds:
-                    poll.unregister(fd)
-                    if (successor := self._replace(crew, fd)) is not None:
-                        poll.register(successor, select.POLLIN)
+    @property
+    def used_bytes(self) -> int:
+        """What is not free of the arena."""
+        return self.arena.block_bytes - self.arena.free_bytes
 
-    def _watch(self, crew: Crew, now: float) -> None:
-        """Asks workers that owe something for a sign of life; without rounds that owe, there is none to wait for."""
-        self._is_dozing = not any(round_.waits_for_workers for round_ in self._rounds.values())
-        if self._is_dozing:
-            crew.rest()
-            return
-        used = self.arena.block_bytes - self.arena.free_bytes
-        for me in crew.tick(now, used / SLOWEST_FOLD):
-            self.outbox.push(me, Descriptor(Kind.PING, 0))
+    @property
+    def is_closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._is_closed
 
-    def _drain(self, crew: Crew | None = None) -> None:
+    def drain(self) -> bool:
+        """Takes what workers have said into the books; false if they were silent. The caller holds the lock."""
         worked = False
         while (item := self._inbox.try_pop()) is not None:
             worked = True
             sender, descriptor = item
-            if crew is not None:
-                crew.heard(sender)
+            if self._crew is not None:
+                self._crew.heard(sender, descriptor.kind != Kind.HELLO)
             if (round_ := self._rounds.get(descriptor.round)) is None:
                 continue
             try:
-                round_.handle(sender, descriptor)
+                round_.course.handle(sender, descriptor)
             except LiflError as error:  # that round is lost; the thread that hears workers must go on
-                round_.fail(error)
+                round_.course.fail(error)
         if worked:
             self.changed.notify_all()
+        return worked
 
-    def _replace(self, crew: Crew, pidfd: int) -> int | None:
-        """A worker is proven dead: takes up what it left and starts its successor, whose pidfd it returns."""
+    def replace(self, pidfd: int) -> None:
+        """A worker is proven dead: takes up what it left, and starts its successor unless it was told to stop."""
+        crew = self._crew
+        assert crew is not None, "whose agent calls this"
         with self.changed:
-            self._drain(crew)  # what it said before it died counts
-            me, pid = crew.bury(pidfd)
+            self.drain()  # what it said before it died counts
+            dead = crew.bury(pidfd)
+            me = dead.me
             if self._is_closed:
-                return None
+                return
             try:
                 self.outbox.reset(me)
-                told = [d for round_ in list(self._rounds.values()) for d in round_.recover(me)]
-                successor = crew.start(me)
+                told = [d for round_ in list(self._rounds.values()) for d in round_.course.recover(me, dead.was_heard)]
+                if told or not dead.was_leaving or self.engaged()[me]:
+                    crew.start(me)
+                else:
+                    crew.leave_empty(me)
             except LiflError as error:
-                self._lose(PeerGoneError(f"worker {me} (pid {pid}) died and has no successor: {error}"))
-                return None
+                self.lose(PeerGoneError(f"worker {me} (pid {dead.pid}) died and has no successor: {error}"))
+                return
             for descriptor in told:
                 self.outbox.push(me, descriptor)
             self.changed.notify_all()
-            return successor
 
-    def _lose(self, error: PeerGoneError) -> None:
+    def lose(self, error: PeerGoneError) -> None:
         """The Node cannot go on: every round ends with this error. The caller holds the lock."""
         self._gone = error
         for round_ in self._rounds.values():
-            round_.fail(error)
+            round_.course.fail(error)
         self.changed.notify_all()
 
     def pids(self) -> tuple[int, ...]:
@@ -229,16 +221,12 @@ class Node:
 
     def pump(self) -> None:
         """Gets the work going: in the calling thread, without workers; else the agent's begins to watch them."""
-        if self._is_dozing:
-            with self.changed:
-                self._is_dozing = False
-            self._bell.ring()
+        if self._agent is not None:
+            self._agent.wake()
         if self._inline is not None:
             with self.changed:
-                while self._inline.step():
-                    self._drain()
-                self._drain()
-                self.outbox.flush()
+                while self._inline.step() or self.drain():
+                    self.outbox.flush()
 
     @property
     def is_foreign(self) -> bool:
@@ -260,9 +248,9 @@ class Node:
     def relieve(self) -> bool:
         """Makes lazy rounds fold what they hold; false if no block will come free without help."""
         for round_ in self._rounds.values():
-            round_.press()
+            round_.course.press()
         self.pump()
-        return any(round_.is_moving for round_ in self._rounds.values())
+        return any(round_.course.is_moving for round_ in self._rounds.values())
 
     def held_by(self, client_id: str) -> int:
         """Bytes of the arena that a client holds, in all open rounds. The caller holds the lock."""
@@ -284,6 +272,7 @@ class Node:
         commit_every: int | None = None,
         limits: Limits | None = None,
         base: Mapping[str, Any] | None = None,
+        shape: Shape | None = None,
     ) -> Round:
         """Opens a round for updates of one spec. Several may be open at once.
 
@@ -293,8 +282,9 @@ class Node:
             What every update looks like.
         expected : int
             The round is complete when so many updates have been accepted; at least 1.
-        timing : {"eager", "lazy"}
-            Fold each update when it is ready, or all when they are complete (sooner if memory is short).
+        timing : {"eager", "lazy", "jit"}
+            Fold each update when it is ready, or all when they are complete, or just in time: so late that the work
+            ends when the last update is expected. Sooner if memory is short.
         order : {"any", "flower"}
             ``"flower"`` makes the mean in Flower's order (that of submission), arithmetic and dtypes, bit
             by bit; it keeps every update until the last is in.
@@ -303,6 +293,9 @@ class Node:
             memory back. Fewer bound what is kept, and what is folded again if a worker dies; more are faster.
         limits : Limits, optional
             What the server bounds beyond what every update must satisfy; see :class:`Limits`.
+        shape : Shape, optional
+            How many workers fold ahead, and in how many ranges the mean is made; see :class:`lifl.Shape`. Default: the
+            planner chooses by what this machine was measured to cost, and again when updates come faster or slower.
         base : mapping of str to array, optional
             With ``limits.clipping_norm``, the model that updates are clipped against, of exactly the spec's
             form. Not copied: it must not change while the round is open.
@@ -315,43 +308,34 @@ class Node:
             For an unknown timing or order, ``expected`` below 1, ``commit_every`` outside 1 to 64, bfloat16
             with ``order="flower"``, a base of another form or with NaN or Inf, or without ``clipping_norm``.
         """
-        terms = Terms.of(spec, expected, timing, order, commit_every, limits, base)
+        terms = Terms.of(spec, expected, timing, order, commit_every, limits, base, shape)
         self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
         with self.changed:
             self.check_workers()
-            leaves = self._choose_leaves(terms)
-            # After the wait: workers count on rounds being opened in the order of their numbers.
+            self._wait_for_room(terms)
             self._number = number = self._number + 1
-            work = Assignment.reserve(self, number, terms.layout, leaves, terms.flags)
-            round_ = Round(self, number, terms, work)
+            work = Assignment.reserve(self, number, terms.layout, terms.flags, terms.expected)
+            round_ = Round(self, number, terms, work, self.forecast.pace(terms))
             self._rounds[number] = round_
+            round_.course.enlist(0 if shape is None else shape.leaves)
         return round_
 
-    def _choose_leaves(self, terms: Terms) -> tuple[int, ...]:
-        """As many leaves as there are workers, updates and memory for; waits while memory comes free."""
-        layout, is_flowers = terms.layout, terms.order == "flower"
-        most = 1 if is_flowers else min(max(self.workers, 1), terms.expected)
+    def _wait_for_room(self, terms: Terms) -> None:
+        """Waits until memory is free for what the round needs beside all but one of its updates."""
+        layout = terms.layout
         updates = [r.spec.layout.update_bytes for r in self._rounds.values()]
-        one_update = units_of(max([layout.update_bytes, *updates]))
-        fixed = 2 * units_of(0) + units_of(layout.mean_bytes) + one_update
-        per_leaf = 0 if is_flowers else 2 * units_of(sum_bytes_of(layout))
-        while True:
-            free = self.arena.free_bytes
-            fitting = most if per_leaf == 0 else min(most, (free - fixed) // per_leaf)
-            if free >= fixed and fitting >= 1:
-                break
+        needed = units_of(Assignment.control_bytes(self, layout, terms.expected))
+        needed += units_of(layout.mean_bytes) + units_of(max([layout.update_bytes, *updates]))
+        needed += 0 if terms.order == "flower" else 2 * units_of(sum_bytes_of(layout))
+        while self.arena.free_bytes < needed:
             if not self.relieve():
-                needed = fixed + per_leaf
                 raise ShmError(
                     errno.ENOSPC,
                     f"no room for a round of {terms.spec.nbytes:,} bytes per update: {needed:,} bytes are needed (two "
-                    f"sums, the mean, one update), {free:,} of {self.arena.block_bytes:,} are free; give the Node at "
-                    f"least memory={needed}, close rounds, or drop old results",
+                    f"sums, the mean, one update), {self.arena.free_bytes:,} of {self.arena.block_bytes:,} are free; "
+                    f"give the Node at least memory={needed}, close rounds, or drop old results",
                 )
             self.changed.wait(0.1)
-        # The next round begins with the next worker, so that tops are spread.
-        workers = max(self.workers, 1)
-        return tuple(1 + (self._number + i) % workers for i in range(fitting))
 
     # ------------------------------------------------------------ the end
 
@@ -381,12 +365,12 @@ class Node:
             round_.close()
         with self.changed:
             self._is_closed = True
-            for me in range(1, 1 + self.workers):
+            for me in self.pool.present:
                 self.outbox.push(me, Descriptor(Kind.STOP, 0))
             self.changed.notify_all()
         self._bell.ring()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._agent is not None:
+            self._agent.join()
         self._end_workers()
         self._bell.close()
         self.arena.close()

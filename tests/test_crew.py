@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from lifl.crew import Crew
+from lifl.crew import Crew, Dead
 from lifl.ring import Bell
 from lifl.shm import Arena
 
 STALL_S = 8.0
+WAIT_S = 10.0
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_only_the_silent_one_is_killed(crew: Crew) -> None:
     first, second = crew.pids
     assert crew.tick(0.0, 0.0) == [1, 2]
     for second_s in range(1, 9):
-        crew.heard(1)
+        crew.heard(1, False)
         assert crew.tick(float(second_s), 0.0) == [1]
     assert crew.tick(8.5, 0.0) == []
     assert is_alive(first)
@@ -82,10 +83,42 @@ def test_rest_forgives_silence(crew: Crew) -> None:
 
 def test_a_dead_one_is_buried_and_has_a_successor(crew: Crew) -> None:
     """A pidfd tells the death; the successor has the same number and another process."""
-    pidfd, pid = crew.pidfds[0], crew.pids[0]
+    pid = crew.pids[0]
     os.kill(pid, signal.SIGKILL)
-    assert crew.bury(pidfd) == (1, pid)
-    successor = crew.start(1)
-    assert successor in crew.pidfds
-    assert len(crew.pids) == 2
+    (pidfd,) = crew.wait(WAIT_S)
+    assert crew.bury(pidfd) == Dead(1, pid, was_heard=False, was_leaving=False)
+    assert len(crew.pids) == 1
+    assert crew.there == {1, 2}  # as good as: its successor comes next
+    crew.start(1)
+    assert crew.there == {1, 2}
     assert pid not in crew.pids
+
+
+def test_who_rests_is_dismissed(crew: Crew) -> None:
+    """Who has had nothing to do for so long is told to stop, once; who works in between begins to rest anew."""
+    assert crew.dismiss(0.0, set(), 10.0) == ([], 10.0)
+    assert crew.dismiss(6.0, {2}, 10.0) == ([], 4.0)
+    assert crew.dismiss(9.0, set(), 10.0) == ([], 1.0)
+    assert crew.dismiss(10.5, set(), 10.0) == ([1], 8.5)
+    assert (crew.there, crew.leaving) == ({2}, {1})
+    assert crew.dismiss(11.0, {2}, 10.0) == ([], None)
+
+
+def test_who_works_between_two_looks_does_not_rest(crew: Crew) -> None:
+    """Nobody is seen at work in short rounds; what a worker says of them counts. That it is there does not."""
+    crew.dismiss(0.0, set(), 10.0)
+    crew.heard(1, True)
+    crew.heard(2, False)
+    assert crew.dismiss(10.0, set(), 10.0)[0] == [2]
+
+
+def test_one_that_was_told_to_stop_counts_as_no_death(crew: Crew) -> None:
+    """Its end is what was asked of it."""
+    crew.dismiss(0.0, set(), 1.0)
+    assert crew.dismiss(2.0, {2}, 1.0)[0] == [1]
+    pid = crew.pids[0]
+    os.kill(pid, signal.SIGKILL)
+    (pidfd,) = crew.wait(WAIT_S)
+    assert crew.bury(pidfd) == Dead(1, pid, was_heard=False, was_leaving=True)
+    crew.leave_empty(1)
+    assert crew.there == {2}

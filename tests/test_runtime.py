@@ -217,7 +217,11 @@ def test_advised_memory_is_enough(workers: int, order: Any) -> None:
 def test_round_bytes_is_enough_for_all_workers() -> None:
     """With the memory that `round_bytes` tells, every worker takes part and the updates fit side by side."""
     spec = lifl.TensorSpec((Tensor("w", "float32", (50_000,)), Tensor("n", "int64", ())))
-    with lifl.Node(sizes.round_bytes(spec, 3, 4), workers=3) as node, node.open_round(spec, 4, "lazy") as round_:
+    shape = lifl.Shape(leaves=3, shards=0)
+    with (
+        lifl.Node(sizes.round_bytes(spec, 3, 4), workers=3) as node,
+        node.open_round(spec, 4, "lazy", shape=shape) as round_,
+    ):
         loans = [round_.loan() for _ in range(4)]
         for loan in loans:
             loan.arrays["w"][...] = loan.arrays["n"][...] = 1
@@ -345,10 +349,10 @@ def test_flower_order_has_no_bfloat16(node: lifl.Node) -> None:
 
 
 def test_defaults_are_a_worker_per_core() -> None:
-    """Without arguments a Node has one worker per core that the process may use."""
+    """Without arguments a Node may have one worker per core that the process may use; one of them is warm."""
     with lifl.Node("1MiB") as node:
         assert node.workers == len(os.sched_getaffinity(0))
-        assert len(set(node.pids())) == node.workers
+        assert len(node.pids()) == 1
         assert f"{node.workers} workers" in repr(node)
     assert "closed" in repr(node)
 

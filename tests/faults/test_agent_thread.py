@@ -22,7 +22,7 @@ def test_its_end_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
         def broken(*_: object) -> None:
             raise RuntimeError("a bug of lifl's own")
 
-        monkeypatch.setattr(node, "_drain", broken)
+        monkeypatch.setattr(node, "drain", broken)
         with suppress(PeerGoneError):  # this wakes it; the end may be heard of here already
             round_.submit({"w": np.ones(4)}, client_id="a")
         with pytest.raises(PeerGoneError, match="a bug of lifl's own"):

@@ -1,0 +1,91 @@
+"""The workers as rounds ask for them: warm ones first, new ones only if none is free, none kept that has nothing to do.
+
+Knows who there is and who is engaged; what they do is the rounds' business. Called with the Node's lock held.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Container
+
+from lifl.crew import Crew
+from lifl.errors import PeerGoneError
+
+log = logging.getLogger("lifl.pool")
+
+
+class Pool:
+    """Workers 1 to `most`, each of which may be there or not.
+
+    Parameters
+    ----------
+    most : int
+        The cap; at least 1.
+    crew : Crew or None
+        Their processes. None: the one worker is in the calling process.
+    engaged : callable
+        How many rounds each worker has a part in now.
+    """
+
+    def __init__(self, most: int, crew: Crew | None, engaged: Callable[[], Counter[int]]) -> None:
+        self.most, self._crew, self._engaged = most, crew, engaged
+        self.cold_starts = 0
+        self._turn = 0
+
+    def choose(self, n: int, without: Container[int] = ()) -> tuple[int, ...]:
+        """Up to `n` workers for a task, but for those named; fewer only if there are no more.
+
+        First those that are there and rest, then new ones, then those with the least to do. Raises
+        :class:`PeerGoneError` if there is nobody and nobody can be started.
+        """
+        if self._crew is None:
+            return (1,) if n and 1 not in without else ()
+        there, leaving, engaged = self._crew.there, self._crew.leaving, self._engaged()
+
+        def rank(me: int) -> tuple[int, int, int]:
+            is_free = me in there and not engaged[me]
+            group = 0 if is_free else 2 if me in there else 3 if me in leaving else 1
+            # Those alike take turns, so that the work is spread.
+            return group, engaged[me], (me - self._turn) % self.most
+
+        chosen: list[int] = []
+        failure: PeerGoneError | None = None
+        for me in sorted((me for me in range(1, 1 + self.most) if me not in without), key=rank):
+            if len(chosen) == n:
+                break
+            if me not in there and me not in leaving:
+                try:
+                    self._start(me)
+                except PeerGoneError as error:  # those that are there can do it, in more time
+                    failure = error
+                    continue
+            chosen.append(me)
+        if failure is not None:
+            if not chosen:
+                raise failure
+            log.warning("%s; the round goes on with %d workers", failure, len(chosen))
+        self._turn = chosen[0] + 1 if chosen else self._turn
+        return tuple(chosen)
+
+    def prepare(self, n: int) -> None:
+        """Starts workers until `n` are there, or as many as may be."""
+        if self._crew is None or len(self._crew.there) >= min(n, self.most):
+            return
+        absent = [me for me in range(1, 1 + self.most) if me not in self.present]
+        for me in absent[: min(n, self.most) - len(self._crew.there)]:
+            try:
+                self._start(me)
+            except PeerGoneError as error:  # whoever needs it will say so, or do without
+                log.warning("%s", error)
+                return
+
+    def _start(self, me: int) -> None:
+        assert self._crew is not None
+        self._crew.start(me)
+        self.cold_starts += 1
+
+    @property
+    def present(self) -> frozenset[int]:
+        """Workers that have not been proven dead."""
+        return frozenset([1]) if self._crew is None else self._crew.there | self._crew.leaving
