@@ -1,20 +1,26 @@
-"""What a round did: who counted, who did not and why, and where the time went. Values only.
+"""What a round did: who counted, who did not and why, and where the time went. Values only; drawn elsewhere.
 
 Times are seconds since the round was opened, on the monotonic clock.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
+
+if TYPE_CHECKING:
+    import os
+
+    from matplotlib.axes import Axes
 
 
 @attrs.frozen
 class Contribution:
     """One update that is in the model.
 
-    ``runtime`` is the worker that folded it (0: the calling process), ``arrived_s`` when it was ready in
+    ``runtime`` is the worker that folded it (of several that did, each in its range of coordinates, the first),
+    ``arrived_s`` when it was ready in
     the arena, ``folded_s`` when it was committed to a partial sum. ``clipped`` is the factor by which its
     distance from the base model was reduced (1: it was not; see ``Limits.clipping_norm``).
     """
@@ -34,6 +40,23 @@ class Rejection:
     client_id: str
     rule: str
     reason: str
+
+
+@attrs.frozen
+class Span:
+    """What one runtime did for a while; times are seconds since the round was opened.
+
+    ``runtime`` is the worker's number (0: the calling process; it lands updates, and folds if there are no
+    workers). ``role`` is "gateway" (landing), "leaf", "middle", "top" or "shard" (one coordinate range of the
+    mean), ``step`` "receive", "aggregate" or "send". ``updates`` is how many updates (or sums) it was about.
+    """
+
+    runtime: int
+    role: str
+    step: str
+    begin_s: float
+    end_s: float
+    updates: int = 0
 
 
 @attrs.frozen
@@ -61,6 +84,16 @@ class RoundReport:
         ``fold`` (workers' time in folds, all), ``finish`` (the top's), ``last_to_result``, ``total``.
     error : str or None
         Why there is no result.
+    spans : tuple of Span
+        What every runtime did when.
+    leaves, shards : int
+        The shape that was carried out: leaves that folded updates, ranges of coordinates that the mean was
+        made in (0: the top made it in one).
+    started : int
+        Processes started cold for the round.
+    predicted : dict or None
+        What the cost model says of the arrivals as they were: ``completion_s``, ``last_to_result_s``,
+        ``cpu_s`` (seconds) and ``peak_bytes``.
     """
 
     round: int
@@ -73,16 +106,27 @@ class RoundReport:
     deaths: int = 0
     stages: dict[str, float] = attrs.field(factory=dict)
     error: str | None = None
+    spans: tuple[Span, ...] = ()
+    leaves: int = 0
+    shards: int = 0
+    started: int = 0
+    predicted: dict[str, float] | None = None
 
     @property
     def runtimes(self) -> int:
         """Workers that took part."""
-        return len({c.runtime for c in self.accepted})
+        return len({span.runtime for span in self.spans if span.step == "aggregate"})
 
     @property
     def weight(self) -> float:
         """The sum of the accepted weights."""
         return sum(c.weight for c in self.accepted)
+
+    @property
+    def shape(self) -> str:
+        """The tree that was carried out, in words, as "2 leaves, 4 shards"; empty if it is not known."""
+        counts = ((self.leaves, "leaf", "leaves"), (self.shards, "shard", "shards"))
+        return ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts if n)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, lists, strings and numbers, for JSON."""
@@ -90,10 +134,14 @@ class RoundReport:
 
     @classmethod
     def from_dict(cls, said: dict[str, Any]) -> RoundReport:
-        """The report that :meth:`to_dict` was called on."""
-        accepted = tuple(Contribution(**one) for one in said["accepted"])
-        rejected = tuple(Rejection(**one) for one in said["rejected"])
-        return cls(**{**said, "accepted": accepted, "rejected": rejected, "late": tuple(said["late"])})
+        """The report that :meth:`to_dict` was called on, also by a version that knew fewer fields."""
+        values = {
+            "accepted": tuple(Contribution(**one) for one in said["accepted"]),
+            "rejected": tuple(Rejection(**one) for one in said["rejected"]),
+            "late": tuple(said["late"]),
+            "spans": tuple(Span(**one) for one in said.get("spans", ())),
+        }
+        return cls(**{**said, **values})
 
     def __str__(self) -> str:
         """One line, as it is logged."""
@@ -108,5 +156,62 @@ class RoundReport:
             line += f"; workers replaced: {self.deaths}"
         if self.error:
             return f"{line}; no result: {self.error}"
-        times = ", ".join(f"{name} {seconds:.3f}s" for name, seconds in self.stages.items())
-        return f"{line}; {times}"
+        if self.shape:
+            line += f"; {self.shape}"
+        times = {name: f"{name} {seconds:.3f}s" for name, seconds in self.stages.items()}
+        if self.predicted and "total" in times:
+            times["total"] += f" (predicted {self.predicted['completion_s']:.3f}s)"
+        return f"{line}; {', '.join(times.values())}"
+
+    # ------------------------------------------------------------ to look at; drawn elsewhere, imported late
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from lifl.picture import report_html
+
+        return report_html(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draws what every runtime did when, with matplotlib (``pip install 'lifl[plot]'``).
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes or None
+            Where to; ``None`` makes a figure with pyplot, in which the time after the last update is drawn
+            once more, enlarged, if it is short.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            Of the whole round; its x is seconds since the round was opened.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without matplotlib.
+        """
+        from lifl.plot import draw
+
+        return draw(self, ax)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report into a file, which is replaced at once or, if that fails, stays as it was.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The suffix says what is written: ``.html`` a page with picture and table, ``.svg`` the picture,
+            ``.png`` and ``.pdf`` the same with matplotlib, ``.json`` :meth:`to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If the suffix is another.
+        OSError
+            If it cannot be written.
+        ModuleNotFoundError
+            For ``.png`` and ``.pdf`` without matplotlib.
+        """
+        from lifl.picture import save
+
+        save(self, path)

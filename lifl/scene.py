@@ -1,0 +1,272 @@
+"""What the picture of a round shows: windows of time, bars, roles, marks, however it is drawn. Pure.
+
+Times are seconds since the round was opened, places are pixels of a picture that is ``WIDTH_PX`` wide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from lifl.metrics import RoundReport, Span
+
+COLOURS = {"receive": "#3b82d6", "aggregate": "#d97706", "send": "#c2458f"}
+"""Each at least 3:1 against white and against nearly black."""
+
+LANES = {"receive": (0.0, 0.25), "aggregate": (0.25, 0.75), "send": (0.75, 1.0)}
+"""Where in its row a step is drawn, as parts of the height: so nothing short covers what is beside it."""
+
+WIDTH_PX, LABEL_PX, LEAST_PX, LETTER_PX = 960.0, 88.0, 2.0, 6.2
+LEAST_S, MOST_S = 1e-6, 1e9  # what is beyond them is no time of a round
+ENLARGED_BELOW = 0.12
+"""The part of the round from which on its end is wide enough to be seen without being enlarged."""
+
+
+@attrs.frozen
+class Window:
+    """A stretch of time and where it is drawn. With an `origin_s` its axis counts from there."""
+
+    begin_s: float
+    end_s: float
+    left_px: float
+    width_px: float
+    origin_s: float = 0.0
+
+    @property
+    def least_s(self) -> float:
+        """The time that is as wide as the smallest bar."""
+        return (self.end_s - self.begin_s) * LEAST_PX / self.width_px
+
+    @property
+    def unit(self) -> tuple[float, str]:
+        """How many of which unit a second is, on this axis."""
+        length = self.end_s - self.begin_s
+        return (1.0, "s") if length >= 1 else (1e3, "ms") if length >= 1e-3 else (1e6, "µs")
+
+    def has(self, at_s: float) -> bool:
+        """True if the moment is inside."""
+        return self.begin_s <= at_s <= self.end_s
+
+    def x(self, at_s: float) -> float:
+        """Where a moment is drawn."""
+        part = (at_s - self.begin_s) / (self.end_s - self.begin_s)
+        return self.left_px + self.width_px * min(max(part, 0.0), 1.0)
+
+    def at(self, x: float) -> float:
+        """What :meth:`x` was asked about."""
+        return self.begin_s + (x - self.left_px) / self.width_px * (self.end_s - self.begin_s)
+
+    def ticks(self) -> Iterator[tuple[float, str]]:
+        """Moments, and what stands below them: steps of 1, 2 or 5 times a power of ten, 60 px or more apart."""
+        per_s, unit = self.unit
+        least = (self.end_s - self.begin_s) * per_s * 60 / self.width_px
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= least)
+        first = math.ceil((self.begin_s - self.origin_s) * per_s / step - 1e-9)
+        last = math.floor((self.end_s - self.origin_s) * per_s / step + 1e-9)
+        for number in range(first, last + 1):
+            sign = "+" if self.origin_s and number > 0 else ""
+            yield self.origin_s + number * step / per_s, f"{sign}{number * step:.6g} {unit}"
+
+
+@attrs.frozen
+class Bar:
+    """One or more spans of one runtime, role and step that cannot be told apart in a window."""
+
+    runtime: int
+    role: str
+    step: str
+    begin_s: float
+    end_s: float
+    updates: int
+    spans: int = 1
+
+    def __str__(self) -> str:
+        what = f" of {self.updates} update{'s' * (self.updates != 1)}" if self.updates else ""
+        times = f"{self.spans} times, " if self.spans > 1 else ""
+        took = short_time(self.end_s - self.begin_s)
+        at = f"{self.begin_s:.6g} to {self.end_s:.6g} s ({took})"
+        return f"{row_name(self.runtime)}, {self.role}: {self.step}{what}, {times}{at}"
+
+
+@attrs.frozen
+class Scene:
+    """All that the picture of a report shows, however it is drawn."""
+
+    spans: tuple[Span | Bar, ...]
+    runtimes: tuple[int, ...]
+    arrivals: tuple[tuple[float, str], ...]
+    marks: tuple[tuple[float, str], ...]  # the last update, the end, the prediction
+    windows: tuple[Window, ...]
+
+
+def show_scene(report: RoundReport) -> Scene:
+    """What there is to see; a report without spans shows arrivals and commits."""
+    spans: Iterable[Span | Bar] = report.spans or (
+        Bar(c.runtime, "leaf", "aggregate", c.folded_s, c.folded_s, 1) for c in report.accepted if c.folded_s
+    )
+    spans = [s for s in spans if abs(s.begin_s) < MOST_S and abs(s.end_s) < MOST_S]  # so never NaN
+    arrivals = sorted((c.arrived_s, f"client {c.client_id}, weight {c.weight:g}") for c in report.accepted)
+    total = report.stages.get("total", 0.0)
+    end = max([total, *(s.end_s for s in spans), *(at for at, _ in arrivals)])
+    marks = [(arrivals[-1][0], "last update")] if arrivals else []
+    is_ready = report.error is None and (report.stages.get("finish", 0) > 0 or report.shards > 0)
+    marks.append((total, "no result" if report.error is not None else "model ready" if is_ready else "so far"))
+    if report.predicted:
+        first_s = arrivals[0][0] if arrivals else 0.0  # which the prediction counts from
+        marks.append((first_s + report.predicted["completion_s"], "predicted"))
+        if total < marks[-1][0] < 1.5 * end:
+            end = marks[-1][0]
+    end = max(end, LEAST_S)
+    runtimes = tuple(sorted({0, *(s.runtime for s in spans)}))
+    return Scene(tuple(spans), runtimes, tuple(arrivals), tuple(marks), choose_windows(end, is_ready, marks))
+
+
+def choose_windows(end: float, is_ready: bool, marks: list[tuple[float, str]]) -> tuple[Window, ...]:
+    """The whole round and, if what follows the last update is short in it, that once more, enlarged."""
+    left, width = LABEL_PX, WIDTH_PX - LABEL_PX - 24
+    last, ready = marks[0][0], marks[1][0] if len(marks) > 1 else 0.0
+    tail = ready - last
+    if not is_ready or not LEAST_S < tail < ENLARGED_BELOW * end:
+        return (Window(0.0, end * 1.02, left, width),)
+    shown = max(at for at, _ in marks if at < ready + tail)
+    whole = Window(0.0, end * 1.02, left, 0.58 * width)
+    begin = max(last - 0.3 * tail, 0.0)
+    return whole, Window(begin, shown + 0.45 * tail, left + 0.63 * width, 0.37 * width, last)
+
+
+def bars_in(scene: Scene, window: Window) -> list[Bar]:
+    """The bars of a window; spans that are closer than the smallest bar become one."""
+    rows: defaultdict[tuple[int, str, str], list[Bar]] = defaultdict(list)
+    near = window.least_s / 2
+    for s in sorted(scene.spans, key=lambda s: s.begin_s):
+        end = max(s.end_s, s.begin_s)
+        if end < window.begin_s or s.begin_s > window.end_s:
+            continue
+        row = rows[s.runtime, s.role, s.step]
+        if (
+            row
+            and s.begin_s < row[-1].end_s + near
+            and min(end - s.begin_s, row[-1].end_s - row[-1].begin_s) < 4 * near
+        ):
+            before = row[-1]
+            end, updates = max(end, before.end_s), before.updates + s.updates
+            row[-1] = attrs.evolve(before, end_s=end, updates=updates, spans=before.spans + 1)
+        else:
+            row.append(Bar(s.runtime, s.role, s.step, s.begin_s, end, s.updates))
+    return [bar for row in rows.values() for bar in row]
+
+
+def lane_of(scene: Scene, runtime: int, step: str) -> tuple[float, float]:
+    """Where in its row a step is drawn; the whole height if the runtime does nothing else."""
+    steps = {s.step for s in scene.spans if s.runtime == runtime}
+    return (0.0, 1.0) if len(steps) == 1 else LANES.get(step, (0.0, 1.0))
+
+
+def roles_of(scene: Scene, runtime: int) -> list[tuple[float, float, str]]:
+    """Begin, end and name of each stretch in which a runtime had one role. Landing is not one: the row says it."""
+    found: list[tuple[float, float, str]] = []
+    for s in sorted(scene.spans, key=lambda s: s.begin_s):
+        if s.runtime != runtime or s.role == "gateway":
+            continue
+        if found and found[-1][2] == s.role:
+            found[-1] = (found[-1][0], max(found[-1][1], s.end_s), s.role)
+        else:
+            found.append((s.begin_s, s.end_s, s.role))
+    return found
+
+
+def role_labels(roles: list[tuple[float, float, str]], window: Window) -> list[tuple[float, bool, str]]:
+    """Where a label stands, whether it ends there, and what it says; labels that would touch become one."""
+    labels: list[tuple[float, list[str]]] = []
+    for begin, end, role in roles:
+        if end < window.begin_s - window.least_s or begin > window.end_s:
+            continue
+        at = window.x(begin)
+        if labels and at < labels[-1][0] + LETTER_PX * len(" → ".join(labels[-1][1])) + 8:
+            labels[-1][1].append(role)
+        else:
+            labels.append((at, [role]))
+    right = window.left_px + window.width_px
+    said = [(at, " → ".join(names if len(names) < 4 else [*names[:2], "…", names[-1]])) for at, names in labels]
+    return [(min(at, right), at + LETTER_PX * len(text) > right, text) for at, text in said]
+
+
+def marks_in(scene: Scene, window: Window) -> Iterator[tuple[float, str, bool]]:
+    """When, what, and whether it is said here: once, in the last window that has it."""
+    for at, what in scene.marks:
+        having = [one for one in scene.windows if one.has(at)]
+        if window in having:
+            yield at, what, window == having[-1]
+
+
+def ends_at_mark(what: str, x: float, window: Window) -> bool:
+    """True if what a mark says stands to its left."""
+    if what == "last update":
+        return x > window.left_px + LETTER_PX * len(what)
+    return x > window.left_px + window.width_px - 12 - LETTER_PX * len(what)
+
+
+def row_name(runtime: int) -> str:
+    """What a runtime's row is called."""
+    return f"worker {runtime}" if runtime else "gateway"
+
+
+def short_time(seconds: float) -> str:
+    """Three digits in a fitting unit."""
+    for per_s, unit in ((1.0, "s"), (1e3, "ms")):
+        if abs(seconds) * per_s >= 1:
+            return f"{seconds * per_s:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def headline(report: RoundReport) -> str:
+    """The round in a line."""
+    parts = [f"round {report.round}: {len(report.accepted)} of {report.expected} updates", report.shape, report.timing]
+    if report.error is None and "last_to_result" in report.stages:
+        parts.append(f"{short_time(report.stages['last_to_result'])} from the last update to the model")
+    return " · ".join(filter(None, parts))
+
+
+def remarks(report: RoundReport) -> str:
+    """What did not go as planned, in a line; empty if all did."""
+    died = "1 worker died and was" if report.deaths == 1 else f"{report.deaths} workers died and were"
+    parts = [
+        f"† {died} replaced" if report.deaths else "",
+        f"{len(report.rejected)} refused" if report.rejected else "",
+        f"{len(report.late)} late" if report.late else "",
+        f"{report.started} started cold" if report.started else "",
+        f"no result: {report.error}" if report.error is not None else "",
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def arrivals_in(scene: Scene, window: Window) -> list[tuple[float, str]]:
+    """When updates arrived and whose; those that are closer than the smallest bar become one."""
+    found: list[tuple[float, str]] = []
+    count = 1
+    for at, whose in scene.arrivals:
+        if not window.has(at):
+            continue
+        if found and at - found[-1][0] < window.least_s:
+            count += 1
+            found[-1] = (found[-1][0], f"{count} updates around {found[-1][0]:.6g} s")
+        else:
+            count = 1
+            found.append((at, f"{whose}: {at:.6g} s"))
+    return found
+
+
+def plain(text: object) -> str:
+    """One line that can be shown everywhere: no control characters, half pairs or turns of direction."""
+    return "".join(" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in str(text))
+
+
+def shorten(said: str, most: int) -> str:
+    """At most about so many characters. The end stays: there a traceback says what was wrong."""
+    return said if len(said) <= most else f"{said[: most // 2]} … {said[most // 2 - most :]}"
