@@ -6,11 +6,12 @@ neither Flower nor rounds: what a run's state is, its strategy says.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,58 @@ def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
         raise CheckpointError(
             f"cannot write the checkpoint {path}: {error}; make room or choose another checkpoint="
         ) from error
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps other runs away from the file at `path`, in any process that sees it, until the block ends.
+
+    The lock is a file beside it (the name with ``.lock`` added), taken with ``flock``: it ends with its process
+    however that dies, and a file that a dead one left is in nobody's way.
+
+    Raises
+    ------
+    CheckpointError
+        If another run has it, or no lock can be had there.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _lock(beside)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"another run uses the checkpoint {path} (it holds {beside}): wait until that one ends, or choose another "
+            "checkpoint="
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot lock the checkpoint {path}: {error}; make room or choose another checkpoint="
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+        fcntl.flock(fd, fcntl.LOCK_UN)  # also for a fork that still has the descriptor
+        os.close(fd)
+
+
+def _lock(beside: Path) -> int:
+    """The descriptor of the lock; raises ``BlockingIOError`` if somebody has it."""
+    while True:
+        fd = os.open(beside, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who had it may have removed the file since it was opened: then this is the lock of nothing.
+            if os.path.samestat(os.fstat(fd), os.stat(beside)):
+                return fd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Any, Tensors]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +152,129 @@ def test_failure_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             checkpoint.save(path, 2, {})
     assert checkpoint.load(path)[0] == 1
     assert os.listdir(tmp_path) == ["run"]
+
+
+HOLDER = """
+import sys, time
+from lifl import checkpoint
+
+with checkpoint.locked(sys.argv[1]):
+    print(1, flush=True)
+    time.sleep(600)
+"""
+
+
+def refused(path: Path) -> str:
+    """What a run is told that wants a checkpoint which another one has."""
+    with pytest.raises(CheckpointError) as said, checkpoint.locked(path):
+        pass
+    return str(said.value)
+
+
+def test_a_locked_checkpoint_is_one_runs(tmp_path: Path, in_fork: Callable[[Callable[[], None]], int]) -> None:
+    """While one run has it another gets an error that says which file and what to do, in any process; then it may."""
+    path, other = tmp_path / "new" / "run", tmp_path / "new" / "other"
+
+    def elsewhere() -> None:
+        assert "another run uses" in refused(path)
+        with checkpoint.locked(other):  # the folder is not locked, only the file
+            pass
+
+    with checkpoint.locked(path):
+        said = refused(path)
+        assert in_fork(elsewhere) == 0
+        checkpoint.save(path, 1, {})
+    assert said == (
+        f"another run uses the checkpoint {path} (it holds {path}.lock): wait until that one ends, or choose another "
+        "checkpoint="
+    )
+    assert os.listdir(path.parent) == ["run"]
+    with checkpoint.locked(path):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Whoever is killed leaves a file and no lock."""
+    path = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        assert "another run uses" in refused(path)
+        process.send_signal(signal.SIGKILL)
+    assert os.listdir(tmp_path) == ["run.lock"]
+    with checkpoint.locked(path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """A child that was forked meanwhile, and lives on, has the descriptor, and no lock when the run has ended."""
+    path = tmp_path / "run"
+    with checkpoint.locked(path):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        with checkpoint.locked(path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_lock_that_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before ends between the opening of the file and its lock: there is a new file, and one lock."""
+    path, real, removed = tmp_path / "run", fcntl.flock, []
+
+    def flock(fd: int, how: int) -> None:
+        if not removed:
+            removed.append(path.with_name("run.lock").unlink())
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with checkpoint.locked(path):
+        assert removed
+        assert "another run uses" in refused(path)
+
+
+def test_many_want_one_lock(tmp_path: Path) -> None:
+    """Processes that take it and let it go, over and over: never two at once."""
+    path, inside = tmp_path / "run", tmp_path / "inside"
+
+    def often() -> None:
+        for _ in range(300):
+            try:
+                with checkpoint.locked(path):
+                    os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+                    inside.unlink()
+            except CheckpointError as error:
+                if "another run uses" not in str(error):
+                    raise
+
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                often()
+                status = 0
+            finally:
+                os._exit(status)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_lock_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is a file, a file system without locks: an error that says so, and nothing left open."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot lock the checkpoint .*file/run.*choose another"):
+        checkpoint.locked(tmp_path / "file" / "run").__enter__()
+
+    def none(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(CheckpointError, match="Operation not supported"):
+        checkpoint.locked(tmp_path / "run").__enter__()

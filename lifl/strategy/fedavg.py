@@ -28,7 +28,7 @@ from lifl.metrics import RoundReport
 from lifl.runtime import Node
 from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
-from lifl.strategy.journal import Journal
+from lifl.strategy.journal import kept
 from lifl.strategy.landing import Landing, spec_of, to_record, views_of
 from lifl.terms import Order, Timing
 
@@ -66,8 +66,8 @@ class RoundOptions:
     deadline : float, optional
         Seconds after which a round, of training or of evaluation, goes on without the replies that are
         still out. Default: Flower's ``timeout``.
-    timing : {"eager", "lazy"}
-        Fold each update when it is there, or all when the last is.
+    timing : {"eager", "lazy", "jit"}
+        Fold each update when it is there, all when the last is, or so late that it ends when the last is expected.
     order : {"any", "flower"}
         ``"flower"``: Flower's result bit by bit, from the replies in their order of arrival. It keeps all
         of them in memory, in the arena and as they came, until the round ends.
@@ -79,16 +79,21 @@ class RoundOptions:
         How far, in the L2 norm over all floating-point arrays together, a reply's model may be from the
         model that was sent. One that is farther is moved onto that distance, as Flower's server-side
         clipping does. Default: not bounded.
+    client_bytes, total_bytes : int, optional
+        Bytes of the arena that one client, and all clients of a round together, may hold at once; an update
+        takes whole units of 64 KiB. A reply that does not fit is refused; in the default order it first waits
+        until others have been folded. Default: not bounded.
     checkpoint : str or path, optional
         A file that is replaced after each round, atomically, by what a run needs to go on: the model, the
         metrics, the reports, the state of ``random`` and ``numpy.random``, and those attributes of the
         strategy that changed since the start (momentum, for example). It must not be there yet, unless
         `resume` is set. If it cannot be written at the start :meth:`start` raises
-        :class:`lifl.errors.CheckpointError`; later, that is logged and the run goes on.
+        :class:`lifl.errors.CheckpointError`; later, that is logged and the run goes on. While one
+        run has the file another one's :meth:`start` raises that error too.
     resume : bool
         Go on after the last round that is in `checkpoint`; from the beginning if there is no such file.
         Arguments of :meth:`start` are given as for the whole run. Given the same replies, the end is that of
-        a run that was never interrupted, bit by bit.
+        a run that was never interrupted: with ``order="flower"`` bit by bit, else as near as two such runs are.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -111,6 +116,8 @@ class RoundOptions:
         node: Node | None = None,
         max_weight: float | None = None,
         clipping_norm: float | None = None,
+        client_bytes: int | None = None,
+        total_bytes: int | None = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = False,
         **flower: Any,
@@ -120,13 +127,15 @@ class RoundOptions:
             raise ValueError(f"quorum={quorum!r}: give a fraction up to 1.0, or a number of updates as an int")
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline={deadline!r}: give seconds above 0")
-        if timing not in ("eager", "lazy"):
-            raise ValueError(f"timing={timing!r}: use 'eager' or 'lazy'")
+        if timing not in ("eager", "lazy", "jit"):
+            raise ValueError(f"timing={timing!r}: use 'eager', 'lazy' or 'jit'")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
         self.quorum, self.deadline, self.timing, self.order, self.node = quorum, deadline, timing, order, node
         max_weight = Limits().max_weight if max_weight is None else max_weight
-        self.limits = Limits(max_weight=max_weight, clipping_norm=clipping_norm)
+        self.limits = Limits(
+            max_weight=max_weight, clipping_norm=clipping_norm, client_bytes=client_bytes, total_bytes=total_bytes
+        )
         if resume and checkpoint is None:
             raise ValueError("resume=True: say from which file, with checkpoint=")
         self.checkpoint, self.resume = checkpoint, resume
@@ -177,22 +186,22 @@ class Mean(FlowerFedAvg):
         `initial_arrays`.
         """
         self.reports = {}
-        journal = None if self.checkpoint is None else Journal(self, self.checkpoint, self.resume, num_rounds)
-        if journal is not None:
-            initial_arrays = journal.arrays or initial_arrays
-            evaluate_fn = evaluate_fn and journal.noted(evaluate_fn)
-        events = EventGrid(grid, self._send_and_receive)
-        run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
-        try:
-            result = super().start(*run) if journal is None else journal.start(*run)
-        finally:
-            self._drop_landing()
-            self._base, self._is_evaluating = None, False
-        if not result.arrays:
-            result.arrays = initial_arrays
-        if journal is not None:
-            journal.end(num_rounds, result.arrays)
-        return Result(**vars(result), reports=dict(self.reports))
+        with kept(self, num_rounds) as journal:
+            if journal is not None:
+                initial_arrays = journal.arrays or initial_arrays
+                evaluate_fn = evaluate_fn and journal.noted(evaluate_fn)
+            events = EventGrid(grid, self._send_and_receive)
+            run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+            try:
+                result = super().start(*run) if journal is None else journal.start(*run)
+            finally:
+                self._drop_landing()
+                self._base, self._is_evaluating = None, False
+            if not result.arrays:
+                result.arrays = initial_arrays
+            if journal is not None:
+                journal.end(num_rounds, result.arrays)
+            return Result(**vars(result), reports=dict(self.reports))
 
     def summary(self) -> None:
         """Logs lifl's settings, then Flower's."""
@@ -204,7 +213,11 @@ class Mean(FlowerFedAvg):
         log(INFO, "\t│\t├── Quorum: %s | deadline: %s", quorum, deadline)
         if self.limits != Limits():
             norm = "none" if self.limits.clipping_norm is None else f"{self.limits.clipping_norm:g}"
+            each, total = (
+                "any" if n is None else f"{n:,}" for n in (self.limits.client_bytes, self.limits.total_bytes)
+            )
             log(INFO, "\t│\t├── Weights up to: %g | clipping norm: %s", self.limits.max_weight, norm)
+            log(INFO, "\t│\t├── Bytes of a client: %s | of a round: %s", each, total)
         if self.checkpoint is not None:
             log(INFO, "\t│\t├── Checkpoint: %s%s", self.checkpoint, " (resumed if there)" if self.resume else "")
         log(INFO, "\t│\t└── Node: %s", where)
@@ -299,16 +312,18 @@ class Mean(FlowerFedAvg):
         self, server_round: int, landing: Landing, valid: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         needed = self._needed(landing.expected)
-        if landing.num_accepted < needed:
-            short = f"{landing.num_accepted} of {landing.expected} updates were accepted, the quorum is {needed}"
-            return self._fail(server_round, landing.report(short))
+        short = f"{{}} of {landing.expected} updates were accepted, the quorum is {needed}"
+        if (have := landing.num_accepted) < needed:
+            return self._fail(server_round, landing.report(short.format(have)))
         try:
             result = landing.result()
         except (RoundError, PeerGoneError) as error:
             return self._fail(server_round, landing.report(str(error)))
+        if (have := result.num_updates) < needed:  # workers died of some after they had been accepted
+            return self._fail(server_round, landing.report(short.format(have)))
         self.reports[server_round] = report = landing.report()
         log(INFO, "\t└──> lifl: %s", report)
-        contents = [m.content for m in valid]
+        contents = [m.content for m in landing.accepted(valid)]
         is_flowers = self.train_metrics_aggr_fn is aggregate_metricrecords
         metrics = self.train_metrics_aggr_fn(consistent(contents, is_flowers), self.weighted_by_key)
         return to_record(result), metrics
@@ -341,5 +356,5 @@ class FedAvg(RoundOptions, Mean):
     """Federated Averaging (McMahan et al., 2017, https://arxiv.org/abs/1602.05629), Flower's class.
 
     Flower's arguments, and those of :class:`RoundOptions`: ``quorum``, ``deadline``, ``timing``, ``order``,
-    ``node``, ``max_weight``, ``clipping_norm``, ``checkpoint``, ``resume``.
+    ``node``, ``max_weight``, ``clipping_norm``, ``client_bytes``, ``total_bytes``, ``checkpoint``, ``resume``.
     """

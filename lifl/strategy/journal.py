@@ -9,7 +9,8 @@ and its log have the whole run.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from logging import ERROR, INFO, WARNING
 from os import PathLike
 from pathlib import Path
@@ -46,6 +47,16 @@ def convert(value: Any) -> tuple[str, Any] | None:
     if isinstance(value, ConfigRecord):
         return "ConfigRecord", dict(value)
     return None
+
+
+@contextmanager
+def kept(strategy: Any, num_rounds: int) -> Iterator[Journal | None]:
+    """The journal of a strategy's run, whose file no other run can have until it ends; None without a checkpoint."""
+    if strategy.checkpoint is None:
+        yield None
+        return
+    with checkpoint.locked(strategy.checkpoint):
+        yield Journal(strategy, strategy.checkpoint, strategy.resume, num_rounds)
 
 
 class Journal:

@@ -34,6 +34,7 @@ class _Seen:
     """A reply that came, why it was refused if it was, and what it said if it is to be recognised later."""
 
     reply: Message
+    client: str
     refusal: Rejection | None
     said: _Said | None
 
@@ -116,6 +117,7 @@ class Landing:
     def follow(self, before: Landing, replies: list[Message]) -> None:
         """Takes over what an earlier landing of the same round knows of those who are not in `replies`."""
         again = {id(reply) for reply in replies}
+        before._hear()
         self.expected, self._late, self._nodes = before.expected, before._late, before._nodes
         self._seen = [seen for seen in before._seen if seen.refusal is not None and id(seen.reply) not in again]
         # What the user's code has changed need not look like the model that was sent.
@@ -141,8 +143,7 @@ class Landing:
             self._spec = max(specs, key=lambda spec: votes[frozenset(spec.tensors)], default=None)
         for reply, update in zip(replies, parsed, strict=True):
             self._settle(reply, update)
-        refused = {id(seen.reply) for seen in self._seen if seen.refusal is not None}
-        return [reply for reply in replies if id(reply) not in refused]
+        return self.accepted(replies)
 
     def _parse(self, reply: Message, client: str) -> _Update | Rejection:
         self._names[client] += 1
@@ -173,26 +174,26 @@ class Landing:
         refusal = update if isinstance(update, Rejection) else self._submit(update)
         if self._keeps:
             said = None if reply.has_error() else _Said.by(reply.content, self._weight_key)
-            self._seen.append(_Seen(reply, refusal, said))
+            self._seen.append(_Seen(reply, update.client_id, refusal, said))
             return reply
         if refusal is not None:
             reply = error_reply(reply, refusal)
         else:
             reply.content = _without_arrays(reply.content)
-        self._seen.append(_Seen(reply, refusal, None))
+        self._seen.append(_Seen(reply, update.client_id, refusal, None))
         return reply
 
     def _submit(self, update: _Update) -> Rejection | None:
         try:
             round_ = self._round or self._open(self._spec or TensorSpec.from_arrays(update.views))
             views = _widened(update.views, round_.spec)
-            round_.submit(views, update.weight, update.client)
+            round_.submit(views, update.weight, update.client_id)
             # Flower computes in the dtypes of the replies.
             self.is_exact &= self._order == "any" or all(views[name] is view for name, view in update.views.items())
         except AdmissionError as refusal:
             return _rejection(refusal)
         except PeerGoneError as error:  # the round is lost, and says so when its result is asked for
-            return Rejection(update.client, "error", str(error))
+            return Rejection(update.client_id, "error", str(error))
         return None
 
     def _open(self, spec: TensorSpec) -> Round:
@@ -202,6 +203,17 @@ class Landing:
         )
         return self._round
 
+    def _hear(self) -> RoundReport:
+        """The round's own books, from which it notes what was refused after it had been accepted: poison."""
+        if self._round is None:
+            return RoundReport(0, self.expected, self._timing, self._order)
+        report = self._round.report()
+        refusals = {refusal.client_id: refusal for refusal in report.rejected}
+        lost = [seen for seen in self._seen if seen.refusal is None and seen.client in refusals]
+        kept = [seen for seen in self._seen if seen not in lost]
+        self._seen = kept + [attrs.evolve(seen, refusal=refusals[seen.client]) for seen in lost]
+        return report
+
     def mark_late(self, node_id: int) -> None:
         """Notes that a node did not answer in time."""
         self._late.append(str(node_id))
@@ -210,6 +222,7 @@ class Landing:
 
     def is_of(self, replies: Iterable[Message]) -> bool:
         """True if `replies` are those that landed, unchanged: all that were accepted, and no strangers."""
+        self._hear()
         known = {id(seen.reply): seen for seen in self._seen}
         present = []
         for reply in replies:
@@ -230,9 +243,16 @@ class Landing:
         refusals = {id(seen.reply): seen.refusal for seen in self._seen}
         return [error_reply(r, refusal) if (refusal := refusals[id(r)]) is not None else r for r in replies]
 
+    def accepted(self, replies: Iterable[Message]) -> list[Message]:
+        """Those of `replies` that have not been refused, when they landed or since."""
+        self._hear()
+        refused = {id(seen.reply) for seen in self._seen if seen.refusal is not None}
+        return [reply for reply in replies if id(reply) not in refused]
+
     @property
     def num_accepted(self) -> int:
         """Replies in the arena."""
+        self._hear()
         return sum(seen.refusal is None for seen in self._seen)
 
     def result(self) -> RoundResult:
@@ -246,10 +266,7 @@ class Landing:
 
     def report(self, error: str | None = None) -> RoundReport:
         """The round's books: with the replies that never reached it, and why it has no result if so."""
-        if self._round is not None:
-            report = self._round.report()
-        else:
-            report = RoundReport(0, self.expected, self._timing, self._order)
+        report = self._hear()
         return attrs.evolve(
             report,
             expected=self.expected,
@@ -268,7 +285,7 @@ class Landing:
 class _Update:
     """A reply that could be read: its arrays without a copy, and the weight as it came."""
 
-    client: str
+    client_id: str
     views: Mapping[str, Any]
     weight: Any
 

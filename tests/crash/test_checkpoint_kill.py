@@ -90,3 +90,25 @@ def test_first_write_killed(tmp_path: Path) -> None:
         found.add(path.exists())
         assert not path.exists() or number_of(path) == 2
     assert found == {False, True}
+
+
+def locked_write(path: Path) -> None:
+    """What a run does, in short."""
+    with checkpoint.locked(path):
+        checkpoint.save(path, *a_run(2))
+
+
+@pytest.mark.timeout(120)
+def test_killed_with_the_lock(tmp_path: Path) -> None:
+    """Wherever who has the lock is killed, taking it and letting it go included, the next one gets it at once."""
+    stops, left = 0, set()
+    while True:
+        stops += 1
+        path = tmp_path / str(stops) / "run"
+        if not killed_after(stops, lambda path=path: locked_write(path)):  # type: ignore[misc]
+            break
+        left.add(path.with_name("run.lock").exists())
+        locked_write(path)
+        assert number_of(path) == 2
+        assert os.listdir(path.parent) == ["run"]
+    assert left == {False, True}

@@ -1,4 +1,7 @@
-"""A run whose process is SIGKILLed at any of a dozen moments, resumed, ends bit-equal to the undisturbed one."""
+"""A run whose process is SIGKILLed at any of a dozen moments, resumed, ends bit-equal to the undisturbed one.
+
+In Flower's order, in which the same replies give the same bits each time (see docs/numbers.md).
+"""
 
 from __future__ import annotations
 

@@ -68,6 +68,55 @@ def test_a_model_too_far_away_is_clipped_as_flower_clips(node: lifl.Node, order:
         np.testing.assert_allclose(plain(result.arrays)[name], array, atol=4 * eps * (1 + np.abs(array).max()))
 
 
+UNITS = 64 * 1024
+"""Bytes of the arena that an update of MODEL takes."""
+
+
+@pytest.mark.parametrize("order", ["any", "flower"])
+def test_a_quota_of_each_client(node: lifl.Node, order: Any) -> None:
+    """Too small for one update it refuses every reply by name; one that is large enough refuses none."""
+    refused, _ = run(FedAvg(node=node, order=order, client_bytes=UNITS - 1), GOOD, 1)
+    assert [(r.client_id, r.rule) for r in refused.reports[1].rejected] == [(str(i), "quota") for i in GOOD]
+    assert "the client holds 0 bytes of the arena and may hold 65,535" in refused.reports[1].rejected[0].reason
+    assert "0 of 3 updates were accepted" in str(refused.reports[1].error)
+    taken, _ = run(FedAvg(node=node, order=order, client_bytes=UNITS), GOOD, 1)
+    assert taken.reports[1].rejected == ()
+    assert len(taken.reports[1].accepted) == 3
+
+
+@pytest.mark.parametrize("timing", ["eager", "lazy"])
+def test_a_quota_of_all(node: lifl.Node, timing: Any) -> None:
+    """With room for one update at a time each reply waits for the one before, and all of them count."""
+    bounded, _ = run(FedAvg(node=node, timing=timing, total_bytes=UNITS), GOOD, 2)
+    free, _ = run(FedAvg(node=node, timing=timing), GOOD, 2)
+    assert [len(report.accepted) for report in bounded.reports.values()] == [3, 3]
+    for name, array in plain(free.arrays).items():
+        np.testing.assert_allclose(plain(bounded.arrays)[name], array, rtol=1e-3 if array.dtype == np.float16 else 1e-6)
+
+
+def test_a_quota_of_all_in_flowers_order(node: lifl.Node) -> None:
+    """There all replies stay until the last is in, so what is beyond the quota is refused by name."""
+    result, _ = run(FedAvg(node=node, order="flower", total_bytes=2 * UNITS), GOOD, 1)
+    assert [(r.client_id, r.rule) for r in result.reports[1].rejected] == [("3", "quota")]
+    assert [c.client_id for c in result.reports[1].accepted] == ["1", "2"]
+
+
+@pytest.mark.parametrize("bound", ["client_bytes", "total_bytes"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "much", True])
+def test_senseless_quotas(bound: str, value: Any) -> None:
+    """Refused when the strategy is made, by name and value."""
+    with pytest.raises(ValueError, match=rf"{bound}={value!r}"):
+        FedAvg(**{bound: value})
+
+
+def test_bounds_are_in_the_log(node: lifl.Node, caplog: pytest.LogCaptureFixture) -> None:
+    """The settings that Flower logs at the start have them."""
+    with caplog.at_level(logging.INFO):
+        FedAvg(node=node, client_bytes=2**20).summary()
+    assert "Weights up to: 1.26765e+30 | clipping norm: none" in caplog.text
+    assert "Bytes of a client: 1,048,576 | of a round: any" in caplog.text
+
+
 def test_clipping_needs_the_model_that_was_sent(node: lifl.Node) -> None:
     """Outside a run there is none: an error that says so, not an average without a bound."""
     with pytest.raises(ValueError, match=r"clipping_norm=1 needs the model that the clients were sent.*call start"):

@@ -117,7 +117,7 @@ def noise(rng: np.random.Generator, name: str, shape: tuple[int, ...], size: flo
 
 
 @settings(max_examples=60, deadline=None)
-@given(rounds(), st.sampled_from(["eager", "lazy"]))
+@given(rounds(), st.sampled_from(["eager", "lazy", "jit"]))
 def test_the_mean_is_flowers_within_the_derived_tolerance(
     node: lifl.Node, round_: tuple[list[dict[str, Any]], list[int | float]], timing: Any
 ) -> None:
@@ -177,7 +177,7 @@ def test_in_a_list_the_form_of_most_replies_is_the_models(node: lifl.Node, order
     assert [(r.client_id, r.rule) for r in strategy.reports[1].rejected] == [("1", "shape")]
 
 
-@pytest.mark.parametrize("timing", ["eager", "lazy"])
+@pytest.mark.parametrize("timing", ["eager", "lazy", "jit"])
 def test_an_iterator_of_replies(node: lifl.Node, timing: Any) -> None:
     """Replies may be any iterable, and errors among them are left out, as in Flower."""
     good = replies_of([{"x": np.array([1.0])}, {"x": np.array([5.0])}], [3, 1])
@@ -562,7 +562,8 @@ def test_flowers_arguments_by_name_and_place() -> None:
     flowers = inspect.signature(FlowerFedAvg)
     ours = inspect.signature(FedAvg)
     assert list(ours.parameters)[: len(flowers.parameters)] == list(flowers.parameters)
-    added = ["quorum", "deadline", "timing", "order", "node", "max_weight", "clipping_norm", "checkpoint", "resume"]
+    added = ["quorum", "deadline", "timing", "order", "node", "max_weight", "clipping_norm"]
+    added += ["client_bytes", "total_bytes", "checkpoint", "resume"]
     assert list(ours.parameters)[len(flowers.parameters) :] == added
     for name, parameter in flowers.parameters.items():
         assert ours.parameters[name] == parameter

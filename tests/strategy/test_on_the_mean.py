@@ -153,7 +153,8 @@ def test_arguments_and_signature(name: str) -> None:
     by_place = [p.name for p in theirs.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [p.name for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == by_place
     extra = set(own.parameters) - set(theirs.parameters)
-    added = {"quorum", "deadline", "timing", "order", "node", "max_weight", "clipping_norm", "checkpoint", "resume"}
+    added = {"quorum", "deadline", "timing", "order", "node", "max_weight", "clipping_norm"}
+    added |= {"client_bytes", "total_bytes", "checkpoint", "resume"}
     assert extra == added | ({"keep_dtype"} if name in KEEPING else set())
 
 

@@ -1,9 +1,11 @@
-"""A run that goes on from its checkpoint: the same end, bit by bit, and clear words where it cannot."""
+"""A run that goes on from its checkpoint: the same end, in Flower's order bit by bit; clear words where it cannot."""
 
 from __future__ import annotations
 
 import logging
 import random
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ class Killed(BaseException):
 
 
 def make(cls: Any, path: Path | None, node: lifl.Node, **more: Any) -> Any:
-    """A strategy with something to remember."""
+    """A strategy with something to remember, in the order whose bits are the same each time."""
     known: dict[Any, dict[str, Any]] = {FedProx: {"proximal_mu": 0.5}, FedAvgM: {"server_momentum": 0.9}}
+    more.setdefault("order", "flower")
     if cls in (FedAdam, FedYogi):
         more |= {"beta_1": 0.9, "beta_2": 0.99}
     return cls(node=node, checkpoint=path, **known.get(cls, {}), **more)
@@ -108,16 +111,37 @@ def test_resumed_ends_as_the_whole(cls: Any, at: int, hook: str, node: lifl.Node
     assert asked == set(range(at, ROUNDS + 1))  # for what was over nobody is asked again
 
 
+@pytest.mark.parametrize("cls", [FedAvg, FedAvgM])
+@pytest.mark.usefixtures("clock")
+def test_resumed_in_the_default_order(cls: Any, node: lifl.Node, tmp_path: Path) -> None:
+    """There sums may be grouped in another way each time: the end is the same but for last bits."""
+    seeded()
+    whole, _ = run(make(cls, None, node, order="any"), CLIENTS, ROUNDS, evaluate_fn=central)
+    seeded()
+    with pytest.raises(Killed):
+        run(
+            make(cls, tmp_path / "run", node, order="any"),
+            {**CLIENTS, 1: dying(3, "train")},
+            ROUNDS,
+            evaluate_fn=central,
+        )
+    strategy = make(cls, tmp_path / "run", node, order="any", resume=True)
+    resumed, _ = run(strategy, CLIENTS, ROUNDS, evaluate_fn=central)
+    for name, array in plain(whole.arrays).items():
+        near = 100 * np.finfo(array.dtype).eps * (1 + np.abs(array).max()) if array.dtype.kind == "f" else 1
+        np.testing.assert_allclose(plain(resumed.arrays)[name], array, rtol=0, atol=near)
+
+
 @pytest.mark.usefixtures("clock")
 def test_a_run_that_is_over_is_not_run_again(node: lifl.Node, tmp_path: Path) -> None:
     """Resumed after its end, a run gives its Result and asks nobody; with more rounds it goes on."""
     path = tmp_path / "run"
-    first, _ = run(FedAvg(node=node, checkpoint=path), CLIENTS, 3)
-    again, grid = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 3)
+    first, _ = run(make(FedAvg, path, node), CLIENTS, 3)
+    again, grid = run(make(FedAvg, path, node, resume=True), CLIENTS, 3)
     check_same(again, first)
     assert not grid.asked
-    more, _ = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 4)
-    whole, _ = run(FedAvg(node=node), CLIENTS, 4)
+    more, _ = run(make(FedAvg, path, node, resume=True), CLIENTS, 4)
+    whole, _ = run(make(FedAvg, None, node), CLIENTS, 4)
     check_same(more, whole)
 
 
@@ -200,6 +224,38 @@ def test_what_is_there_is_not_overwritten(node: lifl.Node, tmp_path: Path) -> No
         run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 1)
 
 
+PROGRAM = Path(__file__).parents[1] / "process" / "resumable.py"
+"""A run of another strategy in a process of its own."""
+
+
+@pytest.mark.usefixtures("clock")
+def test_two_runs_of_one_checkpoint(node: lifl.Node, tmp_path: Path) -> None:
+    """While a run goes on another process cannot have its file: an error says why, and the run ends as it would."""
+    path, said = tmp_path / "run", []
+
+    def meanwhile(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        if server_round in (0, 2):
+            command = [sys.executable, str(PROGRAM), str(path), str(tmp_path / "out")]
+            said.append(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+            with pytest.raises(CheckpointError, match="another run uses"):  # nor can one in this process
+                run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 3)
+        return central(server_round, arrays)
+
+    seeded()
+    whole, _ = run(make(FedAvg, None, node), CLIENTS, 3, evaluate_fn=central)
+    seeded()
+    result, _ = run(make(FedAvg, path, node), CLIENTS, 3, evaluate_fn=meanwhile)
+    check_same(result, whole)
+    for done in said:
+        assert done.returncode == 1
+        assert f"CheckpointError: another run uses the checkpoint {path} (it holds {path}.lock)" in done.stderr
+        assert "wait until that one ends, or choose another checkpoint=" in done.stderr
+    assert len(said) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    again, _ = run(make(FedAvg, path, node, resume=True), CLIENTS, 3, evaluate_fn=central)
+    check_same(again, whole)
+
+
 @pytest.mark.usefixtures("clock")
 def test_disk_full(
     node: lifl.Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -213,18 +269,18 @@ def test_disk_full(
     with monkeypatch.context() as patched:
         patched.setattr("lifl.checkpoint.os.fsync", full)
         with pytest.raises(CheckpointError, match="No space left"):
-            run(FedAvg(node=node, checkpoint=path), CLIENTS, 1)
+            run(make(FedAvg, path, node), CLIENTS, 1)
     with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> None:
             if server_round == 2:
                 patched.setattr("lifl.checkpoint.os.fsync", full)
 
-        result, _ = run(FedAvg(node=node, checkpoint=path), CLIENTS, 3, evaluate_fn=evaluate)
+        result, _ = run(make(FedAvg, path, node), CLIENTS, 3, evaluate_fn=evaluate)
     assert "the one after round 1 is still there" in caplog.text
-    whole, _ = run(FedAvg(node=node), CLIENTS, 3)
+    whole, _ = run(make(FedAvg, None, node), CLIENTS, 3)
     check_same(result, whole)
-    again, _ = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 3)
+    again, _ = run(make(FedAvg, path, node, resume=True), CLIENTS, 3)
     check_same(again, whole)
 
 
