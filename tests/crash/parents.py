@@ -19,7 +19,7 @@ import numpy as np
 import sitecustomize
 
 import lifl
-from lifl import assignment, books, crew, intake, loan, nursery, recovery, round, runtime
+from lifl import assignment, books, crew, finish, intake, loan, nursery, pool, recovery, round, runtime
 
 PR_SET_CHILD_SUBREAPER = 36
 GONE_S = 5.0
@@ -47,7 +47,7 @@ def child(page: str, n: int) -> None:
         words = np.frombuffer(mmap.mmap(file.fileno(), 4096), np.int64)
         words[:4] = 0, n, 0, signal.SIGKILL
     sitecustomize.lib.lifl_steps_use(page.encode(), 0)
-    rooms = [assignment, books, crew, intake, loan, nursery, recovery, round, runtime]
+    rooms = [assignment, books, crew, finish, intake, loan, nursery, pool, recovery, round, runtime]
     trace = sitecustomize.tracer(rooms)
     threading.settrace(trace)
     sys.settrace(trace)

@@ -14,6 +14,7 @@ import pytest
 from stepping import Control, build, stepping
 
 import lifl
+from lifl import assignment
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
 SENT = [{"w": np.full(64, 2.0**i), "n": np.array(2**i)} for i in range(2)]
@@ -43,12 +44,12 @@ class Pair:
 
     def stop_leaf(self, step: int) -> tuple[lifl.Round, int, int] | None:
         """A round whose leaf is stopped at its `step`-th step: the round, the top, the leaf's pid."""
-        top = 1 + self.node._number % 2
-        leaf = 1 + top % 2
+        top = 2 - self.node.pool._turn % 2
+        leaf = 3 - top
         pid = self.pid_of(leaf)
         assert pid is not None
         self.control.arm(leaf, step, sent=signal.SIGSTOP)
-        round_ = self.node.open_round(SPEC, 2)
+        round_ = self.node.open_round(SPEC, 2, shape=lifl.Shape(leaves=2, shards=0))
         for i, update in enumerate(SENT):
             round_.submit(update, client_id=i)
         end = time.monotonic() + 0.3
@@ -82,8 +83,9 @@ def wait_for(is_there: object, what: str) -> None:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    """Two workers that are not killed for being stopped."""
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    """Two workers that are not killed for being stopped; the first leaf is the top."""
+    monkeypatch.setattr(assignment.Assignment, "_choose_top", lambda self: self.leaves[0])
     with (
         stepping(build(tmp_path), tmp_path, "steps") as control,
         lifl.Node("8MiB", workers=2, stall_timeout=600.0) as node,
@@ -124,7 +126,7 @@ def test_round_is_closed_while_its_leaf_lingers(pair: Pair, sweep: int) -> None:
         round_, top, pid = stopped
         closing = threading.Thread(target=round_.close)
         closing.start()
-        wait_for(lambda round_=round_: round_._phase in ("failed", "closed"), "the abort")
+        wait_for(lambda round_=round_: round_.course.phase in ("failed", "closed"), "the abort")
         pair.replace(top)
         os.kill(pid, signal.SIGCONT)
         closing.join(WAIT_S)

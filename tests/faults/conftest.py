@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -52,6 +52,32 @@ def check_nothing_left(before):
     assert fds() == before, (before, fds())
     assert not children(), children()
 """
+
+
+def give_up(reason: str) -> NoReturn:
+    """It cannot be tested here. CI is root with all capabilities: there it must not go unnoticed."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def root() -> None:
+    """Only root can become another user."""
+    if os.geteuid() != 0:
+        give_up("only root can become another user: run it as root")
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Only root with CAP_SYS_ADMIN can make namespaces, choose pids and mount file systems in them."""
+    command = ["unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "none", "/mnt"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        give_up("there is no unshare: install util-linux")
+    if done.returncode:
+        give_up(f"no namespaces can be made here ({done.stderr.strip()}): run it as root with CAP_SYS_ADMIN")
 
 
 @pytest.fixture(scope="session")

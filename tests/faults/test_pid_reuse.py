@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a pid namespace in which pids are chosen")
+@pytest.mark.usefixtures("namespaces")
 def test_pids_are_reused(program: Any) -> None:
     """In a namespace of its own, each dead worker's pid goes to a stranger: it lives on, and the rounds are exact."""
     said = program(

@@ -18,7 +18,7 @@ SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(1000)})
 NOBODY = 65534
 REFUSED = {"EPERM", "EACCES"}
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def probe(tmp_path: Path, uid: int, pids: list[int]) -> dict[str, list[str]]:

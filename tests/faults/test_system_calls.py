@@ -53,6 +53,61 @@ def test_each_call_fails_once(program: Any, shim: Path, name: str, number: int, 
         assert says in outcome, outcome
 
 
+def test_short_read_at_an_attach(program: Any, shim: Path) -> None:
+    """A header that is not read whole is no arena: the error names what was attached to, and the next attempt works."""
+    said = program(
+        """
+from lifl.errors import ArenaCorruptError
+from lifl.shm import Arena
+before, said = fds(), []
+arena = Arena.create(2**20, 4)
+for nth in (1, 2):
+    faults.lifl_fail(b"pread", 1, 0)
+    mine = fds()
+    try:
+        Arena.attach(arena.fd)
+    except ArenaCorruptError as error:
+        said.append([error.errno, str(error), arena.fd, bool(faults.lifl_fired())])
+    assert fds() == mine
+Arena.attach(arena.fd).close()
+arena.close()
+check_nothing_left(before)
+print(json.dumps(said))
+""",
+        preload=shim,
+    )
+    assert len(said) == 2
+    for number, message, fd, is_fired in said:
+        assert number == errno.EBADMSG
+        assert f"attach to the arena at descriptor {fd}" in message
+        assert is_fired
+
+
+@pytest.mark.parametrize("number", [0, errno.EIO], ids=["short", "EIO"])
+def test_no_worker_can_read_the_arena(program: Any, shim: Path, number: int) -> None:
+    """Each worker's attach fails: the Node ends with an error that says that none has started, and nothing is left."""
+    said = program(
+        f"""
+before, said = fds(), []
+os.environ["LIFL_FAULT"] = "pread 1 {number}"  # for the workers, each of which has its own count
+try:
+    with lifl.Node("4MiB", workers=2) as node, node.open_round(SPEC, 6) as round_:
+        round_.result(30)
+except PeerGoneError as error:
+    said.append(str(error))
+check_nothing_left(before)
+del os.environ["LIFL_FAULT"]
+with lifl.Node("4MiB", workers=2) as node:
+    a_round(node)
+print(json.dumps(said))
+""",
+        preload=shim,
+    )
+    (message,) = said
+    assert "died and has no successor" in message
+    assert "before it had started" in message
+
+
 def test_interrupted_polls_are_invisible(program: Any, shim: Path) -> None:
     """EINTR of the agent's sleep makes no difference."""
     code = EACH.format(name="poll", error=errno.EINTR, workers=1).replace("range(1, 200)", "range(1, 8)")

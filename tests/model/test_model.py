@@ -1,6 +1,7 @@
 """Rung 2 of the ladder: the rings, the wake-ups and the ownership words, model checked with relacy.
 
 What is checked is lifl/_shm.c itself (see translate.py), and each check is shown to fail when the source is wrong.
+Not every interleaving is tried: these are many random ones and a bounded search.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def check(source: str, directory: Path, iterations: int) -> subprocess.Completed
 
 
 def test_core_holds_in_every_interleaving(tmp_path: Path, record_property: Any) -> None:
-    """Random schedules, and all those with at most two switches: nothing lost, nothing torn, nobody sleeps on."""
+    """500,000 random schedules, and a search with at most two switches: nothing lost or torn, nobody sleeps on."""
     done = check((LIFL / "_shm.c").read_text(), tmp_path, ITERATIONS)
     assert done.returncode == 0, done.stdout
     said = done.stdout.splitlines()

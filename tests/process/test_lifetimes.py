@@ -204,7 +204,7 @@ def test_elsewhere_importing_works_and_a_node_says_why_not(setup: str, message: 
     """Without the extension lifl and its specs can be imported; a Node is a ShmError with the remedy."""
     code = f"""
 import os, select, sys
-import attrs, cffi, ctypes, json, numpy, socket, subprocess, multiprocessing
+import attrs, cffi, ctypes, json, numpy, random, socket, subprocess, multiprocessing
 sys.modules["lifl._shm_ffi"] = None
 {setup}
 import lifl

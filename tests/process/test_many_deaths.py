@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl.crew import Crew
 
 DEATHS = 10_000
 MEMORY_DRIFT = 512 * 1024
@@ -28,9 +27,10 @@ class CountingNode(lifl.Node):
 
     deaths = 0
 
-    def _replace(self, crew: Crew, pidfd: int) -> int | None:
+    def replace(self, pidfd: int) -> None:
+        """Counts a death."""
         self.deaths += 1
-        return super()._replace(crew, pidfd)
+        super().replace(pidfd)
 
 
 def look(node: lifl.Node, free: int) -> dict[str, int]:

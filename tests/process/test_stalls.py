@@ -23,10 +23,14 @@ def update(i: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("timing", ["eager", "lazy"])
+@pytest.mark.parametrize("shape", [lifl.Shape(2, 0), lifl.Shape(2, 2), lifl.Shape(0, 2)], ids=str)
 @pytest.mark.parametrize("which", [0, 1])
-def test_stopped_worker_is_killed_and_replaced(timing: Any, which: int) -> None:
-    """A stopped worker, the top or the other leaf, holds a round up for the stall timeout and costs it nothing."""
-    with lifl.Node("16MiB", workers=2, stall_timeout=STALL_S) as node, node.open_round(SPEC, 8, timing) as round_:
+def test_stopped_worker_is_killed_and_replaced(timing: Any, shape: lifl.Shape, which: int) -> None:
+    """A stopped worker, whatever its role, holds a round up for the stall timeout and costs it nothing."""
+    with (
+        lifl.Node("16MiB", workers=2, stall_timeout=STALL_S) as node,
+        node.open_round(SPEC, 8, timing, shape=shape) as round_,
+    ):
         before = node.pids()
         os.kill(before[which], signal.SIGSTOP)
         for i in range(8):
@@ -39,7 +43,11 @@ def test_stopped_worker_is_killed_and_replaced(timing: Any, which: int) -> None:
 
 def test_all_stopped() -> None:
     """Every worker stopped at once: each is killed once, and the round ends right."""
-    with lifl.Node("16MiB", workers=3, stall_timeout=STALL_S) as node, node.open_round(SPEC, 5) as round_:
+    shape = lifl.Shape(3, 0)
+    with (
+        lifl.Node("16MiB", workers=3, stall_timeout=STALL_S) as node,
+        node.open_round(SPEC, 5, shape=shape) as round_,
+    ):
         before = node.pids()
         for pid in before:
             os.kill(pid, signal.SIGSTOP)
@@ -119,7 +127,10 @@ def test_poison_is_refused_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     spec = lifl.TensorSpec.from_arrays({"w": np.zeros(8)})
-    with lifl.Node("16MiB", workers=1, stall_timeout=STALL_S) as node, node.open_round(spec, 3) as round_:
+    with (
+        lifl.Node("16MiB", workers=1, stall_timeout=STALL_S) as node,
+        node.open_round(spec, 3, shape=lifl.Shape(1, 0)) as round_,
+    ):
         for i in range(3):
             round_.submit({"w": np.full(8, 13.0 if i == 1 else float(i))}, client_id=i)
         round_.close_early()

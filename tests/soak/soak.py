@@ -30,7 +30,6 @@ from clients import MOST, Model
 from processes import children_of, kill_a_parent, private_bytes
 
 import lifl
-from lifl.crew import Crew
 from lifl.errors import AdmissionError, LeaseError, RoundError, ShmError
 from lifl.shm import Block, State
 from lifl.sizes import units_of
@@ -57,9 +56,10 @@ class SoakedNode(lifl.Node):
         super().__init__(memory, workers, **settings)
         self.all_bytes = self.arena.free_bytes
 
-    def _replace(self, crew: Crew, pidfd: int) -> int | None:
+    def replace(self, pidfd: int) -> None:
+        """Counts a death."""
         self.deaths += 1
-        return super()._replace(crew, pidfd)
+        super().replace(pidfd)
 
     @property
     def nursery(self) -> int:
@@ -88,7 +88,8 @@ class Soak:
         self.error: BaseException | None = None
         self.hurt_node = SoakedNode("96MiB", 3, stall_timeout=STALL_S)
         self.calm_node = SoakedNode("24MiB", 2, stall_timeout=60.0, debug=True)
-        self.nodes = [self.hurt_node, self.calm_node, SoakedNode("16MiB", 0)]
+        self.elastic_node = SoakedNode("32MiB", 2, stall_timeout=STALL_S, warm=0, idle_timeout=0.02)
+        self.nodes = [self.hurt_node, self.calm_node, self.elastic_node, SoakedNode("16MiB", 0)]
         self.models = [Model(name) for name in MOST]
         self.quiet = threading.Lock()  # held by who looks for drift: no round begins meanwhile
         self.running = 0
@@ -107,11 +108,14 @@ class Soak:
 
     def one_round(self, choose: random.Random) -> None:
         """A round of any kind, checked."""
-        node, model = choose.choices(self.nodes, (6, 3, 1))[0], choose.choice(self.models)
+        node, model = choose.choices(self.nodes, (5, 3, 2, 1))[0], choose.choice(self.models)
         n = choose.randint(1, model.most)
         order = choose.choice(["any", "any", "any", "flower"])
         weights = {i: choose.choice([1, 1, choose.randint(1, 1000)]) for i in choose.sample(range(n), n)}
-        how: dict[str, Any] = {"timing": choose.choice(["eager", "lazy"]), "order": order}
+        how: dict[str, Any] = {"timing": choose.choice(["eager", "eager", "lazy", "jit"]), "order": order}
+        if choose.random() < 0.7:
+            leaves = choose.randint(0, 3) if order == "any" else 0
+            how["shape"] = lifl.Shape(leaves, choose.randint(0 if leaves else 1, 3))
         if choose.random() < 0.3:
             how["commit_every"] = choose.randint(1, 8)
         with node.open_round(model.spec, n, **how) as round_:
@@ -129,7 +133,7 @@ class Soak:
             try:
                 result = self.result_of(round_)
             except RoundError as error:
-                if "workers died of it" not in str(error) and "no update is left" not in str(error):
+                if "one after another" not in str(error) and "no update is left" not in str(error):
                     raise
                 self.count("rounds failed by poison")
                 return
@@ -219,7 +223,7 @@ class Soak:
             time.sleep(choose.random() * 0.06)
             with self.quiet:
                 pass
-            if not (pids := self.hurt_node.pids()):
+            if not (pids := choose.choice([self.hurt_node, self.hurt_node, self.elastic_node]).pids()):
                 continue
             pid, what = choose.choice(pids), choose.random()
             with suppress(ProcessLookupError):
@@ -261,11 +265,11 @@ class Soak:
         with self.quiet:
             time.sleep(0.01)  # the last death of before is seen
             end = time.monotonic() + SETTLE_S
-            while (self.running or self.lost_bytes() or len(self.processes()) != 7) and time.monotonic() < end:
+            while (self.running or self.lost_bytes() or len(self.processes()) != 8) and time.monotonic() < end:
                 if self.error is not None:
                     return
                 time.sleep(0.002)
-            nurseries = self.hurt_node.nursery, self.calm_node.nursery
+            nurseries = self.hurt_node.nursery, self.calm_node.nursery, self.elastic_node.nursery
             found = {
                 "bytes lost": self.lost_bytes(),
                 "descriptors": len(os.listdir("/proc/self/fd")),
@@ -288,7 +292,7 @@ class Soak:
         return sum(node.all_bytes - node.arena.free_bytes for node in self.nodes)
 
     def processes(self) -> list[int]:
-        """Two nurseries, three workers and two; zombies too."""
+        """Three nurseries, three workers and two, and of the elastic Node, when it rests, none; zombies too."""
         nurseries = children_of(os.getpid())
         return [*nurseries, *(pid for nursery in nurseries for pid in children_of(nursery))]
 
@@ -323,6 +327,7 @@ class Soak:
             thread.join()
         self.counts["workers died"] = self.hurt_node.deaths
         self.counts["calm workers died"] = self.calm_node.deaths
+        self.counts["cold starts"] = self.elastic_node.pool.cold_starts
         for node in self.nodes:
             node.close()
         return self.verdict(time.monotonic() - begin)
