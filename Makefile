@@ -56,6 +56,10 @@ bench: .venv/dev
 	$(BIN)/lifl bench fold
 	$(BIN)/lifl bench handoff
 	$(BIN)/lifl bench recovery
+	$(BIN)/lifl bench fold --updates 32
+	$(BIN)/lifl bench trickle
+	$(BIN)/lifl bench roles
+	$(BIN)/lifl bench idle --seconds 5
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lifl needs Python 3.11 or newer, this is " + sys.version)'

@@ -11,20 +11,26 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
 
 from lifl.errors import LiflError
+from lifl.planner.hierarchy import FAN_IN
+from lifl.planner.load import EXECUTION_S
+from lifl.planner.placement import Rule
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 P = ParamSpec("P")
 
 REMEDIES = {
     "grpc": "pip install 'lifl[bench]'",
+    "matplotlib": "pip install 'lifl[plot]'",
+    "nvflare": "pip install 'lifl[peers]'",
     "sklearn": "pip install 'lifl[demo]'",
     "torch": "pip install 'lifl[torch]'",
 }
@@ -49,7 +55,7 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
 )
 bench = typer.Typer(
-    help="Measure this machine, the fold, the hand-off, the recovery.",
+    help="Measure this machine, the fold, the hand-off, the recovery, the planning, the runtimes.",
     no_args_is_help=True,
 )
 main.add_typer(bench, name="bench")
@@ -118,6 +124,46 @@ def demo(
         typer.echo(json.dumps(results, indent=2))
 
 
+@main.command()
+@_told
+def plan(
+    clients: Annotated[int, typer.Option(min=1, help="Updates to aggregate in the round, one of each client.")] = 120,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that can aggregate, all alike.")] = 5,
+    capacity: Annotated[
+        float | None,
+        typer.Option(help="Updates that a node can aggregate at once.", show_default="so that a fifth stays free"),
+    ] = None,
+    cores: Annotated[int, typer.Option(min=1, help="Of each node; the most leaves that it gets.")] = 8,
+    rate: Annotated[float, typer.Option(help="Updates per second that arrive already, over all nodes.")] = 0.0,
+    execution: Annotated[float, typer.Option(help="Seconds that one of these takes.")] = EXECUTION_S,
+    fan_in: Annotated[int, typer.Option(help="Updates of one leaf, where the cores are enough.")] = FAN_IN,
+    arity: Annotated[
+        int | None, typer.Option(help="The most sums that a middle or the top adds up.", show_default="no bound")
+    ] = None,
+    rule: Annotated[Rule, typer.Option(help="Which node takes whose update.")] = Rule.BEST_FIT,
+    svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Write the picture of the tree here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who aggregates what, in which tree: the plan of one round.
+
+    Nothing is started: the nodes are made up. The time is the median of five
+    plannings. With --json the plan is printed as a graph: tasks, channels,
+    and the routing table of each node.
+    """
+    from lifl.bench.planning import cluster_of, plan_tree, timed_plan
+
+    names, servers = cluster_of(clients, nodes, capacity, cores, rate, execution)
+    planned, planning_ms = timed_plan(names, servers, rule, fan_in, arity)
+    if svg is not None:
+        svg.write(planned._repr_html_())
+    if as_json:
+        typer.echo(json.dumps({"planning_ms": planning_ms, **planned.to_dict()}, indent=2))
+        return
+    console = Console()
+    console.print(plan_tree(planned))
+    console.print(f"{planned}, planned in {planning_ms:.1f} ms", soft_wrap=True)
+
+
 @bench.command()
 @_told
 def limits(
@@ -126,7 +172,8 @@ def limits(
 ) -> None:
     """What this machine can do at most.
 
-    Reading and copying memory, hashing, waking and starting processes. Takes about ten seconds and 1 GiB of memory.
+    Reading and copying memory, hashing, waking and starting processes; and what the cost model plans with, which is
+    measured anew and remembered. Takes about 15 seconds and 1 GiB of memory.
     """
     from lifl.bench.limits import limits_table, measure_limits
 
@@ -148,11 +195,12 @@ def fold(
     repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """The mean of ready updates, by lifl and by Flower.
+    """The mean of ready updates, by lifl, Flower and NVFLARE.
 
-    Both take turns in one run, on the same updates. "updates ready": all lie in shared memory, and the
+    All take turns in one run, on the same updates. "updates ready": all lie in shared memory, and the
     clock runs from the last one to the mean. "copied in": the clock includes copying all of them into
-    shared memory. Takes about 20 seconds and 3 GB of memory with the defaults, 13 GB with resnet152.
+    shared memory. NVFLARE needs lifl's extra "peers". Takes about 30 seconds and 3 GB of memory with the
+    defaults, 13 GB with resnet152.
     """
     from lifl.bench.fold import fold_table, measure_fold
 
@@ -200,6 +248,122 @@ def recovery(
     _show(figures, recovery_table, as_json)
 
 
+@bench.command()
+@_told
+def planning(
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Plans of rounds with up to 100,000 clients on up to 1,000 nodes.
+
+    Placement, tree and processes; and the new plan when a node is gone. Takes about five seconds.
+    """
+    from lifl.bench.planning import measure_planning, planning_table
+
+    with _progress() as say:
+        figures = measure_planning(repetitions, on_progress=say)
+    _show(figures, planning_table, as_json)
+
+
+@bench.command()
+@_told
+def trickle(
+    updates: Annotated[int, typer.Option(min=2, help="How many updates of ResNet-18 come.")] = 32,
+    seconds: Annotated[float, typer.Option(min=0, help="From the first to the last.")] = 10.0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes of lifl.", show_default="one per core")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Updates that trickle in: from the last to the new model.
+
+    Eager, just in time and lazy take turns; beside it, how long one core folds one update onto a sum. Takes about
+    two minutes and 2.5 GB of memory with the defaults.
+    """
+    from lifl.bench.trickle import measure_trickle, trickle_table
+
+    with _progress() as say:
+        figures = measure_trickle(updates, seconds, workers=workers, repetitions=repetitions, on_progress=say)
+    _show(figures, trickle_table, as_json)
+
+
+@bench.command()
+@_told
+def roles(
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 20,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of the Node with two rounds.", show_default="one per core")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A warm worker's next role, against starting one.
+
+    And whether a second round starts a process. Takes about ten seconds.
+    """
+    from lifl.bench.roles import measure_roles, roles_table
+
+    with _progress() as say:
+        figures = measure_roles(repetitions, workers, on_progress=say)
+    _show(figures, roles_table, as_json)
+
+
+@bench.command()
+@_told
+def idle(
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long the Nodes are watched.")] = 60.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes of each Node.", show_default="one per core")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """CPU time of a Node that has nothing to do.
+
+    With warm workers, with a round that waits, and after all workers have gone.
+    """
+    from lifl.bench.idle import idle_table, measure_idle
+
+    with _progress() as say:
+        figures = measure_idle(seconds, workers, on_progress=say)
+    _show(figures, idle_table, as_json)
+
+
+@bench.command()
+@_told
+def ablation(
+    updates: Annotated[str, typer.Option(help="Of 5 simulated nodes; 20 times as many for 100.")] = "20,60,100",
+    real_updates: Annotated[str, typer.Option(help="Of the 5 real Nodes; 40 take 12 GB.")] = "20,30,40",
+    repetitions: Annotated[int, typer.Option(min=1, help="Each real figure is the median of so many.")] = 3,
+    simulate_only: Annotated[bool, typer.Option("--simulate-only", help="Carry nothing out for real.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw it into this file: .svg, .png or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One idea of lifl more at a time, for real and simulated.
+
+    Rounds of ResNet-18: a baseline, then locality, planned trees, reuse of runtimes, eager folding, shards. For real
+    on five Nodes of this machine; every model is checked. A round that others on the machine disturb is repeated, and
+    how much they took is told. Takes five to fifteen minutes and 12 GB of memory; simulated only, ten seconds.
+    """
+    from lifl.bench.ablation import measure_ablation
+    from lifl.bench.ablation_view import ablation_tables, check_picture, save_picture
+
+    counts, real = _counts("--updates", updates), _counts("--real-updates", real_updates)
+    if picture is not None:
+        check_picture(picture)
+    with _progress() as say:
+        figures = measure_ablation(counts, real, repetitions, is_simulated_only=simulate_only, on_progress=say)
+    if picture is not None:
+        save_picture(figures, picture)
+    _show(figures, ablation_tables, as_json)
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {text}: give numbers with commas between them, such as 20,60,100") from None
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """What is being measured, on stderr and only on a terminal; gone afterwards."""
@@ -208,7 +372,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(f"measuring: {what}")
 
 
-def _show(figures: dict[str, Any], table: Callable[[dict[str, Any]], Table], as_json: bool) -> None:
+def _show(figures: dict[str, Any], table: Callable[[dict[str, Any]], RenderableType], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(figures, indent=2))
     else:

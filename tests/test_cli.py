@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +25,12 @@ runner = CliRunner()
 
 
 def test_help_names_every_command() -> None:
-    """`lifl --help` lists demo and bench, `lifl bench --help` what can be measured."""
+    """`lifl --help` lists demo, plan and bench, `lifl bench --help` what can be measured."""
     result = runner.invoke(cli.main, ["--help"])
     assert result.exit_code == 0
-    assert all(word in result.output for word in ("demo", "bench", "--version"))
+    assert all(word in result.output for word in ("demo", "plan", "bench", "--version"))
     result = runner.invoke(cli.main, ["bench", "--help"])
-    assert all(word in result.output for word in ("limits", "fold", "handoff"))
+    assert all(word in result.output for word in ("limits", "fold", "handoff", "recovery", "planning"))
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -56,7 +57,14 @@ def test_model_choices_are_the_models_there_are() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["bench", "fold", "--model", "vgg"], ["bench", "fold", "--updates", "0"], ["demo", "--rounds", "0"], ["nonsense"]],
+    [
+        ["bench", "fold", "--model", "vgg"],
+        ["bench", "fold", "--updates", "0"],
+        ["demo", "--rounds", "0"],
+        ["plan", "--rule", "guess"],
+        ["plan", "--clients", "0"],
+        ["nonsense"],
+    ],
 )
 def test_wrong_arguments_end_with_status_2(arguments: list[str]) -> None:
     """And with a hint instead of a traceback."""
@@ -86,6 +94,19 @@ def test_bench_handoff_prints_only_json_on_stdout() -> None:
             (("resnet34", 3, 0, 2), {}),
         ),
         (["bench", "handoff"], "lifl.bench.handoff", "measure_handoff", ((20_000,), {})),
+        (["bench", "planning"], "lifl.bench.planning", "measure_planning", ((5,), {})),
+        (
+            ["bench", "ablation"],
+            "lifl.bench.ablation",
+            "measure_ablation",
+            (((20, 60, 100), (20, 30, 40), 3), {"is_simulated_only": False}),
+        ),
+        (
+            ["bench", "ablation", "--updates", "5", "--real-updates", "6,7", "--repetitions", "1", "--simulate-only"],
+            "lifl.bench.ablation",
+            "measure_ablation",
+            (((5,), (6, 7), 1), {"is_simulated_only": True}),
+        ),
     ],
 )
 def test_bench_passes_its_options_on(
@@ -104,6 +125,62 @@ def test_bench_passes_its_options_on(
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"figure_us": 1.5}
     assert calls == [called_with]
+
+
+def test_plan_draws_the_tree_and_its_totals() -> None:
+    """Nodes that are alike are counted; the last line has the totals and the time."""
+    result = runner.invoke(cli.main, ["plan", "--clients", "10000", "--nodes", "100"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "top on node-0: 10,000 updates from 80 nodes"
+    assert lines[-2] == "└── 76 more nodes like it: 9,500 updates, 125 each"
+    totals = "10,000 updates, 80 of 100 nodes, 3 levels, 640 leaves, 640 processes (640 to start), eager, planned in "
+    assert lines[-1].startswith(totals)
+    assert lines[-1].endswith(" ms")
+    assert len(lines) < 20
+
+
+def test_plan_prints_only_json_on_stdout() -> None:
+    """With the time, the totals, and the topology; every option has its effect."""
+    arguments = "--clients 30 --nodes 4 --capacity 12 --cores 3 --rate 40 --execution 0.1 --fan-in 5 --arity 2"
+    result = runner.invoke(cli.main, ["plan", *arguments.split(), "--rule", "round-robin", "--json"])
+    assert result.exit_code == 0, result.output
+    graph = json.loads(result.stdout)
+    assert graph["planning_ms"] > 0
+    assert (graph["nodes_used"], graph["updates"], graph["leaves"], graph["rule"]) == (4, 30, 8, "round-robin")
+    assert [node["room"] for node in graph["nodes"]] == [11] * 4
+    assert max(len(task["inputs"]) for task in graph["tasks"]) == 2
+    assert graph["levels"] == 4
+    assert result.stderr == ""
+
+
+def test_plan_writes_its_picture(tmp_path: Path) -> None:
+    """What a notebook shows, for people without one."""
+    path = tmp_path / "plan.svg"
+    result = runner.invoke(cli.main, ["plan", "--svg", str(path)])
+    assert result.exit_code == 0, result.output
+    assert path.read_text().startswith("<svg ")
+    missing = runner.invoke(cli.main, ["plan", "--svg", str(tmp_path / "none" / "plan.svg")])
+    assert missing.exit_code == 1
+    assert "Traceback" not in missing.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--arity", "1"], "lifl: fan_in=2, arity=1: give a fan_in of 1 at least and an arity of 2 at least\n"),
+        (["--rate", "nan"], "lifl: arrival_rate=nan: give a finite number from 0 up\n"),
+        (
+            ["--nodes", "2", "--capacity", "3", "--rate", "1000"],
+            "lifl: none of the 2 nodes has room for an update: they can aggregate 6 at once and have 10 in work;"
+            " add nodes, or wait\n",
+        ),
+    ],
+)
+def test_no_plan_is_one_line_and_status_1(arguments: list[str], line: str) -> None:
+    """It names what does not fit."""
+    result = runner.invoke(cli.main, ["plan", *arguments])
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", line)
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:

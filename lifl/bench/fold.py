@@ -1,22 +1,26 @@
-"""The fold of ready updates: lifl's against Flower's, in one run, alternating.
+"""The mean of ready updates: lifl's ways beside Flower's and NVFLARE's, in one run, alternating.
 
-Owns what is timed and from when to when. Both sides get the same updates of a real model's shapes, and
+Owns what is timed and from when to when. All sides get the same updates of a real model's shapes, and
 their results are compared. Nothing is printed here.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from lifl import fold
 from lifl.bench.limits import MEMORY_BYTES, read_gb_per_s
 from lifl.bench.shapes import model_spec
+from lifl.planner.shape import Shape
 from lifl.runtime import Node, cores
 from lifl.sizes import round_bytes
 from lifl.tensor import Array, Tensor, TensorSpec
@@ -26,8 +30,47 @@ RESULT_TIMEOUT_S = 300.0
 GOAL_RATIO = 5.0
 """How many times as fast as Flower lifl's fold of ready updates is meant to be."""
 
+GOAL_SHARE = 0.8
+"""What part of the rate at which all cores read memory shards are meant to reach."""
+
+TITLES = {
+    "flower": "Flower (one core)",
+    "nvflare": "NVFLARE (one core)",
+    "tree": "lifl, updates ready: tree",
+    "shards": "lifl, updates ready: shards",
+    "planned": "lifl, updates ready: as planned",
+    "eager": "lifl, copied in (eager)",
+    "alone": "lifl, updates ready: no workers",
+}
+NO_NVFLARE = "not installed: pip install 'lifl[peers]'"
+
 Replies = list[Any]
 """Flower's RecordDicts."""
+
+Ready = Callable[[], None]
+"""Called when all is ready, just before the clock starts."""
+
+
+@attrs.frozen
+class Inputs:
+    """What every side gets; ``arrays`` are views of the replies' bytes."""
+
+    spec: TensorSpec
+    replies: Replies
+    arrays: list[dict[str, Array]]
+    weights: list[float]
+
+
+@attrs.frozen
+class Run:
+    """One side's run: how long, what came out, and in which shape."""
+
+    seconds: float
+    mean: Mapping[str, Array]
+    shape: str = ""
+
+
+Side = Callable[[Inputs, Ready], Run]
 
 
 def measure_fold(
@@ -41,32 +84,35 @@ def measure_fold(
 ) -> dict[str, Any]:
     """Times the weighted mean of `updates` updates of `model`, medians of `repetitions`.
 
-    Flower: ``aggregate_arrayrecords`` on replies in memory, one thread. lifl, lazy: the updates lie in
-    the arena; the clock starts at the last ``send`` and stops when ``result`` returns. lifl, eager: the
-    clock starts before the first ``submit``, so it includes copying the updates into the arena. One
-    repetition before the others warms up and is not counted.
+    Flower: ``aggregate_arrayrecords`` on replies in memory, one thread. NVFLARE, if it is installed: its
+    ``WeightedAggregationHelper`` on the same NumPy arrays, one thread. lifl, updates ready: they lie in the
+    arena; the clock starts at the last ``send`` and stops when ``result`` returns. As planned: in the shape that
+    the planner chooses by the costs it knows, which ``lifl bench limits`` measures. lifl, copied in: the clock
+    starts before the first ``submit``, so it includes copying the updates into the arena. One repetition before
+    the others warms up and is not counted.
 
-    Needs memory for two copies of the updates and for the sums; imports flwr.
+    Needs memory for two copies of the updates and for the sums; imports flwr, and NVFLARE if it is there.
 
     Parameters
     ----------
     model : str
         A name in ``lifl.bench.shapes.MODELS``.
     workers : int, optional
-        Of the Node; default: one per core.
+        Of the Node, leaves of the tree, and number of shards; default: one per core.
     spec : TensorSpec, optional
         Other shapes than `model`'s, which then is only a name.
 
     Returns
     -------
     dict
-        ``model``, ``updates``, ``update_bytes``, ``workers``, ``cores``, ``repetitions``,
+        ``model``, ``updates``, ``update_bytes``, ``workers``, ``cores``, ``repetitions``, ``goal_share``,
         ``read_all_cores_gb_per_s`` (measured before each of the others), ``error_over_tolerance`` (the
         largest difference between lifl's and Flower's means, as a share of what their roundings allow:
-        above 1 is wrong), and ``rows``: dicts with ``way``, ``title``, ``workers``, ``median_s``,
-        ``min_s``, ``gb_per_s`` (updates, 10^9 bytes), ``times_flower`` (Flower's median over this
-        one's, of the repetitions that alternated with it) and ``share_of_read`` (of
-        ``read_all_cores_gb_per_s``).
+        above 1 is wrong), and ``rows``: dicts with ``way``, ``title``, ``workers``, ``shape`` (as carried out;
+        of the peers empty), ``median_s``, ``min_s``, ``gb_per_s`` (updates, 10^9 bytes), ``times_flower``
+        (Flower's median over this one's, of the repetitions that alternated with it) and ``share_of_read``
+        (median, over the runs, of what each reached of the read rate measured just before it); or with ``way``,
+        ``title`` and ``skipped``, the reason.
 
     Raises
     ------
@@ -83,44 +129,42 @@ def measure_fold(
 
     say = on_progress or (lambda _: None)
     say(f"making {updates} updates of {model}")
-    replies = [reference.make_reply(_update(spec, k), k + 1.0) for k in range(updates)]
     weights = [k + 1.0 for k in range(updates)]
+    replies = [reference.make_reply(_update(spec, k), weights[k]) for k in range(updates)]
+    inputs = Inputs(spec, replies, [reference.view_reply(reply) for reply in replies], weights)
     total_bytes = spec.nbytes * updates
     memory = np.ones(min(MEMORY_BYTES, max(total_bytes, 4096)), np.uint8)
-
     reads: list[float] = []
 
     def settle() -> None:
         """Reads other memory before each clock starts, so that no side finds its updates in a cache."""
         reads.append(read_gb_per_s(memory, cores()))
 
-    flower_s: list[float] = []
-    rows = []
+    peers: dict[str, Side] = {"flower": _flower}
+    if importlib.util.find_spec("nvflare") is not None:
+        peers["nvflare"] = _nvflare
+    rows: list[dict[str, Any]] = []
     largest = 0.0
     for node_workers in dict.fromkeys((workers, 0)):
         with Node(memory=round_bytes(spec, node_workers, updates), workers=node_workers) as node:
-            sides = {"lazy": _lazy_s} | ({"eager": _eager_s} if node_workers == workers else {})
-            runs: dict[str, list[float]] = {name: [] for name in ("flower", *sides)}
+            is_main = node_workers == workers
+            sides = peers | _on_node(node, workers) if is_main else {"flower": _flower, "alone": _ready(node, None)}
+            runs: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+            shapes: dict[str, str] = {}
             for repetition in range(repetitions + 1):
                 say(f"{node_workers} workers, " + (f"repetition {repetition}" if repetition else "warming up"))
-                for name in runs if repetition % 2 else reversed(runs):
-                    if name == "flower":
-                        settle()
-                        seconds, mean = _flower_s(replies)
-                    else:
-                        seconds, mean = sides[name](node, spec, replies, weights, settle)
-                        if repetition == 0:
-                            largest = max(largest, _error_over_tolerance(spec, mean, replies, weights))
-                    del mean
-                    if repetition:
-                        runs[name].append(seconds)
-            flower_s += runs["flower"]
-            for name in sides:
-                rows.append(_row(name, node_workers, runs[name], runs["flower"], total_bytes))
-    rows.insert(0, _row("flower", 0, flower_s, flower_s, total_bytes))
-    read = statistics.median(reads)
-    for row in rows:
-        row["share_of_read"] = row["gb_per_s"] / read
+                for name in sides if repetition % 2 else reversed(sides):
+                    run = sides[name](inputs, settle)
+                    if repetition == 0 and name not in peers:
+                        largest = max(largest, _error_over_tolerance(spec, run.mean, replies, weights))
+                    elif repetition:
+                        runs[name].append((run.seconds, reads[-1]))
+                        shapes[name] = run.shape
+                    del run  # with a mean that is alive the arena has no room for the next
+            known = {row["way"] for row in rows}
+            rows += [_row(name, node_workers, shapes[name], runs, total_bytes) for name in runs if name not in known]
+    if "nvflare" not in peers:
+        rows.insert(1, {"way": "nvflare", "title": TITLES["nvflare"], "skipped": NO_NVFLARE})
     return {
         "model": model,
         "updates": updates,
@@ -128,7 +172,8 @@ def measure_fold(
         "workers": workers,
         "cores": cores(),
         "repetitions": repetitions,
-        "read_all_cores_gb_per_s": read,
+        "goal_share": GOAL_SHARE,
+        "read_all_cores_gb_per_s": statistics.median(reads),
         "error_over_tolerance": largest,
         "rows": rows,
     }
@@ -145,74 +190,94 @@ def _numbers(random: np.random.Generator, tensor: Tensor) -> Array:
     return random.integers(0, 100, tensor.shape).astype(tensor.dtype)
 
 
-# ---------------------------------------------------------------- the sides: seconds, and the mean
+# ---------------------------------------------------------------- the sides
 
 
-def _flower_s(replies: Replies) -> tuple[float, Mapping[str, Array]]:
+def _flower(inputs: Inputs, ready: Ready) -> Run:
     from lifl.strategy import reference
 
+    ready()
     begin = time.perf_counter()
-    record = reference.aggregate(replies)
+    record = reference.aggregate(inputs.replies)
     seconds = time.perf_counter() - begin
-    return seconds, reference.view_arrays(record)
+    return Run(seconds, reference.view_arrays(record))
 
 
-def _lazy_s(
-    node: Node, spec: TensorSpec, replies: Replies, weights: list[float], settle: Callable[[], None]
-) -> tuple[float, Mapping[str, Array]]:
-    from lifl.strategy import reference
+def _nvflare(inputs: Inputs, ready: Ready) -> Run:
+    from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
 
-    with node.open_round(spec, expected=len(replies), timing="lazy") as round_:
-        loans = []
-        for k, reply in enumerate(replies):
-            loan = round_.loan(client_id=k)
-            for name, array in reference.view_reply(reply).items():
-                loan.arrays[name][...] = array
-            loans.append(loan)
-        for loan, weight in zip(loans[:-1], weights, strict=False):
-            loan.send(weight)
-        settle()
-        begin = time.perf_counter()
-        loans[-1].send(weights[-1])
-        result = round_.result(timeout=RESULT_TIMEOUT_S)
-        return time.perf_counter() - begin, result.arrays
+    helper = WeightedAggregationHelper()
+    ready()
+    begin = time.perf_counter()
+    for k, (arrays, weight) in enumerate(zip(inputs.arrays, inputs.weights, strict=True)):
+        helper.add(arrays, weight, f"client-{k}", 0)
+    mean = helper.get_result()
+    return Run(time.perf_counter() - begin, mean)
 
 
-def _eager_s(
-    node: Node, spec: TensorSpec, replies: Replies, weights: list[float], settle: Callable[[], None]
-) -> tuple[float, Mapping[str, Array]]:
-    from lifl.strategy import reference
+def _on_node(node: Node, workers: int) -> dict[str, Side]:
+    most = max(1, workers)
+    return {
+        "tree": _ready(node, Shape(most, 0)),
+        "shards": _ready(node, Shape(0, most)),
+        "planned": _ready(node, None),
+        "eager": _copied(node),
+    }
 
-    arrays = [reference.view_reply(reply) for reply in replies]
-    settle()
-    with node.open_round(spec, expected=len(replies), timing="eager") as round_:
-        begin = time.perf_counter()
-        for k, (update, weight) in enumerate(zip(arrays, weights, strict=True)):
-            round_.submit(update, weight, client_id=k)
-        result = round_.result(timeout=RESULT_TIMEOUT_S)
-        return time.perf_counter() - begin, result.arrays
+
+def _ready(node: Node, shape: Shape | None) -> Side:
+    """The side whose updates lie in the arena when the clock starts."""
+
+    def side(inputs: Inputs, ready: Ready) -> Run:
+        with node.open_round(inputs.spec, expected=len(inputs.arrays), timing="lazy", shape=shape) as round_:
+            loans = []
+            for k, update in enumerate(inputs.arrays):
+                loan = round_.loan(client_id=k)
+                for name, array in update.items():
+                    loan.arrays[name][...] = array
+                loans.append(loan)
+            for loan, weight in zip(loans[:-1], inputs.weights, strict=False):
+                loan.send(weight)
+            ready()
+            begin = time.perf_counter()
+            loans[-1].send(inputs.weights[-1])
+            result = round_.result(timeout=RESULT_TIMEOUT_S)
+            return Run(time.perf_counter() - begin, result.arrays, result.report.shape)
+
+    return side
+
+
+def _copied(node: Node) -> Side:
+    """The side that copies the updates into the arena while the clock runs."""
+
+    def side(inputs: Inputs, ready: Ready) -> Run:
+        ready()
+        with node.open_round(inputs.spec, expected=len(inputs.arrays), timing="eager") as round_:
+            begin = time.perf_counter()
+            for k, (update, weight) in enumerate(zip(inputs.arrays, inputs.weights, strict=True)):
+                round_.submit(update, weight, client_id=k)
+            result = round_.result(timeout=RESULT_TIMEOUT_S)
+            return Run(time.perf_counter() - begin, result.arrays, result.report.shape)
+
+    return side
 
 
 # ---------------------------------------------------------------- what is made of them
 
 
-TITLES = {
-    "flower": "Flower (one core)",
-    "lazy": "lifl, updates ready (lazy)",
-    "eager": "lifl, copied in (eager)",
-}
-
-
-def _row(way: str, workers: int, runs: list[float], flower: list[float], nbytes: int) -> dict[str, Any]:
-    median = statistics.median(runs)
+def _row(way: str, workers: int, shape: str, runs: dict[str, list[tuple[float, float]]], nbytes: int) -> dict[str, Any]:
+    seconds = [run for run, _ in runs[way]]
+    median = statistics.median(seconds)
     return {
         "way": way,
         "title": TITLES[way],
         "workers": workers,
+        "shape": shape,
         "median_s": median,
-        "min_s": min(runs),
+        "min_s": min(seconds),
         "gb_per_s": nbytes / median / 1e9,
-        "times_flower": statistics.median(flower) / median,
+        "times_flower": statistics.median(run for run, _ in runs["flower"]) / median,
+        "share_of_read": statistics.median(nbytes / run / 1e9 / read for run, read in runs[way]),
     }
 
 
@@ -227,7 +292,7 @@ def _error_over_tolerance(spec: TensorSpec, mean: Mapping[str, Array], replies: 
     """
     from lifl.strategy import reference
 
-    _, flower = _flower_s(replies)
+    flower = reference.view_arrays(reference.aggregate(replies))
     views = [reference.view_reply(reply) for reply in replies]
     worst = 0.0
     for tensor in spec.tensors:
@@ -249,23 +314,28 @@ def fold_table(figures: dict[str, Any]) -> Table:
     megabytes = figures["update_bytes"] / 1e6
     table = Table(
         title=f"The mean of {figures['updates']} updates of {figures['model']}, {megabytes:.1f} MB each",
-        caption=(
-            f"Medians of {figures['repetitions']}. Reading memory, {figures['cores']} cores reach "
-            f"{figures['read_all_cores_gb_per_s']:.1f} GB/s.\nlifl's mean differs from Flower's by "
-            f"{figures['error_over_tolerance']:.2f} of what rounding allows."
-        ),
         caption_justify="left",
     )
+    notes = [
+        f"Medians of {figures['repetitions']}. Reading memory, {figures['cores']} cores reach "
+        f"{figures['read_all_cores_gb_per_s']:.1f} GB/s; the goal of shards is {figures['goal_share']:.0%}.",
+        f"lifl's mean differs from Flower's by {figures['error_over_tolerance']:.2f} of what rounding allows.",
+    ]
     table.add_column("way", no_wrap=True)
     for heading in ("workers", "ms", "GB/s", "against\nFlower", "of the\nread rate"):
         table.add_column(heading, justify="right")
     for row in figures["rows"]:
+        if "skipped" in row:
+            table.add_row(row["title"], "", "-", "-", "-", "-")
+            notes.append(f"{row['title']}: {row['skipped']}")
+            continue
         table.add_row(
-            row["title"],
-            "" if row["way"] == "flower" else str(row["workers"]),
+            row["title"] + (f" ({row['shape']})" if row["way"] == "planned" else ""),
+            str(row["workers"]) if row["shape"] else "",
             f"{row['median_s'] * 1000:,.1f}",
             f"{row['gb_per_s']:.1f}",
             f"{row['times_flower']:.1f} x",
             f"{row['share_of_read']:.0%}",
         )
+    table.caption = Text("\n".join(notes))  # as markup a remedy would lose its brackets
     return table

@@ -1,7 +1,8 @@
 """What this machine can do at most: memory, hashing, wake-ups, starting processes.
 
 Owns the limits that other figures are held against. It measures the machine and lifl's start, never a
-round's work. Nothing is printed here.
+round's work; what the steps of a round cost here is ``lifl.calibration``'s, and shown beside. Nothing is
+printed here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lifl import kernels
+from lifl import calibration, kernels
 from lifl.bench import pair
 from lifl.bench.handoff import one_way
 from lifl.errors import PeerGoneError
@@ -35,6 +36,22 @@ SHA256_BYTES = 64 * 2**20
 
 WAYS = {"spin": "ring_spinning", "futex": "ring_sleeping", "eventfd": "eventfd"}
 ANSWER_TIMEOUT_S = 60.0
+
+COST_TITLES = {
+    "land_bytes_s": "copy and check an update",
+    "land_array_s": "each array of it",
+    "fold_bytes_s": "read an update while folding",
+    "sum_bytes_s": "read or write a partial sum",
+    "mean_bytes_s": "write the mean",
+    "parallel": "all cores against one",
+    "dispatch_s": "a task, to a warm worker's beginning",
+    "cold_start_s": "one more worker, until it waits",
+    "first_read_bytes_s": "a process's first read of memory",
+    "first_write_bytes_s": "a process's first write to memory",
+    "wire_bytes_s": "receive over loopback TCP",
+    "wire_cpu_bytes_s": "the CPU of that, on each side",
+}
+"""What ``lifl.planner.costs.Costs`` calls them; its other fields are shown by their own names."""
 
 
 def measure_limits(
@@ -58,7 +75,8 @@ def measure_limits(
         ``node_cold_s``: from nothing to the first result of a Node with one worker;
         ``worker_cold_s``: from nothing to a worker's first answer;
         ``worker_start_s``: one more worker, to its first answer;
-        ``worker_warm_s``: a question to a worker that is there, and its answer.
+        ``worker_warm_s``: a question to a worker that is there, and its answer;
+        ``costs``: what the cost model plans with (``lifl.planner.costs.Costs``), measured anew and remembered.
     """
     say = on_progress or (lambda _: None)
     if memory_bytes < 4096 or repetitions < 1 or messages < 1:
@@ -75,8 +93,10 @@ def measure_limits(
         figures[f"wake_{name}_us"] = one_way(pair.run(way, messages))["median_us"]
     say("starting processes")
     figures |= medians({"node_cold_s": _node_cold_s}, repetitions)
-    starts = [_start_workers() for _ in range(repetitions)]
-    return figures | {name: statistics.median(start[name] for start in starts) for name in starts[0]}
+    starts = [start_workers() for _ in range(repetitions)]
+    figures |= {name: statistics.median(start[name] for start in starts) for name in starts[0]}
+    say("the costs of a round's steps")
+    return figures | {"costs": calibration.calibrate().to_dict()}
 
 
 def _memory(nbytes: int, repetitions: int) -> dict[str, float]:
@@ -101,20 +121,22 @@ def read_gb_per_s(source: Array, threads: int) -> float:
     """How fast `threads` cores together read `source` once, in 10^9 bytes per second."""
     part = source.nbytes // threads
     starts = [source.ctypes.data + i * part for i in range(threads)]
-    ready = threading.Barrier(threads + 1)
+    ready = threading.Barrier(threads)
+    times: list[float] = []
 
     def read(start: int) -> None:
         ready.wait()
+        begin = time.perf_counter()
         kernels.read_memory(start, part, 1)
+        times.extend((begin, time.perf_counter()))
 
     readers = [threading.Thread(target=read, args=(start,)) for start in starts]
     for reader in readers:
         reader.start()
-    ready.wait()
-    begin = time.perf_counter()
     for reader in readers:
         reader.join()
-    return part * threads / (time.perf_counter() - begin) / 1e9
+    # By their own clocks: with every core taken, this thread may wake long after they have begun.
+    return part * threads / (max(times) - min(times)) / 1e9
 
 
 def _gb_per_s(nbytes: int, work: Callable[[], object]) -> float:
@@ -133,8 +155,8 @@ def _node_cold_s() -> float:
         return time.perf_counter() - begin
 
 
-def _start_workers() -> dict[str, float]:
-    """The first worker (with the process that forks them), one more, and one that is there already."""
+def start_workers() -> dict[str, float]:
+    """Seconds until a worker answers: the first (with the process that forks them), one more, one that is there."""
     arena, bell = Arena.create(1, 3), Bell()
     inbox, outbox = Inbox(arena, AGENT), Outbox(arena, AGENT)
 
@@ -198,4 +220,15 @@ def limits_table(figures: dict[str, Any]) -> Table:
         ("a worker that is there, to its answer", "worker_warm_s"),
     ):
         table.add_row(title, f"{figures[name] * 1000:,.2f} ms")
+    table.add_section()
+    costs = figures["costs"]
+    for name, value in costs.items():
+        if name != "cores":
+            table.add_row(f"cost model: {COST_TITLES.get(name, name)}", _cost(name, value))
     return table
+
+
+def _cost(name: str, value: float) -> str:
+    if name.endswith("_bytes_s"):
+        return f"{value / 1e9:.1f} GB/s"
+    return f"{value * 1000:.2f} ms" if name.endswith("_s") else f"{value:.2f} x"

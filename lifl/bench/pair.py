@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from lifl.aggregator import die_with_parent
+from lifl.aggregator import die_with
 from lifl.errors import PeerGoneError
 from lifl.ring import Bell, Descriptor, Inbox, Kind, Producer, ring_for
 from lifl.shm import Arena
@@ -72,7 +72,7 @@ def run(way: str, messages: int) -> list[int]:
 def main(way: str, messages: int) -> None:
     """The asking process's life: its answer is a JSON list on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked: it kills this one
-    die_with_parent()
+    die_with(os.getppid())
     with WAYS[way]() as measure:
         measure(min(WARM_UP, messages))
         trips = measure(messages)
@@ -96,10 +96,9 @@ def _forked(echo: Callable[[], None]) -> Iterator[None]:
     if pid == 0:
         status = 1
         try:
-            die_with_parent()
-            if os.getppid() == parent:
-                _take_half(ECHO)
-                echo()
+            die_with(parent)
+            _take_half(ECHO)
+            echo()
             status = 0
         except BaseException:
             traceback.print_exc()

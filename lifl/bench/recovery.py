@@ -12,8 +12,8 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import attrs
@@ -22,6 +22,7 @@ from rich.table import Table
 from lifl.bench.shapes import model_spec
 from lifl.crew import Crew
 from lifl.errors import LiflError
+from lifl.planner.shape import Shape
 from lifl.round import Round
 from lifl.runtime import Node, cores
 from lifl.shm import Block, State
@@ -91,20 +92,21 @@ class WatchedNode(Node):
             raise LiflError(f"{death.left} updates of the dead worker {me} were neither reclaimed nor requeued")
         return death
 
-    def _replace(self, crew: Crew, pidfd: int) -> int | None:
+    def replace(self, pidfd: int) -> None:
+        """Writes down when the death was seen, and what the dead one held."""
         if self.death is not None:
             self.death.seen_ns = time.monotonic_ns()
             self.death.held = self.states(self.death.worker)
-        return super()._replace(crew, pidfd)
+        super().replace(pidfd)
 
-    def _after_sweep(self, me: int) -> int:
+    def _after_sweep(self, me: int) -> None:
         if self.death is not None:
             self.death.reclaimed_ns = time.monotonic_ns()
             self.death.left = self.states(me).get(State.READING, 0)
-        return self._start(me)
+        self._start(me)
 
-    def _on_word(self, me: int) -> None:
-        self._heard(me)
+    def _on_word(self, me: int, has_worked: bool) -> None:
+        self._heard(me, has_worked)
         death = self.death
         if death is not None and death.worker == me and death.reclaimed_ns:
             death.heard_ns = time.monotonic_ns()
@@ -151,7 +153,7 @@ def measure_recovery(
     spec = model_spec("resnet18") if spec is None else spec
     choose = random.Random(0)
     measured: dict[str, list[Death]] = {way: [] for way in WAYS}
-    with closing(WatchedNode(round_bytes(spec, workers, workers * updates), workers)) as node:
+    with closing(WatchedNode(round_bytes(spec, workers, workers * updates + 1), workers)) as node:
         _one_round(node, spec, workers * updates, choose)  # the arena's pages, which come at the first touch
         while min(map(len, measured.values())) < deaths:
             if on_progress is not None:
@@ -162,28 +164,47 @@ def measure_recovery(
     return figures | {"goal_ms": GOAL_MS, "rows": list(_rows({way: done[:deaths] for way, done in measured.items()}))}
 
 
-def _one_round(node: WatchedNode, spec: TensorSpec, expected: int, choose: random.Random) -> dict[str, list[Death]]:
-    """A round in which every worker dies twice, checked; the deaths that found the worker as it was meant."""
+def _one_round(node: WatchedNode, spec: TensorSpec, updates: int, choose: random.Random) -> dict[str, list[Death]]:
+    """A round in which every worker dies twice, checked; the deaths that found the worker as it was meant.
+
+    The workers are stopped, so that what they are given waits; the first death is that of a stopped one, the second
+    that of its successor, which folds.
+    """
     found: dict[str, list[Death]] = {way: [] for way in WAYS}
     node.blocks = []
-    with node.open_round(spec, expected, "lazy") as round_:
-        for i in range(expected - 1):
+    with node.open_round(spec, updates + 1, "lazy", shape=Shape(node.workers, 0)) as round_:
+        for i in range(updates):
             _send(node, round_, i)
-        for me in range(1, 1 + node.workers):
-            found["waiting"].append(node.kill(me))
-        _send(node, round_, expected - 1)
-        for me in range(1, 1 + node.workers):
-            if not _wait_for_fold(node, me):
-                continue
-            time.sleep(choose.random() * INTO_THE_FOLD_S)
-            if State.READING in (death := node.kill(me)).held:
-                found["folding"].append(death)
+        with _stopped(node):
+            with node.changed:
+                round_.course.press()
+            for me in range(1, 1 + node.workers):
+                found["waiting"].append(node.kill(me))
+                if not _wait_for_fold(node, me):
+                    continue
+                time.sleep(choose.random() * INTO_THE_FOLD_S)
+                if State.READING in (death := node.kill(me)).held:
+                    found["folding"].append(death)
+        _send(node, round_, updates)
         result = round_.result(WAIT_S)
-        mean = (2**expected - 1) / expected
+        mean = (2 ** (updates + 1) - 1) / (updates + 1)
         name = next(name for name, tensor in spec.items() if tensor.dtype == "float32" and tensor.size)
-        if result.num_updates != expected or (abs(result.arrays[name] - mean) > mean * 2**-23).any():
-            raise LiflError(f"the mean of {result.num_updates} of {expected} updates is wrong after {found}")
+        if result.num_updates != updates + 1 or (abs(result.arrays[name] - mean) > mean * 2**-23).any():
+            raise LiflError(f"the mean of {result.num_updates} of {updates + 1} updates is wrong after {found}")
     return found
+
+
+@contextmanager
+def _stopped(node: WatchedNode) -> Iterator[None]:
+    """The workers are stopped; at the end those of them that still live go on."""
+    pids = node.pids()
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in {*pids} & {*node.pids()}:
+            os.kill(pid, signal.SIGCONT)
 
 
 def _send(node: WatchedNode, round_: Round, i: int) -> None:

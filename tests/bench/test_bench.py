@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lifl import TensorSpec
+from lifl import TensorSpec, calibration
 from lifl.bench import fold, handoff, limits, pair, shapes
 from lifl.bench.fold import fold_table, measure_fold
 from lifl.bench.handoff import handoff_table, measure_handoff
@@ -88,6 +89,9 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
 # ---------------------------------------------------------------- fold
 
 
+LIFLS = ["tree", "shards", "planned", "eager"]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fold_returns_what_it_documents_and_agrees_with_flower(workers: int) -> None:
     """Every documented key is there, and lifl's mean is Flower's within what their roundings allow."""
@@ -103,15 +107,48 @@ def test_fold_returns_what_it_documents_and_agrees_with_flower(workers: int) -> 
         "workers",
         "cores",
         "repetitions",
+        "goal_share",
         "read_all_cores_gb_per_s",
         "error_over_tolerance",
     }
     assert 0 <= figures["error_over_tolerance"] <= 1
-    expected = [("flower", 0), ("lazy", workers), ("eager", workers), ("lazy", 0)]
-    assert [(row["way"], row["workers"]) for row in rows] == expected[: 3 if workers == 0 else 4]
-    keys = {"way", "title", "workers", "median_s", "min_s", "gb_per_s", "times_flower", "share_of_read"}
+    assert [row["way"] for row in rows] == ["flower", "nvflare", *LIFLS, *(["alone"] if workers else [])]
+    rows = [row for row in rows if "skipped" not in row]
+    keys = {"way", "title", "workers", "shape", "median_s", "min_s", "gb_per_s", "times_flower", "share_of_read"}
     assert all(set(row) == keys for row in rows)
     assert rows[0]["times_flower"] == 1.0
+    shapes_of = {row["way"]: row["shape"] for row in rows}
+    assert shapes_of["tree"] == ("2 leaves" if workers else "1 leaf")
+    assert shapes_of["shards"] == ("2 shards" if workers else "1 shard")
+    assert shapes_of["flower"] == ""
+    assert shapes_of["planned"]
+
+
+def test_nvflare_has_the_same_updates() -> None:
+    """Its mean is Flower's within some roundings of float32, and of float16 where the updates are that."""
+    pytest.importorskip("nvflare")
+    from lifl.strategy import reference
+
+    weights = [1.0, 2.0, 3.0]
+    replies = [reference.make_reply(fold._update(SMALL, k), weight) for k, weight in enumerate(weights)]
+    inputs = fold.Inputs(SMALL, replies, [reference.view_reply(reply) for reply in replies], weights)
+    ours, theirs = fold._flower(inputs, lambda: None).mean, fold._nvflare(inputs, lambda: None).mean
+    assert set(ours) == set(theirs)
+    for name, array in ours.items():
+        np.testing.assert_allclose(theirs[name], array, rtol=1e-2 if name == "h" else 1e-6, atol=1e-6)
+
+
+def test_fold_says_how_to_get_nvflare_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row says what to install; the others are measured."""
+    monkeypatch.setitem(sys.modules, "nvflare", None)
+    figures = measure_fold("small", 2, 0, 1, spec=SMALL)
+    assert figures["rows"][1] == {
+        "way": "nvflare",
+        "title": "NVFLARE (one core)",
+        "skipped": "not installed: pip install 'lifl[peers]'",
+    }
+    assert [row["way"] for row in figures["rows"]] == ["flower", "nvflare", *LIFLS]
+    assert "NVFLARE (one core): not installed: pip install 'lifl[peers]'" in shown(fold_table(figures))
 
 
 def test_the_comparison_notices_a_wrong_mean() -> None:
@@ -145,8 +182,9 @@ def test_fold_table_shows_every_row() -> None:
     """The table names each side and its ratio to Flower."""
     text = shown(fold_table(measure_fold("small", 3, 1, 1, spec=SMALL)))
     assert "The mean of 3 updates of small" in text
-    assert text.count("lifl, updates ready (lazy)") == 2
-    assert "Flower (one core)" in text
+    assert all(title in text for title in fold.TITLES.values())
+    assert "as planned (1 shard)" in text
+    assert "the goal of shards is 80%" in text
     assert "1.0 x" in text
 
 
@@ -211,8 +249,9 @@ def _num_descendants(pid: int) -> int:
 # ---------------------------------------------------------------- limits
 
 
-def test_limits_returns_what_it_documents() -> None:
-    """Every documented figure is there and above 0."""
+def test_limits_returns_what_it_documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every documented figure is there and above 0; the costs are those that a Node plans with from now on."""
+    monkeypatch.setenv("LIFL_CACHE", str(tmp_path))
     figures = measure_limits(memory_bytes=2**20, repetitions=1, messages=20)
     assert json.loads(json.dumps(figures)) == figures
     assert set(figures) == {
@@ -230,9 +269,12 @@ def test_limits_returns_what_it_documents() -> None:
         "worker_cold_s",
         "worker_start_s",
         "worker_warm_s",
+        "costs",
     }
-    assert all(figure > 0 for figure in figures.values() if not isinstance(figure, str))
+    assert figures["costs"] == calibration.costs().to_dict()
+    assert all(figure > 0 for figure in figures.values() if not isinstance(figure, (str, dict)))
     text = shown(limits_table(figures))
+    assert text.count("cost model: ") == len(figures["costs"]) - 1  # the cores stand in the title
     assert "read memory, all cores" in text
     assert "a new Node, to its first result" in text
 

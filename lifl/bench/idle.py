@@ -1,0 +1,177 @@
+"""What a Node costs that has nothing to do: CPU time of every process and thread of it, from the kernel's books.
+
+Owns the waiting and the reading of ``/proc``. Nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+from rich.table import Table
+
+from lifl.errors import LiflError
+from lifl.runtime import Node, cores
+from lifl.tensor import TensorSpec
+
+TITLES = {
+    "warm": "warm workers, after a round",
+    "open": "warm workers, a round waits for updates",
+    "zero": "scaled to zero: all workers have gone",
+}
+ARRAYS = {"w": np.ones(1000, np.float32)}
+MEMORY_BYTES = 16 * 2**20
+GOAL_MS_PER_S = 1.0
+"""What an idle Node may take at most: milliseconds of CPU in a second, all its processes together."""
+
+IDLE_TIMEOUT_S = 0.2
+"""Of the Node whose workers are to go."""
+
+WAIT_S = 60.0
+SETTLE_S = 0.5
+"""After the last round, before the first reading: what workers still have to do for it is not idling."""
+
+
+def process_ns(pid: int) -> int:
+    """Nanoseconds that all living threads of a process have been on a CPU; 0 if it is gone."""
+    spent = 0
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            spent += _schedstat_ns(task)
+    return spent
+
+
+def thread_ns(tid: int) -> int:
+    """Nanoseconds that one thread of this process has been on a CPU; 0 if it is gone."""
+    return _schedstat_ns(Path(f"/proc/self/task/{tid}"))
+
+
+def _schedstat_ns(task: Path) -> int:
+    # /proc/PID/stat counts in ticks of 10 ms, this in nanoseconds; of a running thread up to its last tick.
+    with suppress(OSError):
+        return int((task / "schedstat").read_text().split()[0])
+    return 0
+
+
+@attrs.frozen
+class IdleNode:
+    """A Node at rest, and what it is made of."""
+
+    way: str
+    node: Node
+    agent_tid: int
+    nursery_pid: int
+
+    def spent_ns(self) -> dict[str, int]:
+        """CPU nanoseconds so far, by part: ``agent`` (its thread), ``nursery``, ``workers``."""
+        return {
+            "agent": thread_ns(self.agent_tid),
+            "nursery": process_ns(self.nursery_pid),
+            "workers": sum(map(process_ns, self.node.pids())),
+        }
+
+
+@contextmanager
+def idle_nodes(workers: int) -> Iterator[list[IdleNode]]:
+    """One Node for each of ``TITLES``, each after a round on all its workers, and at rest."""
+    with ExitStack() as stack:
+        nodes = []
+        for way in TITLES:
+            before = set(threading.enumerate())
+            timeout = IDLE_TIMEOUT_S if way == "zero" else None
+            node = stack.enter_context(Node(MEMORY_BYTES, workers, idle_timeout=timeout))
+            thread = next(t for t in threading.enumerate() if t not in before and t.name == "lifl-agent")
+            assert node._crew is not None
+            assert thread.native_id is not None
+            nodes.append(IdleNode(way, node, thread.native_id, node._crew.nursery.pid))
+        for idle in nodes:
+            _one_round(idle.node, workers)
+            if idle.way == "open":
+                stack.enter_context(idle.node.open_round(TensorSpec.from_arrays(ARRAYS), expected=1))
+        deadline = time.monotonic() + WAIT_S
+        while any(idle.way == "zero" and idle.node.pids() for idle in nodes):
+            if time.monotonic() > deadline:
+                raise LiflError(f"workers were there {WAIT_S:g} s after they had nothing more to do")
+            time.sleep(0.01)
+        time.sleep(SETTLE_S)
+        yield nodes
+
+
+def _one_round(node: Node, updates: int) -> None:
+    with node.open_round(TensorSpec.from_arrays(ARRAYS), expected=updates) as round_:
+        for k in range(updates):
+            round_.submit(ARRAYS, client_id=k)
+        round_.result(WAIT_S)
+
+
+def measure_idle(
+    seconds: float = 60.0, workers: int | None = None, *, on_progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Watches three Nodes that have nothing to do for `seconds`, all of them at the same time.
+
+    Parameters
+    ----------
+    seconds : float
+        How long.
+    workers : int, optional
+        Of each Node; default: one per core.
+
+    Returns
+    -------
+    dict
+        ``cores``, ``workers``, ``seconds`` (as measured), ``goal_ms_per_s``, and ``rows``: dicts with ``way``,
+        ``title``, ``processes`` (the nursery and the workers that were there), ``ms_per_s`` (all), ``agent_ms_per_s``,
+        ``nursery_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time in a second.
+
+    Raises
+    ------
+    LiflError
+        If workers that have nothing to do do not go.
+    ValueError
+        For no seconds or workers.
+    """
+    workers = cores() if workers is None else workers
+    if not seconds > 0 or workers < 1:
+        raise ValueError(f"seconds={seconds}, workers={workers}: give more than 0 seconds and at least 1 worker")
+    with idle_nodes(workers) as nodes:
+        if on_progress is not None:
+            on_progress(f"three Nodes at rest, {seconds:g} s")
+        begin, before = time.monotonic(), [idle.spent_ns() for idle in nodes]
+        pids = [idle.node.pids() for idle in nodes]
+        time.sleep(seconds)
+        after, passed_s = [idle.spent_ns() for idle in nodes], time.monotonic() - begin
+        if pids != [idle.node.pids() for idle in nodes]:
+            raise LiflError("workers came or went meanwhile: nothing is known of what idling costs")
+    rows = []
+    for idle, there, old, new in zip(nodes, pids, before, after, strict=True):
+        taken = {part: (new[part] - old[part]) / 1e6 / passed_s for part in new}
+        row = {"way": idle.way, "title": TITLES[idle.way], "processes": 1 + len(there), "ms_per_s": sum(taken.values())}
+        rows.append(row | {f"{part}_ms_per_s": value for part, value in taken.items()})
+    return {
+        "cores": cores(),
+        "workers": workers,
+        "seconds": passed_s,
+        "goal_ms_per_s": GOAL_MS_PER_S,
+        "rows": rows,
+    }
+
+
+def idle_table(figures: dict[str, Any]) -> Table:
+    """The figures of :func:`measure_idle` as a table."""
+    table = Table(
+        title=f"CPU time of an idle Node in {figures['seconds']:,.0f} s, ms per second ({figures['cores']} cores)"
+    )
+    table.add_column("the Node")
+    for heading in ("processes", "agent", "nursery", "workers", "all", "goal"):
+        table.add_column(heading, justify="right")
+    for row in figures["rows"]:
+        parts = (row[f"{part}ms_per_s"] for part in ("agent_", "nursery_", "workers_", ""))
+        numbers = (f"{value:.4f}" for value in parts)
+        table.add_row(row["title"], str(row["processes"]), *numbers, f"under {figures['goal_ms_per_s']:g}")
+    return table
