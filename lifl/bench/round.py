@@ -89,9 +89,11 @@ def measure_round(
     """Times `rounds` rounds of FedAvg with `nodes` virtual SuperNodes, `repetitions` times on each of `sides`.
 
     A run has a server of its own. Every node pulls the model, and returns at once what was made before: random
-    numbers, its own, in the model's shapes. Nothing is evaluated. Every node asks for messages 0.1 s after there was
-    none, where a SuperNode waits 3 s, and for an object that is not there yet after 0.1 s to 1 s, where a SuperNode
-    waits 1 s to 10 s: else most of a round would be sleep. The last model of every run is checked.
+    numbers, its own, in the model's shapes. Nothing is evaluated. The last model of every run is checked.
+
+    The nodes wait less than SuperNodes do, or most of a round would be sleep: one of them asks for messages every
+    0.1 s and tells the others when there are some, where each SuperNode asks every 3 s; and an object that is not
+    there yet is asked for again after 0.1 s to 1 s, where a SuperNode waits 1 s to 10 s.
 
     Parameters
     ----------

@@ -6,7 +6,6 @@ long is waited. What it replies with was made before.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -54,13 +53,10 @@ from lifl.errors import PeerGoneError
 from lifl.superlink.caller import Body, Caller, Identity, Traffic
 from lifl.superlink.prebuilt import Prebuilt
 
-POLL_S = 0.1
-"""Between two empty polls; a SuperNode's is 3 s, of which a short measurement would mostly consist."""
+AWAY_S, MOST_AWAY_S = 0.1, 1.0
+"""The pauses before an object that is not there yet is asked for again, the first and the longest.
 
-MOST_AWAY_S = 1.0
-"""An object that is not there yet is asked for again after `POLL_S`, then twice as long, at most this.
-
-A SuperNode's pauses are 1 s to 10 s.
+A SuperNode's are 1 s and 10 s: most of a short measurement would consist of them.
 """
 
 ACTIVATE = "/v1/fleet/activate-node"
@@ -176,17 +172,19 @@ class VirtualNode:
         for caller in [*self._callers, self._pulse]:
             caller.close()
 
-    def serve_one(self) -> Answered | None:
-        """Polls once, and answers the message that there is; None if there is none."""
+    def poll(self) -> PullMessagesResponse | None:
+        """Asks for a message once; None if there is none."""
         request = PullMessagesRequest(node=self._node)
         response = self._ask(self._callers[0], PULL_MESSAGES, request, PullMessagesResponse)
-        if not response.messages_list:
-            return None
+        return response if response.messages_list else None
+
+    def answer(self, polled: PullMessagesResponse) -> Answered | None:
+        """Pulls the message's objects and pushes the reply; None if the run is over meanwhile."""
         got_s = time.monotonic()
         self._waits.clear()
-        message = message_from_proto(response.messages_list[0])
+        message = message_from_proto(polled.messages_list[0])
         try:
-            pulled = self._pull(message, response.message_object_trees[0])
+            pulled = self._pull(message, polled.message_object_trees[0])
             pulled_s = time.monotonic()
             pushed, acknowledged_s = self._push(message)
         except RunIsOverError:
@@ -214,7 +212,7 @@ class VirtualNode:
 
         def pull(caller: Caller, object_id: str) -> None:
             request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
-            pause_s = POLL_S
+            pause_s = AWAY_S
             while True:
                 response = self._ask(caller, PULL_OBJECT, request, PullObjectResponse)
                 if not response.object_found:
