@@ -166,9 +166,9 @@ def measure_round(
             say(f"{SIDES[side].title}, run {repetition + 1} of {repetitions}")
             runs[side].append(run_side(SIDES[side], work))
     rows = [_row(side, some, work) for side, some in runs.items()]
-    flower = next((row for row in rows if row["side"] == "flower"), None)
-    for row in rows if flower is not None else []:
-        row["over_flower"] = {name: row[name] / flower[name] for name in COMPARED}
+    for flower in [row for row in rows if row["side"] == "flower"]:
+        for row in rows:
+            row["over_flower"] = {name: row[name] / flower[name] for name in COMPARED}
     return {
         "model": model,
         "arrays": len(spec),
@@ -216,7 +216,7 @@ def run_side(side: Side, work: Work) -> Run:
             _round(before, after, answered, work)
             for before, after in zip(told["models"], told["models"][1:], strict=False)
         ],
-        cpu_s=cpu_by_process_s.total() / work.rounds,
+        cpu_s=sum(cpu_by_process_s.values()) / work.rounds,
         cpu_by_process_s={name: seconds / work.rounds for name, seconds in cpu_by_process_s.most_common()},
         idle_bytes=told["idle_bytes"],
         peak_bytes=memory_log.peak_bytes(first["at_s"], last["at_s"]) - told["idle_bytes"],
@@ -287,7 +287,7 @@ def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
     rounds = [one for run in runs for one in run.rounds]
 
     def median(name: str) -> float:
-        return statistics.median(one[name] for one in rounds)
+        return float(statistics.median(one[name] for one in rounds))
 
     peak_bytes = statistics.median(run.peak_bytes for run in runs)
     return {

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ import attrs
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PSS = re.compile(rb"^Pss: *([0-9]+) kB", re.MULTILINE)
 LOOKS = 5
+LOOKS_PER_SEARCH = 5
+"""To find out which processes there are takes as long as to look at them."""
 
 
 @attrs.frozen
@@ -74,8 +77,12 @@ def cpu_s(root: int) -> dict[str, float]:
 
 def pss_bytes(root: int) -> int:
     """Memory of `root` and its descendants; what several processes share is counted once, shared memory too."""
+    return _pss_bytes(_tree(root))
+
+
+def _pss_bytes(pids: Iterable[int]) -> int:
     kilobytes = 0
-    for pid in _tree(root):
+    for pid in pids:
         with suppress(OSError):
             match = PSS.search(Path(f"/proc/{pid}/smaps_rollup").read_bytes())
             kilobytes += int(match[1]) if match else 0
@@ -110,8 +117,11 @@ class MemoryLog:
         return max((nbytes for at, nbytes in self.looks if begin_s <= at <= end_s), default=0)
 
     def _watch(self) -> None:
-        took_s = 0.0
+        took_s, pids, number = 0.0, list[int](), 0
         while not self._stop.wait(max(self._every_s - took_s, 9 * took_s)):
             begin = time.monotonic()
-            self.looks.append((begin, pss_bytes(self._root)))
+            if number % LOOKS_PER_SEARCH == 0:
+                pids = list(_tree(self._root))
+            self.looks.append((begin, _pss_bytes(pids)))
             took_s = time.monotonic() - begin
+            number += 1

@@ -132,9 +132,8 @@ class Caller:
     def _once(self, path: str, parts: Sequence[Body]) -> tuple[int, bytes]:
         connection = self._connected()
         length = sum(map(len, parts))
-        head = (
-            f"POST {path} HTTP/1.1\r\nhost: {self._address}\r\n{self._identity.headers()}content-length: {length}\r\n\r\n"
-        ).encode("ascii")
+        begin = f"POST {path} HTTP/1.1\r\nhost: {self._address}\r\n"
+        head = f"{begin}{self._identity.headers()}content-length: {length}\r\n\r\n".encode("ascii")
         # The head in a packet of its own, as the SuperNode's client sends it.
         connection.sendall(head)
         for part in parts:

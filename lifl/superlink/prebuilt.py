@@ -11,8 +11,7 @@ import attrs
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto import message_pb2
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -47,8 +46,8 @@ class Answer:
         The ids of all objects, each after those that it consists of.
     """
 
-    message: ProtoMessage
-    tree: ObjectTree
+    message: message_pb2.Message
+    tree: message_pb2.ObjectTree
     order: list[str]
     objects: dict[str, bytes]
 
@@ -73,7 +72,7 @@ class Prebuilt:
         reply.metadata.__dict__["_message_id"] = reply_id  # as the SuperNode sets it
         return Answer(
             message_to_proto(remove_content_from_message(reply)),
-            ObjectTree(object_id=reply_id, children=[self.tree]),
+            message_pb2.ObjectTree(object_id=reply_id, children=[self.tree]),
             [*self._order, reply_id],
             self.objects | {reply_id: deflated},
         )

@@ -11,39 +11,13 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import attrs
 from flwr.app import Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto
-from flwr.proto.fab_pb2 import GetFabRequest, GetFabResponse
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    ActivateNodeResponse,
-    DeactivateNodeRequest,
-    DeactivateNodeResponse,
-    PullMessagesRequest,
-    PullMessagesResponse,
-    PushMessagesRequest,
-    PushMessagesResponse,
-    RegisterNodeFleetRequest,
-    RegisterNodeFleetResponse,
-    UnregisterNodeFleetRequest,
-    UnregisterNodeFleetResponse,
-)
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    ConfirmMessageReceivedResponse,
-    ObjectTree,
-    PullObjectRequest,
-    PullObjectResponse,
-    PushObjectRequest,
-    PushObjectResponse,
-)
-from flwr.proto.node_pb2 import Node
-from flwr.proto.run_pb2 import GetRunRequest, GetRunResponse
+from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
 from flwr.supercore.constant import FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import get_num_workers
@@ -59,27 +33,46 @@ AWAY_S, MOST_AWAY_S = 0.1, 1.0
 A SuperNode's are 1 s and 10 s: most of a short measurement would consist of them.
 """
 
-ACTIVATE = "/v1/fleet/activate-node"
-CONFIRM = "/v1/fleet/confirm-message-received"
-DEACTIVATE = "/v1/fleet/deactivate-node"
-GET_FAB = "/v1/fleet/get-fab"
-GET_RUN = "/v1/fleet/get-run"
-HEARTBEAT = "/v1/fleet/send-node-heartbeat"
-PULL_MESSAGES = "/v1/fleet/pull-messages"
-PULL_OBJECT = "/v1/fleet/pull-object"
-PUSH_MESSAGES = "/v1/fleet/push-messages"
-PUSH_OBJECT = "/v1/fleet/push-object"
-REGISTER = "/v1/fleet/register-node"
-UNREGISTER = "/v1/fleet/unregister-node"
-
 OK, FORBIDDEN = 200, 403
-CONTENT_TAG = PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number << 3 | 2
-
-P = TypeVar("P", bound=Proto)
+CONTENT_TAG = message_pb2.PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number << 3 | 2
 
 
 class RunIsOverError(Exception):
     """The server does not want this run's messages any more; a SuperNode then drops what it was doing."""
+
+
+P = TypeVar("P", bound=Proto)
+
+
+@attrs.frozen
+class Call(Generic[P]):
+    """One kind of call: where it goes to and what it is answered with."""
+
+    path: str
+    answer: type[P]
+
+    def parse(self, status: int, body: bytes) -> P:
+        """The answer; raises :class:`RunIsOverError` or, for any other failure, :class:`PeerGoneError`."""
+        if status == FORBIDDEN:
+            raise RunIsOverError
+        if status != OK:
+            raise PeerGoneError(f"{self.path} failed with status {status}: {body[:500].decode(errors='replace')}")
+        parsed: P = self.answer.FromString(body)
+        return parsed
+
+
+ACTIVATE = Call("/v1/fleet/activate-node", fleet_pb2.ActivateNodeResponse)
+CONFIRM = Call("/v1/fleet/confirm-message-received", message_pb2.ConfirmMessageReceivedResponse)
+DEACTIVATE = Call("/v1/fleet/deactivate-node", fleet_pb2.DeactivateNodeResponse)
+GET_FAB = Call("/v1/fleet/get-fab", fab_pb2.GetFabResponse)
+GET_RUN = Call("/v1/fleet/get-run", run_pb2.GetRunResponse)
+HEARTBEAT = Call("/v1/fleet/send-node-heartbeat", heartbeat_pb2.SendNodeHeartbeatResponse)
+PULL_MESSAGES = Call("/v1/fleet/pull-messages", fleet_pb2.PullMessagesResponse)
+PULL_OBJECT = Call("/v1/fleet/pull-object", message_pb2.PullObjectResponse)
+PUSH_MESSAGES = Call("/v1/fleet/push-messages", fleet_pb2.PushMessagesResponse)
+PUSH_OBJECT = Call("/v1/fleet/push-object", message_pb2.PushObjectResponse)
+REGISTER = Call("/v1/fleet/register-node", fleet_pb2.RegisterNodeFleetResponse)
+UNREGISTER = Call("/v1/fleet/unregister-node", fleet_pb2.UnregisterNodeFleetResponse)
 
 
 @attrs.frozen
@@ -123,7 +116,7 @@ class VirtualNode:
         self._stop = stop
         self._is_checking = is_checking
         self._identity = Identity()
-        self._node = Node()
+        self._node = node_pb2.Node()
         # As many objects at a time as a SuperNode has on its way.
         width = get_num_workers(FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS)
         self._callers = [Caller(address, self._identity, stop) for _ in range(width)]
@@ -146,20 +139,20 @@ class VirtualNode:
     def join(self) -> None:
         """Registers and activates the node."""
         key, caller = self._identity.public_key, self._callers[0]
-        self._ask(caller, REGISTER, RegisterNodeFleetRequest(public_key=key), RegisterNodeFleetResponse)
-        request = ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        self._node = Node(node_id=self._ask(caller, ACTIVATE, request, ActivateNodeResponse).node_id)
+        self._ask(caller, REGISTER, fleet_pb2.RegisterNodeFleetRequest(public_key=key))
+        request = fleet_pb2.ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        self._node = node_pb2.Node(node_id=self._ask(caller, ACTIVATE, request).node_id)
 
     def leave(self) -> None:
         """Deactivates and unregisters it; for good."""
         caller, node_id = self._callers[0], self.node_id
-        self._ask(caller, DEACTIVATE, DeactivateNodeRequest(node_id=node_id), DeactivateNodeResponse)
-        self._ask(caller, UNREGISTER, UnregisterNodeFleetRequest(node_id=node_id), UnregisterNodeFleetResponse)
+        self._ask(caller, DEACTIVATE, fleet_pb2.DeactivateNodeRequest(node_id=node_id))
+        self._ask(caller, UNREGISTER, fleet_pb2.UnregisterNodeFleetRequest(node_id=node_id))
 
     def heartbeat(self) -> None:
         """Says that the node lives."""
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        self._ask(self._pulse, HEARTBEAT, request, SendNodeHeartbeatResponse)
+        request = heartbeat_pb2.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        self._ask(self._pulse, HEARTBEAT, request)
 
     def interrupt(self) -> None:
         """Has a call that is under way fail."""
@@ -172,13 +165,13 @@ class VirtualNode:
         for caller in [*self._callers, self._pulse]:
             caller.close()
 
-    def poll(self) -> PullMessagesResponse | None:
+    def poll(self) -> fleet_pb2.PullMessagesResponse | None:
         """Asks for a message once; None if there is none."""
-        request = PullMessagesRequest(node=self._node)
-        response = self._ask(self._callers[0], PULL_MESSAGES, request, PullMessagesResponse)
+        request = fleet_pb2.PullMessagesRequest(node=self._node)
+        response = self._ask(self._callers[0], PULL_MESSAGES, request)
         return response if response.messages_list else None
 
-    def answer(self, polled: PullMessagesResponse) -> Answered | None:
+    def answer(self, polled: fleet_pb2.PullMessagesResponse) -> Answered | None:
         """Pulls the message's objects and pushes the reply; None if the run is over meanwhile."""
         got_s = time.monotonic()
         self._waits.clear()
@@ -201,20 +194,20 @@ class VirtualNode:
             traffic=self._before - before,
         )
 
-    def _pull(self, message: Message, tree: ObjectTree) -> int:
+    def _pull(self, message: Message, tree: message_pb2.ObjectTree) -> int:
         run_id, caller = message.metadata.run_id, self._callers[0]
         if run_id not in self._runs:
-            run = self._ask(caller, GET_RUN, GetRunRequest(node=self._node, run_id=run_id), GetRunResponse).run
-            fab = GetFabRequest(node=self._node, hash_str=run.fab_hash, run_id=run_id)
-            self._ask(caller, GET_FAB, fab, GetFabResponse)
+            run = self._ask(caller, GET_RUN, run_pb2.GetRunRequest(node=self._node, run_id=run_id)).run
+            fab = fab_pb2.GetFabRequest(node=self._node, hash_str=run.fab_hash, run_id=run_id)
+            self._ask(caller, GET_FAB, fab)
             self._runs.add(run_id)
         wanted = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
 
         def pull(caller: Caller, object_id: str) -> None:
-            request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
+            request = message_pb2.PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
             pause_s = AWAY_S
             while True:
-                response = self._ask(caller, PULL_OBJECT, request, PullObjectResponse)
+                response = self._ask(caller, PULL_OBJECT, request)
                 if not response.object_found:
                     raise PeerGoneError(f"the server does not know object {object_id} of a message that it sent")
                 if response.object_available:
@@ -227,21 +220,21 @@ class VirtualNode:
                 raise PeerGoneError(f"the server sent something else for object {object_id}")
 
         self._for_all(wanted, pull)
-        confirm = ConfirmMessageReceivedRequest(
+        confirm = message_pb2.ConfirmMessageReceivedRequest(
             node=self._node, run_id=run_id, message_object_id=message.metadata.message_id
         )
-        self._ask(caller, CONFIRM, confirm, ConfirmMessageReceivedResponse)
+        self._ask(caller, CONFIRM, confirm)
         return len(wanted)
 
     def _push(self, message: Message) -> tuple[int, float]:
         run_id, answer = message.metadata.run_id, self.reply.answer(message)
-        request = PushMessagesRequest(
+        request = fleet_pb2.PushMessagesRequest(
             node=self._node,
             messages_list=[answer.message],
             message_object_trees=[answer.tree],
             clientapp_runtime_list=[0.0],
         )
-        response = self._ask(self._callers[0], PUSH_MESSAGES, request, PushMessagesResponse)
+        response = self._ask(self._callers[0], PUSH_MESSAGES, request)
         asked_for = set(response.objects_to_push)
         wanted = [object_id for object_id in answer.order if object_id in asked_for]
         acknowledged_s = time.monotonic()
@@ -249,7 +242,7 @@ class VirtualNode:
         def push(caller: Caller, object_id: str) -> None:
             nonlocal acknowledged_s
             parts = push_request(self._node, run_id, object_id, answer.objects[object_id], response.session_id)
-            if not _parsed(PushObjectResponse, PUSH_OBJECT, *caller.call(PUSH_OBJECT, *parts)).stored:
+            if not PUSH_OBJECT.parse(*caller.call(PUSH_OBJECT.path, *parts)).stored:
                 raise PeerGoneError(f"the server did not store object {object_id}: its push session is over")
             acknowledged_s = time.monotonic()
 
@@ -280,22 +273,15 @@ class VirtualNode:
         if errors:
             raise errors[0]
 
-    def _ask(self, caller: Caller, path: str, request: Proto, answer: type[P]) -> P:
-        return _parsed(answer, path, *caller.call(path, request.SerializeToString(deterministic=True)))
+    def _ask(self, caller: Caller, call: Call[P], request: Proto) -> P:
+        return call.parse(*caller.call(call.path, request.SerializeToString(deterministic=True)))
 
 
-def _parsed(answer: type[P], path: str, status: int, body: bytes) -> P:
-    if status == FORBIDDEN:
-        raise RunIsOverError
-    if status != OK:
-        raise PeerGoneError(f"{path} failed with status {status}: {body[:500].decode(errors='replace')}")
-    return answer.FromString(body)
-
-
-def push_request(node: Node, run_id: int, object_id: str, content: bytes, session_id: str) -> tuple[Body, ...]:
+def push_request(node: node_pb2.Node, run_id: int, object_id: str, content: bytes, session_id: str) -> tuple[Body, ...]:
     """A PushObjectRequest's bytes, as protobuf writes them, without a copy of the content."""
-    before = PushObjectRequest(node=node, run_id=run_id, object_id=object_id).SerializeToString(deterministic=True)
-    after = PushObjectRequest(session_id=session_id).SerializeToString(deterministic=True)
+    begin = message_pb2.PushObjectRequest(node=node, run_id=run_id, object_id=object_id)
+    end = message_pb2.PushObjectRequest(session_id=session_id)
+    before, after = (part.SerializeToString(deterministic=True) for part in (begin, end))
     return bytes([*before, CONTENT_TAG, *_varint(len(content))]), content, after
 
 

@@ -47,7 +47,12 @@ def shown(table: Table) -> str:
 
 @pytest.mark.parametrize(
     ("model", "parameters", "tensors"),
-    [("resnet18", 11_689_512, 122), ("resnet34", 21_797_672, 218), ("resnet152", 60_192_808, 932)],
+    [
+        ("resnet18", 11_689_512, 122),
+        ("resnet34", 21_797_672, 218),
+        ("resnet152", 60_192_808, 932),
+        ("small2000", 400_000, 2000),
+    ],
 )
 def test_a_model_has_torchvisions_number_of_parameters_and_tensors(model: str, parameters: int, tensors: int) -> None:
     """The counts are those of torchvision's state dicts."""
@@ -82,7 +87,7 @@ def test_names_and_shapes_are_torchvisions() -> None:
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     """The message lists what there is."""
-    with pytest.raises(ValueError, match=r"'vgg'.*resnet18, resnet34, resnet152"):
+    with pytest.raises(ValueError, match=r"'vgg'.*resnet18, resnet34, resnet152, small2000"):
         shapes.model_spec("vgg")
 
 
