@@ -134,7 +134,7 @@ def test_a_call_that_has_no_answer_ends_with_the_fleet() -> None:
         stop = threading.Event()
         here = Caller(f"127.0.0.1:{bound.getsockname()[1]}", Identity(), stop)
         threading.Timer(0.1, stop.set).start()
-        with pytest.raises(PeerGoneError, match="had no answer when the fleet was stopped: .*refused"):
+        with pytest.raises(PeerGoneError, match=r"had no answer when the fleet was stopped: .*refused"):
             here.call("/x")
         assert here.traffic.repeated > 1
 
