@@ -1,42 +1,23 @@
-"""The ``lifl`` commands: what they are called, what they say, and their exit statuses.
+"""The ``lifl`` commands: what they are called, what they are given, what they show.
 
-Owns arguments, output and errors in one line. Measures and runs nothing itself, and imports what does
-only inside the command that needs it. Status 1: it failed, and why; 2: wrong arguments; 130: Ctrl-C.
+Owns arguments. Measures and runs nothing itself, and imports what does only inside the command that needs it; what
+is told is ``console``'s.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from lifl.errors import LiflError
+from lifl.console import end, progress, show, told
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S
 from lifl.planner.placement import Rule
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-P = ParamSpec("P")
-
-REMEDIES = {
-    "grpc": "pip install 'lifl[bench]'",
-    "matplotlib": "pip install 'lifl[plot]'",
-    "nvflare": "pip install 'lifl[peers]'",
-    "sklearn": "pip install 'lifl[demo]'",
-    "torch": "pip install 'lifl[torch]'",
-}
-"""Extras by the module that is missing without them."""
-
-INTERRUPTED = 130
 
 
 class Model(StrEnum):
@@ -45,6 +26,15 @@ class Model(StrEnum):
     RESNET18 = "resnet18"
     RESNET34 = "resnet34"
     RESNET152 = "resnet152"
+    SMALL2000 = "small2000"
+
+
+class Fold(StrEnum):
+    """``lifl.terms.Timing``."""
+
+    EAGER = "eager"
+    LAZY = "lazy"
+    JIT = "jit"
 
 
 main = typer.Typer(
@@ -61,30 +51,6 @@ bench = typer.Typer(
 main.add_typer(bench, name="bench")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
-
-
-def _told(command: Callable[P, None]) -> Callable[P, None]:
-    """Turns the errors that a user can do something about into one line and a status."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _end("stopped by Ctrl-C; nothing is left running", INTERRUPTED)
-        except ModuleNotFoundError as error:
-            name = (error.name or "").partition(".")[0]
-            _end(f"{name} is not installed: {REMEDIES.get(name, f'pip install {name}')}", 1)
-        except (LiflError, ValueError) as error:
-            # The text of an OSError begins with its number, which says nothing to a user.
-            _end(getattr(error, "strerror", None) or str(error), 1)
-
-    return run
-
-
-def _end(message: str, status: int) -> NoReturn:
-    typer.echo(f"lifl: {message}", err=True)
-    raise typer.Exit(status)
 
 
 def _version(is_asked: bool) -> None:
@@ -105,7 +71,7 @@ def options(
 
 
 @main.command()
-@_told
+@told
 def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of training, each way.")] = 3,
     supernodes: Annotated[int, typer.Option(min=2, help="Clients: processes that train on this machine.")] = 4,
@@ -125,7 +91,7 @@ def demo(
 
 
 @main.command()
-@_told
+@told
 def plan(
     clients: Annotated[int, typer.Option(min=1, help="Updates to aggregate in the round, one of each client.")] = 120,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that can aggregate, all alike.")] = 5,
@@ -165,7 +131,7 @@ def plan(
 
 
 @bench.command()
-@_told
+@told
 def limits(
     repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
     as_json: AsJson = False,
@@ -177,16 +143,16 @@ def limits(
     """
     from lifl.bench.limits import limits_table, measure_limits
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_limits(repetitions=repetitions, on_progress=say)
-    _show(figures, limits_table, as_json)
+    show(figures, limits_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def fold(
     model: Annotated[
-        Model, typer.Option(metavar="NAME", help="Shapes of the updates: resnet18, resnet34, resnet152.")
+        Model, typer.Option(metavar="NAME", help="Shapes of the updates: resnet18, resnet34, resnet152, small2000.")
     ] = Model.RESNET18,
     updates: Annotated[int, typer.Option(min=1, help="How many updates are averaged.")] = 16,
     workers: Annotated[
@@ -204,13 +170,13 @@ def fold(
     """
     from lifl.bench.fold import fold_table, measure_fold
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_fold(model.value, updates, workers, repetitions, on_progress=say)
-    _show(figures, fold_table, as_json)
+    show(figures, fold_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def handoff(
     messages: Annotated[
         int, typer.Option(min=1, help="Hand-overs between the spinning sides; the other ways get a tenth.")
@@ -223,13 +189,13 @@ def handoff(
     """
     from lifl.bench.handoff import handoff_table, measure_handoff
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_handoff(messages, on_progress=say)
-    _show(figures, handoff_table, as_json)
+    show(figures, handoff_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def recovery(
     deaths: Annotated[int, typer.Option(min=1, help="Deaths of each way; each figure is over so many.")] = 200,
     updates: Annotated[int, typer.Option(min=1, help="Updates of ResNet-18 that each worker has.")] = 8,
@@ -243,13 +209,13 @@ def recovery(
     """
     from lifl.bench.recovery import measure_recovery, recovery_table
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_recovery(deaths, updates, workers, on_progress=say)
-    _show(figures, recovery_table, as_json)
+    show(figures, recovery_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def planning(
     repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
     as_json: AsJson = False,
@@ -260,13 +226,13 @@ def planning(
     """
     from lifl.bench.planning import measure_planning, planning_table
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_planning(repetitions, on_progress=say)
-    _show(figures, planning_table, as_json)
+    show(figures, planning_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def trickle(
     updates: Annotated[int, typer.Option(min=2, help="How many updates of ResNet-18 come.")] = 32,
     seconds: Annotated[float, typer.Option(min=0, help="From the first to the last.")] = 10.0,
@@ -283,13 +249,13 @@ def trickle(
     """
     from lifl.bench.trickle import measure_trickle, trickle_table
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_trickle(updates, seconds, workers=workers, repetitions=repetitions, on_progress=say)
-    _show(figures, trickle_table, as_json)
+    show(figures, trickle_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def roles(
     repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 20,
     workers: Annotated[
@@ -303,13 +269,13 @@ def roles(
     """
     from lifl.bench.roles import measure_roles, roles_table
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_roles(repetitions, workers, on_progress=say)
-    _show(figures, roles_table, as_json)
+    show(figures, roles_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def idle(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long the Nodes are watched.")] = 60.0,
     workers: Annotated[
@@ -323,13 +289,13 @@ def idle(
     """
     from lifl.bench.idle import idle_table, measure_idle
 
-    with _progress() as say:
+    with progress() as say:
         figures = measure_idle(seconds, workers, on_progress=say)
-    _show(figures, idle_table, as_json)
+    show(figures, idle_table, as_json)
 
 
 @bench.command()
-@_told
+@told
 def ablation(
     updates: Annotated[str, typer.Option(help="Of 5 simulated nodes; 20 times as many for 100.")] = "20,60,100",
     real_updates: Annotated[str, typer.Option(help="Of the 5 real Nodes; 40 take 12 GB.")] = "20,30,40",
@@ -350,11 +316,56 @@ def ablation(
     counts, real = _counts("--updates", updates), _counts("--real-updates", real_updates)
     if picture is not None:
         check_picture(picture)
-    with _progress() as say:
+    with progress() as say:
         figures = measure_ablation(counts, real, repetitions, is_simulated_only=simulate_only, on_progress=say)
     if picture is not None:
         save_picture(figures, picture)
-    _show(figures, ablation_tables, as_json)
+    show(figures, ablation_tables, as_json)
+
+
+@bench.command()
+@told
+def round(
+    model: Annotated[
+        Model, typer.Option(metavar="NAME", help="Shapes of the model: resnet18, resnet34, resnet152, small2000.")
+    ] = Model.RESNET18,
+    nodes: Annotated[int, typer.Option(min=1, help="Virtual SuperNodes, which train nothing.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Of one run.")] = 2,
+    sides: Annotated[str, typer.Option(help="Who takes turns.")] = "flower,strategy,server",
+    timing: Annotated[Fold, typer.Option(metavar="WHEN", help="lifl folds updates eager, lazy or jit.")] = Fold.EAGER,
+    memory: Annotated[
+        str | None, typer.Option(help="Of lifl-superlink's arena, such as 2GiB.", show_default="its own default")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures into this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw them into this file: .svg, .png or .pdf.")] = None,
+) -> None:
+    """Whole Flower rounds, end to end, on real servers.
+
+    A real SuperLink, a real ServerApp, and SuperNodes that are played by one process, over HTTP. "flower": Flower's
+    server and FedAvg. "strategy": Flower's server, lifl's FedAvg. "server": lifl-superlink, lifl's FedAvg. Every model
+    is checked. A round of Flower's takes half a minute with the defaults, and three with small2000 and 2 nodes.
+    """
+    from lifl.bench.ablation_view import check_picture
+    from lifl.bench.round import measure_round
+    from lifl.bench.round_view import round_table, save_picture
+
+    if picture is not None:
+        check_picture(picture)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"{json_file}: there is no such folder")
+    chosen = [side.strip() for side in sides.split(",") if side.strip()]
+    options: dict[str, Any] = {"timing": timing.value, "memory": memory, "repetitions": repetitions}
+    try:
+        with progress() as say:
+            figures = measure_round(model.value, nodes, rounds, chosen, on_progress=say, **options)
+    except (FileNotFoundError, RuntimeError, TimeoutError) as error:  # of the programs that are started
+        end(str(error), 1)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2))
+    if picture is not None:
+        save_picture(figures, picture)
+    show(figures, round_table, as_json=False)
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
@@ -362,18 +373,3 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} {text}: give numbers with commas between them, such as 20,60,100") from None
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """What is being measured, on stderr and only on a terminal; gone afterwards."""
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        yield lambda what: status.update(f"measuring: {what}")
-
-
-def _show(figures: dict[str, Any], table: Callable[[dict[str, Any]], RenderableType], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(figures, indent=2))
-    else:
-        Console().print(table(figures))

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Self
 
@@ -40,7 +41,8 @@ class Deployment:
     """`with Deployment(supernodes=4) as deployment: deployment.run(app_dir, {...})`.
 
     `server_command` is the server to run, with its own first arguments: `flower-superlink` or anything that
-    takes the same flags. `env` is added to every program's environment. Logs go to `log_dir` and stay; without
+    takes the same flags. With `supernodes=0` it is alone, and what plays them is started with :meth:`launch`.
+    `env` is added to every program's environment. Logs go to `log_dir` and stay; without
     it they go with the temporary `folder`. `on_progress` hears what is up; `start_timeout` is in seconds.
 
     Entering raises FileNotFoundError when a program is not installed, RuntimeError when one ends during
@@ -58,8 +60,8 @@ class Deployment:
         on_progress: Callable[[str], None] | None = None,
         start_timeout: float = 60.0,
     ) -> None:
-        if supernodes < 1:
-            raise ValueError(f"a deployment needs at least 1 SuperNode, not {supernodes}")
+        if supernodes < 0:
+            raise ValueError(f"a deployment has 0 SuperNodes or more, not {supernodes}")
         self.folder = Path(tempfile.gettempdir()).resolve() / f"lifl-{secrets.token_hex(8)}"
         self.log_dir = self.folder / "logs" if log_dir is None else Path(log_dir).resolve()
         self.address = ""
@@ -107,7 +109,7 @@ class Deployment:
         config.write_text("".join(pairs))
         command = ["flwr", "run", str(app_dir), "--stream", "--run-config", str(config)]
         deadline = time.monotonic() + timeout
-        stream = self._launch(name, command, home="cli")
+        stream = self.launch(name, command, home="cli")
         try:
             with open(self.log_dir / f"{name}.log", errors="replace") as log:
                 for line in _lines_while(log, lambda: stream.poll() is None):
@@ -133,6 +135,34 @@ class Deployment:
         if run["status"] != "finished:completed":
             what = f"{run['status']}: {run['status-details']}"
             raise RuntimeError(f"the run of {app_dir} ended as {what}\n{self._tail(name)}")
+
+    def launch(self, name: str, command: Sequence[str], home: str = "") -> subprocess.Popen[bytes]:
+        """Start a program that belongs to the deployment: it ends with it, and while it runs nothing else may end.
+
+        It gets an FLWR_HOME of its own, or shares that of the name `home`; its output goes to `name`.log.
+        """
+        environment = self._environment(home or name)
+        with open(self.log_dir / f"{name}.log", "wb") as log:
+            self._programs[name] = subprocess.Popen(
+                [_program(command[0], environment), *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+        return self._programs[name]
+
+    def wait_until(self, is_ready: Callable[[], bool], complaint: str, name: str) -> None:
+        """Return when it is so. Raises as entering does, with `complaint` and the log of the program `name`."""
+        deadline = time.monotonic() + self._start_timeout
+        while not is_ready():
+            self._check(deadline, complaint, name)
+
+    @property
+    def server_pid(self) -> int:
+        """The process of the SuperLink; all that works for it is below."""
+        return self._programs["superlink"].pid
 
     def close(self) -> None:
         """End every program and remove the folder; takes up to about 3 s.
@@ -173,33 +203,17 @@ class Deployment:
             f'[superlink]\ndefault = "lifl"\n[superlink.lifl]\naddress = "{self.address}"\ninsecure = true\n'
         )
         server = [*self._server_command, "--insecure", "--disable-runtime-dependency-installation"]
-        self._launch("superlink", [*server, "--port", str(server_port)])
-        deadline = time.monotonic() + self._start_timeout
-        while not _is_listening(server_port):
-            self._check(deadline, "the SuperLink did not start to listen", "superlink")
+        self.launch("superlink", [*server, "--port", str(server_port)])
+        self.wait_until(lambda: _is_listening(server_port), "the SuperLink did not start to listen", "superlink")
         self._on_progress(f"SuperLink listens on {self.address}")
         for i, port in enumerate(node_ports):
             node = ["flower-supernode", "--insecure", "--superlink", self.address]
             config = f"partition-id={i} num-partitions={self._supernodes}"
-            self._launch(f"supernode-{i}", [*node, "--port", str(port), "--node-config", config])
+            self.launch(f"supernode-{i}", [*node, "--port", str(port), "--node-config", config])
         for i in range(self._supernodes):
-            while _REGISTERED not in self._log(f"supernode-{i}"):
-                self._check(deadline, f"SuperNode {i} did not register", f"supernode-{i}")
+            name = f"supernode-{i}"
+            self.wait_until(partial(self._has_registered, name), f"SuperNode {i} did not register", name)
             self._on_progress(f"SuperNode {i} is registered")
-
-    def _launch(self, name: str, command: Sequence[str], home: str = "") -> subprocess.Popen[bytes]:
-        """Start a program with its own FLWR_HOME; its output goes to `name`.log."""
-        environment = self._environment(home or name)
-        with open(self.log_dir / f"{name}.log", "wb") as log:
-            self._programs[name] = subprocess.Popen(
-                [_program(command[0], environment), *command[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=environment,
-            )
-        return self._programs[name]
 
     def _environment(self, home: str) -> dict[str, str]:
         inherited = {**os.environ, **self._extra_env}
@@ -227,6 +241,9 @@ class Deployment:
                 raise RuntimeError(f"{other} ended with status {program.returncode}.\n{self._tail(other)}")
         if time.monotonic() > deadline:
             raise TimeoutError(f"{complaint}.\n{self._tail(name)}")
+
+    def _has_registered(self, name: str) -> bool:
+        return _REGISTERED in self._log(name)
 
     def _log(self, name: str) -> str:
         return _COLOURS.sub("", (self.log_dir / f"{name}.log").read_text(errors="replace"))

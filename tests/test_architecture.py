@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+APPS = {"_demo_app", "_round_app"}
 PAGE = "docs/architecture.md"
 
 ALLOWED: dict[str, set[str]] = {
@@ -118,6 +119,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "strategy.on_the_mean": {"strategy.fedavg"},
     "strategy.reference": {"npy", "tensor"},
+    # the SuperLink from the outside
+    "superlink": set(),
+    "superlink.caller": {"errors"},
+    "superlink.prebuilt": {"strategy.reference", "tensor"},
+    "superlink.virtual_node": {"errors", "superlink.caller", "superlink.prebuilt"},
+    "superlink.fleet": {"errors", "superlink.caller", "superlink.prebuilt", "superlink.virtual_node"},
     # programs
     "_janitor": set(),
     "deployment": {"_janitor"},
@@ -152,10 +159,18 @@ ALLOWED: dict[str, set[str]] = {
         *("planner.simulate", "planner.traces", "runtime", "tensor"),
     },
     "bench.ablation_view": set(),
+    "bench.tree": set(),
+    "bench.load": {"bench.shapes", "superlink.fleet", "superlink.prebuilt", "superlink.virtual_node"},
+    "bench.round": {
+        *("bench.load", "bench.shapes", "bench.tree", "calibration", "deployment", "errors", "fold", "sizes", "tensor"),
+        "terms",
+    },
+    "bench.round_view": {"bench.ablation_view"},
+    "console": {"errors"},
     "cli": {
         *("bench.ablation", "bench.ablation_view"),
         *("bench.fold", "bench.handoff", "bench.idle", "bench.limits", "bench.planning", "bench.recovery"),
-        *("bench.roles", "bench.trickle", "demo", "errors", ""),
+        *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console", "demo", ""),
         *("planner.hierarchy", "planner.load", "planner.placement"),
     },
     # the public names ("" is the package itself)
@@ -204,9 +219,9 @@ def room_of(path: Path) -> str:
 
 
 def sources() -> dict[str, Path]:
-    """Every room and its file; not the app that the demo runs, which is a user's."""
+    """Every room and its file; not the apps that the demo and a benchmark run, which are users' programs."""
     files = sorted((ROOT / "lifl").rglob("*.py"))
-    return {room_of(path): path for path in files if "_demo_app" not in path.parts}
+    return {room_of(path): path for path in files if not APPS & set(path.parts)}
 
 
 def is_for_types(node: ast.AST) -> bool:

@@ -19,13 +19,12 @@ from rich.text import Text
 
 from lifl import fold
 from lifl.bench.limits import MEMORY_BYTES, read_gb_per_s
-from lifl.bench.shapes import model_spec
+from lifl.bench.shapes import model_spec, random_update
 from lifl.planner.shape import Shape
 from lifl.runtime import Node, cores
 from lifl.sizes import round_bytes
-from lifl.tensor import Array, Tensor, TensorSpec
+from lifl.tensor import Array, TensorSpec
 
-SEED = 20240501
 RESULT_TIMEOUT_S = 300.0
 GOAL_RATIO = 5.0
 """How many times as fast as Flower lifl's fold of ready updates is meant to be."""
@@ -130,7 +129,7 @@ def measure_fold(
     say = on_progress or (lambda _: None)
     say(f"making {updates} updates of {model}")
     weights = [k + 1.0 for k in range(updates)]
-    replies = [reference.make_reply(_update(spec, k), weights[k]) for k in range(updates)]
+    replies = [reference.make_reply(random_update(spec, k), weights[k]) for k in range(updates)]
     inputs = Inputs(spec, replies, [reference.view_reply(reply) for reply in replies], weights)
     total_bytes = spec.nbytes * updates
     memory = np.ones(min(MEMORY_BYTES, max(total_bytes, 4096)), np.uint8)
@@ -177,17 +176,6 @@ def measure_fold(
         "error_over_tolerance": largest,
         "rows": rows,
     }
-
-
-def _update(spec: TensorSpec, seed: int) -> dict[str, Array]:
-    random = np.random.default_rng(SEED + seed)
-    return {t.name: _numbers(random, t) for t in spec.tensors}
-
-
-def _numbers(random: np.random.Generator, tensor: Tensor) -> Array:
-    if tensor.dtype == "float32":
-        return random.random(tensor.shape, np.float32) - np.float32(0.5)
-    return random.integers(0, 100, tensor.shape).astype(tensor.dtype)
 
 
 # ---------------------------------------------------------------- the sides

@@ -1,14 +1,19 @@
 """The models that lifl is measured with: every tensor's name, shape and dtype, and no weights.
 
 Owns the three ResNets as torchvision's ``state_dict()`` lists them, generated from the architecture
-(He et al., CVPR 2016, table 1). Imports no torch and holds no numbers but lengths.
+(He et al., CVPR 2016, table 1), a model of very many small arrays, and the random numbers that stand for updates.
+Imports no torch.
 """
 
 from __future__ import annotations
 
-import attrs
+from collections.abc import Sequence
+from typing import Any
 
-from lifl.tensor import Tensor, TensorSpec
+import attrs
+import numpy as np
+
+from lifl.tensor import Array, Tensor, TensorSpec
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 """What a batch normalisation keeps beside its parameters."""
@@ -30,11 +35,21 @@ class Architecture:
     is_bottleneck: bool
 
 
-MODELS = {
+@attrs.frozen
+class Many:
+    """A model that is nothing but many float32 vectors of one length."""
+
+    arrays: int
+    length: int
+
+
+MODELS: dict[str, Architecture | Many] = {
     "resnet18": Architecture((2, 2, 2, 2), False),
     "resnet34": Architecture((3, 4, 6, 3), False),
     "resnet152": Architecture((3, 8, 36, 3), True),
+    "small2000": Many(2000, 200),
 }
+SEED = 20240501
 WIDTHS = (64, 128, 256, 512)
 CLASSES = 1000
 
@@ -47,6 +62,10 @@ def model_spec(model: str) -> TensorSpec:
     if model not in MODELS:
         raise ValueError(f"model {model!r} is not known: choose one of {', '.join(MODELS)}")
     architecture = MODELS[model]
+    if isinstance(architecture, Many):
+        return TensorSpec(
+            tuple(Tensor(f"layer{k}", "float32", (architecture.length,)) for k in range(architecture.arrays))
+        )
     tensors = [*_convolution("conv1", 3, WIDTHS[0], 7), *_normalisation("bn1", WIDTHS[0])]
     channels = WIDTHS[0]
     for stage, (width, depth) in enumerate(zip(WIDTHS, architecture.depths, strict=True), 1):
@@ -57,6 +76,28 @@ def model_spec(model: str) -> TensorSpec:
     tensors.append(Tensor("fc.weight", "float32", (CLASSES, channels)))
     tensors.append(Tensor("fc.bias", "float32", (CLASSES,)))
     return TensorSpec(tuple(tensors))
+
+
+def random_update(spec: TensorSpec, seed: int) -> dict[str, Array]:
+    """Numbers in these shapes, the same for the same seed: float32 between -0.5 and 0.5, others whole, up to 99."""
+    random = np.random.default_rng(SEED + seed)
+    return {t.name: _numbers(random, t) for t in spec.tensors}
+
+
+def _numbers(random: np.random.Generator, tensor: Tensor) -> Array:
+    if tensor.dtype == "float32":
+        return random.random(tensor.shape, np.float32) - np.float32(0.5)
+    return random.integers(0, 100, tensor.shape).astype(tensor.dtype)
+
+
+def tensors_of(spec: TensorSpec) -> list[list[Any]]:
+    """A spec as JSON's values, for another process; see :func:`spec_of`."""
+    return [[t.name, t.dtype, list(t.shape)] for t in spec.tensors]
+
+
+def spec_of(tensors: Sequence[Sequence[Any]]) -> TensorSpec:
+    """The spec that :func:`tensors_of` was given."""
+    return TensorSpec(tuple(Tensor(name, dtype, tuple(shape)) for name, dtype, shape in tensors))
 
 
 def num_parameters(spec: TensorSpec) -> int:

@@ -47,7 +47,12 @@ def shown(table: Table) -> str:
 
 @pytest.mark.parametrize(
     ("model", "parameters", "tensors"),
-    [("resnet18", 11_689_512, 122), ("resnet34", 21_797_672, 218), ("resnet152", 60_192_808, 932)],
+    [
+        ("resnet18", 11_689_512, 122),
+        ("resnet34", 21_797_672, 218),
+        ("resnet152", 60_192_808, 932),
+        ("small2000", 400_000, 2000),
+    ],
 )
 def test_a_model_has_torchvisions_number_of_parameters_and_tensors(model: str, parameters: int, tensors: int) -> None:
     """The counts are those of torchvision's state dicts."""
@@ -82,7 +87,7 @@ def test_names_and_shapes_are_torchvisions() -> None:
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     """The message lists what there is."""
-    with pytest.raises(ValueError, match=r"'vgg'.*resnet18, resnet34, resnet152"):
+    with pytest.raises(ValueError, match=r"'vgg'.*resnet18, resnet34, resnet152, small2000"):
         shapes.model_spec("vgg")
 
 
@@ -130,7 +135,7 @@ def test_nvflare_has_the_same_updates() -> None:
     from lifl.strategy import reference
 
     weights = [1.0, 2.0, 3.0]
-    replies = [reference.make_reply(fold._update(SMALL, k), weight) for k, weight in enumerate(weights)]
+    replies = [reference.make_reply(shapes.random_update(SMALL, k), weight) for k, weight in enumerate(weights)]
     inputs = fold.Inputs(SMALL, replies, [reference.view_reply(reply) for reply in replies], weights)
     ours, theirs = fold._flower(inputs, lambda: None).mean, fold._nvflare(inputs, lambda: None).mean
     assert set(ours) == set(theirs)
@@ -155,7 +160,7 @@ def test_the_comparison_notices_a_wrong_mean() -> None:
     """A mean that is off by one part in a million is above the tolerance, and so is a NaN."""
     from lifl.strategy import reference
 
-    updates = [fold._update(SMALL, k) for k in range(3)]
+    updates = [shapes.random_update(SMALL, k) for k in range(3)]
     replies = [reference.make_reply(update, 1.0) for update in updates]
     mean = reference.view_arrays(reference.aggregate(replies))
     assert fold._error_over_tolerance(SMALL, mean, replies, [1.0] * 3) == 0
@@ -168,7 +173,7 @@ def test_updates_can_have_every_dtype_that_numpy_and_flower_have() -> None:
     """The benchmark's own updates fit their spec."""
     names = [name for name in CODES if name != "bfloat16"]
     spec = TensorSpec.from_arrays({name: np.zeros(3, name) for name in names})
-    assert TensorSpec.from_arrays(fold._update(spec, 1)) == spec
+    assert TensorSpec.from_arrays(shapes.random_update(spec, 1)) == spec
 
 
 @pytest.mark.parametrize("wrong", [{"updates": 0}, {"repetitions": 0}, {"workers": -1}, {"model": "vgg"}])

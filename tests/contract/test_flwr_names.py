@@ -35,11 +35,36 @@ DOCUMENTED = ("flwr.app", "flwr.serverapp", "flwr.serverapp.strategy")
 PRIVATE = {
     "flwr.app.error.Error": "landing.py: the error reply in the place of a refused one",
     "flwr.app.message.make_message": "landing.py: the error reply in the place of a refused one",
+    "flwr.app.message.remove_content_from_message": "superlink/prebuilt.py: a reply as it is pushed",
     "flwr.common.constant.ErrorCode": "landing.py: the code of that error",
+    "flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL": "superlink/virtual_node.py: what a SuperNode promises",
     "flwr.common.constant.SType": "landing.py: which serialisation is NumPy's",
+    "flwr.common.constant.TIMESTAMP_HEADER": "superlink/caller.py: signed calls",
+    "flwr.common.serde.message_from_proto": "superlink/virtual_node.py: what is polled",
+    "flwr.common.serde.message_to_proto": "superlink/prebuilt.py: what is pushed",
+    "flwr.proto.fab_pb2": "superlink/virtual_node.py: the Fleet API",
+    "flwr.proto.fleet_pb2": "superlink/virtual_node.py: the Fleet API",
+    "flwr.proto.heartbeat_pb2": "superlink/virtual_node.py: the Fleet API",
+    "flwr.proto.message_pb2": "superlink/virtual_node.py and prebuilt.py: the Fleet API",
+    "flwr.proto.node_pb2": "superlink/virtual_node.py: the Fleet API",
+    "flwr.proto.run_pb2": "superlink/virtual_node.py: the Fleet API",
     "flwr.serverapp.strategy.strategy_utils.aggregate_arrayrecords": "reference.py: what benchmarks compare with",
     "flwr.serverapp.strategy.strategy_utils.aggregate_metricrecords": "fedavg.py: the default function for metrics",
+    "flwr.supercore.constant.FLEET_HTTP_PUBLIC_KEY_HEADER": "superlink/caller.py: signed calls",
+    "flwr.supercore.constant.FLEET_HTTP_SIGNATURE_HEADER": "superlink/caller.py: signed calls",
+    "flwr.supercore.constant.FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "superlink/virtual_node.py: how many at a time",
+    "flwr.supercore.date.now": "superlink/caller.py: the time that is signed",
+    "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": "superlink/prebuilt.py: a reply's objects",
+    "flwr.supercore.inflatable.inflatable_object.get_object_tree": "superlink/prebuilt.py: a reply's objects",
+    "flwr.supercore.inflatable.inflatable_object.iterate_object_tree": "superlink/: an object's parts before it",
+    "flwr.supercore.inflatable.inflatable_object.no_object_id_recompute": "superlink/prebuilt.py: ids made once",
+    "flwr.supercore.inflatable.inflatable_utils.get_num_workers": "superlink/virtual_node.py: how many at a time",
     "flwr.supercore.log": "fedavg.py and exchange.py: lines in Flower's log",
+    "flwr.supercore.primitives.asymmetric.generate_key_pairs": "superlink/caller.py: a node's identity",
+    "flwr.supercore.primitives.asymmetric.public_key_to_bytes": "superlink/caller.py: a node's identity",
+    "flwr.supercore.primitives.asymmetric.sign_message": "superlink/caller.py: signed calls",
+    "flwr.supercore.protobuf.constants.PROTOBUF_MEDIA_TYPE": "superlink/caller.py: the kind of body",
+    "flwr.supercore.runtime_version_compatibility.RuntimeVersionMetadata": "superlink/caller.py: version headers",
 }
 
 
@@ -86,7 +111,7 @@ def imported() -> dict[str, str]:
     """Every name that lifl imports from flwr, and the file that does."""
     names = {}
     for path in sorted((ROOT / "lifl").rglob("*.py")):
-        if "_demo_app" in path.parts:
+        if {"_demo_app", "_round_app"} & set(path.parts):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flwr":

@@ -1,0 +1,1 @@
+"""Rounds to be measured."""

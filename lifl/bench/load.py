@@ -1,0 +1,49 @@
+"""The process that plays all SuperNodes of a benchmark: ``python -m lifl.bench.load ORDER``.
+
+Owns what it writes: one line of JSON when its nodes are registered, and one for each message that is answered.
+It ends when it is killed, or with status 1 when a node fails.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lifl.bench.shapes import random_update, spec_of
+
+READY = "ready"
+
+
+def main(order: Path) -> None:
+    """Plays the nodes as it says in the file `order`: "address", "nodes", "tensors" and "out", where lines go."""
+    from lifl.superlink.fleet import Fleet
+    from lifl.superlink.prebuilt import Prebuilt
+    from lifl.superlink.virtual_node import Answered
+
+    asked = json.loads(order.read_text())
+    spec = spec_of(asked["tensors"])
+    replies = [Prebuilt(random_update(spec, k), weight_of(k)) for k in range(asked["nodes"])]
+    with open(asked["out"], "w", buffering=1) as out:
+
+        def say(line: Any) -> None:
+            out.write(json.dumps(line) + "\n")
+
+        def told(answered: Answered) -> None:
+            say(attrs.asdict(answered))
+
+        with Fleet(asked["address"], replies, on_answered=told) as fleet:
+            say(READY)
+            fleet.wait()
+
+
+def weight_of(node: int) -> float:
+    """How many examples node `node` says that it has."""
+    return node + 1.0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

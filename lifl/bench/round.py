@@ -1,0 +1,309 @@
+"""Whole Flower rounds, end to end: lifl's server and strategy beside Flower's, in one run, taking turns.
+
+Owns what is started, what is timed and from when to when. The server is real, so is the ServerApp, which ``flwr run``
+starts; the SuperNodes are played by one process, see ``lifl.bench.load``. Nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from lifl import calibration, fold
+from lifl.bench.load import READY, weight_of
+from lifl.bench.shapes import model_spec, random_update, tensors_of
+from lifl.bench.tree import MemoryLog
+from lifl.deployment import Deployment
+from lifl.errors import LiflError
+from lifl.sizes import parse_bytes
+from lifl.tensor import Array, TensorSpec
+from lifl.terms import Timing
+
+APP = Path(__file__).parents[1] / "_round_app"
+START_TIMEOUT_S = 120.0
+ROUND_TIMEOUT_S = 600.0
+
+
+@attrs.frozen
+class Side:
+    """A server and a strategy; ``command`` starts the server, and ``takes_memory`` says that it has an arena."""
+
+    title: str
+    command: tuple[str, ...]
+    strategy: str
+    takes_memory: bool = False
+
+
+SIDES = {
+    "flower": Side("Flower", ("flower-superlink",), "flower"),
+    "strategy": Side("lifl's strategy on Flower's SuperLink", ("flower-superlink",), "lifl"),
+    "server": Side("lifl's strategy on lifl-superlink", (sys.executable, "-m", "lifl.superlink"), "lifl", True),
+}
+COMPARED = ("wall_s", "last_to_model_s", "cpu_s", "peak_bytes")
+
+
+@attrs.frozen
+class Work:
+    """What every side has to do."""
+
+    spec: TensorSpec
+    nodes: int
+    rounds: int
+    timing: Timing
+    memory: str | None
+
+
+@attrs.frozen
+class Run:
+    """One side's run: rounds, and what holds for all of them; see :func:`measure_round`."""
+
+    rounds: list[dict[str, Any]]
+    cpu_s: float
+    cpu_by_process_s: dict[str, float]
+    idle_bytes: int
+    peak_bytes: int
+    error_over_tolerance: float
+
+
+def measure_round(
+    model: str = "resnet18",
+    nodes: int = 8,
+    rounds: int = 2,
+    sides: Sequence[str] = tuple(SIDES),
+    *,
+    timing: Timing = "eager",
+    memory: str | None = None,
+    repetitions: int = 1,
+    spec: TensorSpec | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Times `rounds` rounds of FedAvg with `nodes` virtual SuperNodes, `repetitions` times on each of `sides`.
+
+    A run has a server of its own. Every node pulls the model, and returns at once what was made before: random
+    numbers, its own, in the model's shapes. Nothing is evaluated. The last model of every run is checked.
+
+    The nodes wait less than SuperNodes do, or most of a round would be sleep: one of them asks for messages every
+    0.1 s and tells the others when there are some, where each SuperNode asks every 3 s; and an object that is not
+    there yet is asked for again after 0.1 s to 1 s, where a SuperNode waits 1 s to 10 s.
+
+    Parameters
+    ----------
+    model : str
+        A name in ``lifl.bench.shapes.MODELS``.
+    sides : sequence of str
+        Names in ``SIDES``. ``"flower"``: Flower's SuperLink and Flower's FedAvg. ``"strategy"``: Flower's SuperLink and
+        ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``.
+    timing : {"eager", "lazy", "jit"}
+        Of lifl's strategy.
+    memory : str, optional
+        Of lifl-superlink's arena; default: its own.
+    spec : TensorSpec, optional
+        Other shapes than `model`'s, which then is only a name.
+
+    Returns
+    -------
+    dict
+        ``model``, ``arrays``, ``update_bytes``, ``nodes``, ``rounds``, ``repetitions``, ``timing``, ``memory``,
+        ``cores``, and ``rows``, one for each side, with medians over all its rounds, or runs:
+
+        ``side``, ``title``
+            Which.
+        ``wall_s``
+            From one model to the next, as Flower calls ``evaluate_fn`` with them.
+        ``last_to_model_s``
+            From the acknowledgement of the last update's last byte, at its node, to the new model.
+        ``cpu_s``, ``cpu_by_process_s``
+            CPU seconds of a round: of the SuperLink and all its descendants (SuperExec, ServerApp, lifl's workers),
+            dead ones included, from the first model to the last, over the number of rounds.
+        ``idle_bytes``, ``peak_bytes``
+            Memory of the same processes: before the ServerApp makes the first array, when all is imported and
+            waits; and the most above that from the first model to the last. Both are sums of the proportional set
+            sizes, so that what processes share is counted once. Looked at every 50 ms.
+        ``peak_over_updates``
+            That peak over the bytes of all updates of a round.
+        ``requests``, ``sent_bytes``, ``received_bytes``, ``objects``
+            Of a round, all nodes together, as they see it; polls included. ``objects`` were pulled or pushed.
+        ``error_over_tolerance``
+            The largest difference between the last model and the mean, over what rounding allows.
+        ``runs``
+            For each repetition: the rounds one by one.
+        ``over_flower``
+            Each of the first figures over Flower's; only if ``"flower"`` is a side.
+
+    Raises
+    ------
+    LiflError
+        If a model is not the mean of the updates.
+    RuntimeError, TimeoutError
+        If a program fails or a run does not end; both show the log that tells why.
+    ValueError
+        For an unknown model or side, or counts below 1.
+    """
+    spec = model_spec(model) if spec is None else spec
+    if unknown := [side for side in sides if side not in SIDES]:
+        raise ValueError(f"side {unknown[0]!r} is not known: choose of {', '.join(SIDES)}")
+    if min(nodes, rounds, repetitions, len(sides)) < 1:
+        raise ValueError(f"nodes={nodes}, rounds={rounds}, repetitions={repetitions}: at least 1 of each, and a side")
+    if memory is not None:
+        parse_bytes(memory)
+    say = on_progress or (lambda _: None)
+    work = Work(spec, nodes, rounds, timing, memory)
+    if any(SIDES[side].strategy == "lifl" for side in sides):
+        say("what aggregation costs here, which lifl plans with")
+        calibration.costs(measure=True)  # or the first round would
+    runs: dict[str, list[Run]] = {side: [] for side in sides}
+    for repetition in range(repetitions):
+        for side in sides if repetition % 2 == 0 else reversed(sides):
+            say(f"{SIDES[side].title}, run {repetition + 1} of {repetitions}")
+            runs[side].append(run_side(SIDES[side], work))
+    rows = [_row(side, some, work) for side, some in runs.items()]
+    for flower in [row for row in rows if row["side"] == "flower"]:
+        for row in rows:
+            row["over_flower"] = {name: row[name] / flower[name] for name in COMPARED}
+    return {
+        "model": model,
+        "arrays": len(spec),
+        "update_bytes": spec.nbytes,
+        "nodes": nodes,
+        "rounds": rounds,
+        "repetitions": repetitions,
+        "timing": timing,
+        "memory": memory,
+        "cores": os.cpu_count(),
+        "rows": rows,
+    }
+
+
+def run_side(side: Side, work: Work) -> Run:
+    """One run on a server of its own; raises as :func:`measure_round` does."""
+    memory = ("--lifl-memory", work.memory) if side.takes_memory and work.memory is not None else ()
+    with Deployment(0, (*side.command, *memory), start_timeout=START_TIMEOUT_S) as deployment:
+        answers = _start_load(deployment, work)
+        files = {name: deployment.folder / name for name in ("tensors.json", "out.json", "model.npz")}
+        config: dict[str, str | int | float | bool] = {
+            "num-server-rounds": work.rounds,
+            "num-nodes": work.nodes,
+            "strategy": side.strategy,
+            "timing": work.timing,
+            "server-pid": deployment.server_pid,
+            "tensors": str(files["tensors.json"]),
+            "out": str(files["out.json"]),
+            "model": str(files["model.npz"]),
+        }
+        with MemoryLog(deployment.server_pid) as memory_log:
+            deployment.run(APP, config, timeout=START_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S)
+        told = json.loads(files["out.json"].read_text())
+        answered = [json.loads(line) for line in answers.read_text().splitlines()][1:]
+        with np.load(files["model.npz"]) as archive:
+            model = {name: archive[f"arr_{k}"] for k, name in enumerate(work.spec)}
+    error = error_over_tolerance(model, work, is_flower=side.strategy == "flower")
+    if not error <= 1:
+        raise LiflError(f"{side.title}: the model is off by {error:.3g} times what rounding allows")
+    first, last = told["models"][0], told["models"][-1]
+    cpu_by_process_s = Counter(last["cpu_s"])
+    cpu_by_process_s.subtract(first["cpu_s"])
+    return Run(
+        rounds=[
+            _round(before, after, answered, work)
+            for before, after in zip(told["models"], told["models"][1:], strict=False)
+        ],
+        cpu_s=sum(cpu_by_process_s.values()) / work.rounds,
+        cpu_by_process_s={name: seconds / work.rounds for name, seconds in cpu_by_process_s.most_common()},
+        idle_bytes=told["idle_bytes"],
+        peak_bytes=memory_log.peak_bytes(first["at_s"], last["at_s"]) - told["idle_bytes"],
+        error_over_tolerance=error,
+    )
+
+
+def _start_load(deployment: Deployment, work: Work) -> Path:
+    """Starts the nodes and waits until they are registered; gives the file in which they tell what they answered."""
+    answers, order = deployment.folder / "answers.jsonl", deployment.folder / "order.json"
+    tensors = tensors_of(work.spec)
+    (deployment.folder / "tensors.json").write_text(json.dumps(tensors))
+    asked = {"address": deployment.address, "nodes": work.nodes, "tensors": tensors, "out": str(answers)}
+    order.write_text(json.dumps(asked))
+    deployment.launch("load", [sys.executable, "-m", "lifl.bench.load", str(order)])
+    deployment.wait_until(
+        lambda: answers.exists() and READY in answers.read_text(), "the virtual SuperNodes did not register", "load"
+    )
+    return answers
+
+
+def _round(before: dict[str, Any], after: dict[str, Any], answered: list[dict[str, Any]], work: Work) -> dict[str, Any]:
+    # Its messages do not tell the round, and none is under way between two.
+    answered = [one for one in answered if before["at_s"] <= one["got_s"] < after["at_s"]]
+    if len(answered) != work.nodes:
+        raise LiflError(f"round {after['round']} had {len(answered)} answers of {work.nodes} nodes")
+    last_s = max(one["acknowledged_s"] for one in answered)
+    return {
+        "round": after["round"],
+        "wall_s": after["at_s"] - before["at_s"],
+        "model_out_s": max(one["pulled_s"] for one in answered) - before["at_s"],
+        "last_to_model_s": after["at_s"] - last_s,
+        "requests": sum(one["traffic"]["calls"] for one in answered),
+        "sent_bytes": sum(one["traffic"]["sent_bytes"] for one in answered),
+        "received_bytes": sum(one["traffic"]["received_bytes"] for one in answered),
+        "repeated": sum(one["traffic"]["repeated"] for one in answered),
+        "waits": sum(one["waits"] for one in answered),
+        "objects": sum(one["pulled"] + one["pushed"] for one in answered),
+    }
+
+
+def error_over_tolerance(model: Mapping[str, Array], work: Work, *, is_flower: bool) -> float:
+    """The largest difference of `model` from the mean of the updates, as a share of what its roundings allow.
+
+    For lifl's that is :func:`lifl.fold.tolerance`; for Flower's see ``lifl.bench.fold``: with n updates, (n + 2) / 2
+    times as much for floats, and as much for integers, of which it does not round the mean. The mean here is in
+    float64: what it is off by is less than a millionth of that.
+    """
+    updates = [random_update(work.spec, k) for k in range(work.nodes)]
+    weights = [weight_of(k) for k in range(work.nodes)]
+    factor = (work.nodes + 2) / 2 if is_flower else 1.0
+    worst = 0.0
+    for tensor in work.spec.tensors:
+        columns = [{tensor.name: update[tensor.name]} for update in updates]
+        is_float = tensor.dtype.startswith("float")
+        allowed = fold.tolerance(columns, weights, TensorSpec((tensor,)))[tensor.name] * (factor if is_float else 1.0)
+        mean = np.average([np.asarray(update[tensor.name], np.float64) for update in updates], axis=0, weights=weights)
+        difference = np.abs(np.asarray(model[tensor.name], np.float64) - mean)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = difference / allowed
+        # 0 / 0 is no difference where none is allowed; a NaN is as wrong as can be.
+        share = np.where(difference == 0, 0.0, np.where(np.isnan(share), np.inf, share))
+        worst = max(worst, float(share.max(initial=0.0)))
+    return worst
+
+
+def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
+    rounds = [one for run in runs for one in run.rounds]
+
+    def median(name: str) -> float:
+        return float(statistics.median(one[name] for one in rounds))
+
+    peak_bytes = statistics.median(run.peak_bytes for run in runs)
+    return {
+        "side": side,
+        "title": SIDES[side].title,
+        "wall_s": median("wall_s"),
+        "last_to_model_s": median("last_to_model_s"),
+        "cpu_s": statistics.median(run.cpu_s for run in runs),
+        "cpu_by_process_s": runs[-1].cpu_by_process_s,
+        "idle_bytes": statistics.median(run.idle_bytes for run in runs),
+        "peak_bytes": peak_bytes,
+        "peak_over_updates": peak_bytes / (work.nodes * work.spec.nbytes),
+        "requests": median("requests"),
+        "sent_bytes": median("sent_bytes"),
+        "received_bytes": median("received_bytes"),
+        "objects": median("objects"),
+        "error_over_tolerance": max(run.error_over_tolerance for run in runs),
+        "runs": [run.rounds for run in runs],
+    }

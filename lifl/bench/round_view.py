@@ -1,0 +1,91 @@
+"""Measured rounds to look at: a table in a terminal, a picture in a file. Measures nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lifl.bench.ablation_view import check_picture
+
+COLOURS = {"flower": "#9a9a9a", "nvflare": "#c9a227", "strategy": "#7fb0e0", "server": "#1b4f8f"}
+WIDTH_INCHES, HEIGHT_INCHES, ROW_INCHES = 12.0, 1.1, 0.4
+FIGURES = (
+    ("last_to_model_s", "Last update in to new model, s", 1.0),
+    ("cpu_s", "Server's CPU time of a round, s", 1.0),
+    ("peak_bytes", "Server's peak memory above idle, MB", 1e6),
+)
+
+
+def round_table(figures: dict[str, Any]) -> Table:
+    """The figures of :func:`lifl.bench.round.measure_round` as a table."""
+    each = f"{figures['nodes']} nodes, {figures['model']}: {figures['arrays']:,} arrays"
+    megabytes = figures["update_bytes"] / 1e6
+    table = Table(
+        title=f"Whole rounds of FedAvg: {each}, {megabytes:.1f} MB ({figures['timing']}, {figures['cores']} cores)",
+        title_justify="left",
+        caption=(
+            f"Medians of {figures['repetitions']} runs of {figures['rounds']} rounds. In brackets: times as little as "
+            "Flower. The nodes are virtual and return at once; they wait less between two requests than SuperNodes do. "
+            "Every model is checked."
+        ),
+        caption_justify="left",
+    )
+    table.add_column("")
+    headings = ("round, s", "last update\nto model, s", "server's\nCPU s", "peak above\nidle, MB", "of the\nupdates")
+    for heading in (*headings, "requests", "MB in\nand out"):
+        table.add_column(heading, justify="right")
+    for row in figures["rows"]:
+        table.add_row(
+            row["title"],
+            _cell(row, "wall_s", 1.0),
+            _cell(row, "last_to_model_s", 1.0),
+            _cell(row, "cpu_s", 1.0),
+            _cell(row, "peak_bytes", 1e6),
+            f"{row['peak_over_updates']:.2f} x",
+            f"{row['requests']:,.0f}" if row["requests"] else "-",
+            f"{(row['sent_bytes'] + row['received_bytes']) / 1e6:,.0f}" if row["requests"] else "-",
+        )
+    return table
+
+
+def _cell(row: dict[str, Any], name: str, unit: float) -> str:
+    text = _number(row[name] / unit)
+    over = row.get("over_flower", {}).get(name, 1.0)
+    return text if row["side"] == "flower" or not over > 0 or over == 1 else f"{text} ({1 / over:.3g} x)"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def save_picture(figures: dict[str, Any], path: Path) -> None:
+    """Draws three of the figures into an SVG, PNG or PDF file. Needs matplotlib.
+
+    Raises ``ValueError`` for another ending or a folder that there is not.
+    """
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = figures["rows"]
+    figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES + ROW_INCHES * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, (name, title, unit) in zip(figure.subplots(1, len(FIGURES), sharey=True), FIGURES, strict=True):
+        values = [row[name] / unit for row in rows]
+        bars = ax.barh(range(len(rows)), values, 0.72, color=[COLOURS[row["side"]] for row in rows])
+        ax.bar_label(bars, [_number(value) for value in values], padding=3, fontsize=8)
+        ax.set_yticks(range(len(rows)), [row["title"] for row in rows])
+        ax.margins(x=0.16)
+        ax.set_xlim(left=0)
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    ax.invert_yaxis()  # shared: the first side is at the top of all
+    what = f"{figures['nodes']} nodes, {figures['model']}, {figures['cores']} cores"
+    figure.suptitle(f"Whole rounds of FedAvg: {what}", x=0.01, ha="left", fontsize=11)
+    # Without it matplotlib writes the date into the file, and each run would change it.
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,74 @@
+"""How the ``lifl`` commands tell what they do: progress, figures, and errors in one line.
+
+Owns output and exit statuses. Status 1: it failed, and why; 2: wrong arguments; 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+
+from lifl.errors import LiflError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+P = ParamSpec("P")
+
+REMEDIES = {
+    "grpc": "pip install 'lifl[bench]'",
+    "matplotlib": "pip install 'lifl[plot]'",
+    "nvflare": "pip install 'lifl[peers]'",
+    "sklearn": "pip install 'lifl[demo]'",
+    "torch": "pip install 'lifl[torch]'",
+}
+"""Extras by the module that is missing without them."""
+
+INTERRUPTED = 130
+
+
+def told(command: Callable[P, None]) -> Callable[P, None]:
+    """Turns the errors that a user can do something about into one line and a status."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            end("stopped by Ctrl-C; nothing is left running", INTERRUPTED)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").partition(".")[0]
+            end(f"{name} is not installed: {REMEDIES.get(name, f'pip install {name}')}", 1)
+        except (LiflError, ValueError) as error:
+            # The text of an OSError begins with its number, which says nothing to a user.
+            end(getattr(error, "strerror", None) or str(error), 1)
+
+    return run
+
+
+def end(message: str, status: int) -> NoReturn:
+    """Ends the command with a line on stderr."""
+    typer.echo(f"lifl: {message}", err=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """What is being measured, on stderr and only on a terminal; gone afterwards."""
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        yield lambda what: status.update(f"measuring: {what}")
+
+
+def show(figures: dict[str, Any], table: Callable[[dict[str, Any]], RenderableType], as_json: bool) -> None:
+    """Prints figures, as JSON or as the table that is made of them."""
+    if as_json:
+        typer.echo(json.dumps(figures, indent=2))
+    else:
+        Console().print(table(figures))

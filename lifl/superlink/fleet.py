@@ -1,0 +1,149 @@
+"""Virtual SuperNodes, as many as are asked for, that keep a server busy: a generator of load.
+
+Owns their threads. Each node speaks the real Fleet API, see ``virtual_node``; they are told apart from real
+SuperNodes by nothing that a server looks at, but they wait less and compute nothing.
+
+A SuperNode that has nothing to do asks for a message every 3 s, and a short measurement would mostly consist of that.
+All of a fleet asking more often would keep the server busy with nothing else. So one node asks every 0.1 s and tells
+the others when it has got one; they ask at once then, again after pauses that double, and every 3 s in the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from lifl.errors import PeerGoneError
+from lifl.superlink.caller import Traffic
+from lifl.superlink.prebuilt import Prebuilt
+from lifl.superlink.virtual_node import Answered, RunIsOverError, VirtualNode
+
+POLL_S, MOST_POLL_S = 0.1, 3.0
+"""The pauses after a poll that came back empty: the first, which is the first node's only one, and the longest."""
+
+HEARTBEAT_S = 20.0
+"""On the average, of one node; a SuperNode's is (30 s - 5 s) * (0.7 to 0.9)."""
+
+
+class Fleet:
+    """`with Fleet("127.0.0.1:9092", replies) as fleet:` one node for each of `replies`.
+
+    Entering returns when all are registered and active. `on_answered` is called by a node's thread each time it
+    has answered a message. What ends a node is told by :meth:`wait`, and by the end of the block.
+
+    Raises
+    ------
+    PeerGoneError
+        If the server refuses what a SuperNode may ask for, or what it sends is not what was promised.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        replies: Sequence[Prebuilt],
+        *,
+        is_checking: bool = False,
+        on_answered: Callable[[Answered], None] | None = None,
+    ) -> None:
+        if not replies:
+            raise ValueError("a fleet needs at least 1 node")
+        self.answered: list[Answered] = []
+        self._stop = threading.Event()
+        self._hints = [threading.Event() for _ in replies]
+        self._has_failed = threading.Event()
+        self._failures: list[BaseException] = []
+        self._on_answered = on_answered or (lambda _: None)
+        self._nodes = [
+            VirtualNode(address, index, reply, self._stop, is_checking=is_checking)
+            for index, reply in enumerate(replies)
+        ]
+        self._threads = [threading.Thread(target=self._guarded, args=(self._beat,), name="heartbeats")]
+        for node in self._nodes:
+            arguments = (self._serve, node)
+            self._threads.append(threading.Thread(target=self._guarded, args=arguments, name=f"node-{node.index}"))
+
+    def __enter__(self) -> Self:
+        try:
+            for node in self._nodes:
+                node.join()
+        except BaseException:
+            self.stop()
+            raise
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.stop()
+        if kind is None and self._failures:
+            raise self._failures[0]
+
+    @property
+    def node_ids(self) -> list[int]:
+        """As the server knows the nodes, in the order of the replies."""
+        return [node.node_id for node in self._nodes]
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of all nodes together, so far."""
+        return sum((node.traffic for node in self._nodes), Traffic())
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns after `timeout` seconds; raises what ended a node, as soon as one has."""
+        if self._has_failed.wait(timeout):
+            raise self._failures[0]
+
+    def stop(self) -> None:
+        """Ends the threads, says good-bye for every node that still can, and closes the connections."""
+        self._stop.set()
+        for node, hint in zip(self._nodes, self._hints, strict=True):
+            hint.set()
+            node.interrupt()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        for node in self._nodes:
+            # The server may be gone, or have forgotten the node.
+            with contextlib.suppress(PeerGoneError, RunIsOverError):
+                node.leave()
+            node.close()
+
+    def _guarded(self, body: Callable[..., None], *args: object) -> None:
+        try:
+            body(*args)
+        except (PeerGoneError, OSError, RunIsOverError, ValueError) as error:
+            if not self._stop.is_set():
+                self._failures.append(error)
+                self._has_failed.set()
+
+    def _serve(self, node: VirtualNode) -> None:
+        pause_s = POLL_S
+        while not self._stop.is_set():
+            polled = node.poll()
+            if polled is None:
+                if self._hints[node.index].wait(pause_s):
+                    self._hints[node.index].clear()
+                    pause_s = POLL_S
+                elif node.index:
+                    pause_s = min(2 * pause_s, MOST_POLL_S)
+                continue
+            if node.index == 0:
+                for hint in self._hints[1:]:
+                    hint.set()
+            pause_s = POLL_S
+            if (answered := node.answer(polled)) is not None:
+                self.answered.append(answered)
+                self._on_answered(answered)
+
+    def _beat(self) -> None:
+        due = [(time.monotonic(), node.index) for node in self._nodes]
+        while not self._stop.is_set():
+            at, index = due[0]
+            if not self._stop.wait(max(0.0, at - time.monotonic())):
+                self._nodes[index].heartbeat()
+                heapq.heapreplace(due, (time.monotonic() + random.uniform(0.9, 1.1) * HEARTBEAT_S, index))
