@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 from starlette.requests import Request
@@ -13,6 +15,32 @@ from lifl.superlink import flower
 _names = flower.part("gateway")
 
 ENDED = ("PENDING", "STARTING", "FINISHED")
+LATE_S = 0.1
+
+
+class _Headers(dict[str, str]):
+    """Of several of one name, the first counts; `getlist` has all."""
+
+    def __init__(self, raw: Any) -> None:
+        super().__init__((name.decode("latin-1"), value.decode("latin-1")) for name, value in reversed(raw))
+        self._raw = raw
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def getlist(self, name: str) -> list[str]:
+        """All values, in order."""
+        wanted = name.lower().encode("latin-1")
+        return [value.decode("latin-1") for found, value in self._raw if found == wanted]
+
+
+class _Request:
+    """What Flower's checks ask of a request, and no more: a whole one for each object costs more than the check."""
+
+    __slots__ = ("app", "headers", "state")
+
+    def __init__(self, headers: Any, app: Any, message: Any) -> None:
+        self.headers, self.app, self.state = _Headers(headers), app, SimpleNamespace(protobuf_request=message)
 
 
 class Checks:
@@ -23,6 +51,7 @@ class Checks:
         self._version = _names.VersionDependency(
             component_name="SuperLink", connection_name="Caller <-> SuperLink Runtime API"
         )
+        self._running: dict[int, float] = {}  # run -> until when it is taken to be running
         self._statuses = [getattr(_names.Status, name) for name in ENDED]
         # Which version a caller said is the same for all of its requests; what was refused is not kept.
         self._accept_version = lru_cache(maxsize=256)(self._check_version)
@@ -31,13 +60,21 @@ class Checks:
     def _state(self) -> Any:
         return self._app.state.linkstate_factory.state()
 
-    def _request(self, headers: Any, path: str = "/", message: Any = None) -> Request:
+    def _request(self, headers: Any, path: str = "/") -> Request:
         scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
-        return Request({**scope, "app": self._app, "state": {"protobuf_request": message}})
+        return Request({**scope, "app": self._app, "state": {}})
 
     def fleet(self, headers: Any, message: Any) -> None:
         """The SuperNode is who it says: NodeAuthMiddleware's check."""
-        _names.authenticate_node(self._request(headers, message=message))
+        _names.authenticate_node(_Request(headers, self._app, message))
+
+    def run_of_late(self, message: Any) -> None:
+        """The same as :meth:`run`, by what was found in the last moments."""
+        until = self._running.get(message.run_id, 0.0)
+        if until < (now := time.monotonic()):
+            self.run(message)
+            self._running.clear()
+            self._running[message.run_id] = now + LATE_S
 
     def run(self, message: Any) -> None:
         """The run takes objects: the check of Flower's object handlers, before the object is accepted."""
@@ -53,7 +90,7 @@ class Checks:
         self._accept_version(tuple(p for p in headers if p[0].startswith(b"flwr-") and p[0] != name_of_token))
         token = [value for name, value in headers if name == name_of_token]
         said = token[0].decode("latin-1") if token else None
-        return _names.authenticate_task(self._request(headers, message=message), said, self._state)
+        return _names.authenticate_task(_Request(headers, self._app, message), said, self._state)
 
     def _check_version(self, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self._version(self._request(list(headers)))

@@ -7,6 +7,7 @@ needs, is left to Flower, and that is said once.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from logging import INFO, WARNING
 from typing import Any
@@ -83,7 +84,13 @@ def main() -> None:
     if not str(names.version).startswith(tuple(f"{v}." for v in TESTED)):
         names.log(WARNING, "flwr %s is outside of what lifl is tested with (%s)", names.version, ", ".join(TESTED))
     names.log(INFO, "Starting lifl-superlink (flwr %s)", names.version)
+    _skip_unheard(names.logger)
     serve(config, own)
+
+
+def _skip_unheard(logger: logging.Logger) -> None:
+    """Lines that no handler shows are not made: Flower's handlers make one for each object."""
+    logger.setLevel(max(logger.level, min((handler.level for handler in logger.handlers), default=0)))
 
 
 def serve(config: Any, own: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ NAMES: dict[str, dict[str, str]] = {
         "get_log_config": "flwr.supercore.http_logging.get_uvicorn_log_config",
         "console_handler": "flwr.supercore.logger.console_handler",
         "log": "flwr.supercore.log",
+        "logger": "flwr.supercore.logger.FLOWER_LOGGER",
         "version": "flwr.supercore.version.package_version",
         "warn_update": "flwr.supercore.update_check.warn_if_flwr_update_available",
     },

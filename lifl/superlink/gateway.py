@@ -104,7 +104,7 @@ class Gateway:
         self.checks = Checks(app)
         self._factory = app.state.linkstate_factory
         # A database must not stop the loop; what is in memory answers at once.
-        self._is_quick = type(self.state).__name__.startswith("InMemory")
+        self.is_quick = type(self.state).__name__.startswith("InMemory")
         self.uploads = 0
         self.received_bytes = 0
         self.copied_bytes = 0
@@ -132,7 +132,7 @@ class Gateway:
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None], fail: Callable[[BaseException], None]) -> None:
         """Does what asks the LinkState: here if it is in memory, else in a thread."""
-        if self._is_quick:
+        if self.is_quick:
             try:
                 done = work()
             except Exception as error:
@@ -432,14 +432,15 @@ class PushObject(Exchange):
         if refusal is not None:
             self.protocol.refuse(413, refusal)
             return
-        self.protocol.wait()
+        if not self.gateway.is_quick:
+            self.protocol.wait()
         self.gateway.run(self._check, self._aim, self.fail)
 
     def _check(self) -> bool:
         checks = self.gateway.checks
         if self._api == "fleet":
             checks.fleet(self.headers, self._request)
-            checks.run(self._request)
+            checks.run_of_late(self._request)  # and again, by Flower's handler, when it is complete
         else:
             self._task = checks.runtime(self.headers, self._request)
             checks.is_superlink(self._request)
@@ -453,6 +454,7 @@ class PushObject(Exchange):
         try:
             target = self.gateway.target_for(self._request, self._nbytes) if is_wanted else Sink(self._nbytes)
         except BlockingIOError:
+            self.protocol.wait()
             self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._aim, True)
             return
         except Exception as error:

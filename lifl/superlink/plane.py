@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from typing import Any
 
 from lifl import wire
@@ -15,8 +16,9 @@ from lifl.superlink import flower
 from lifl.superlink.agency import Agency
 from lifl.superlink.gateway import Gateway
 from lifl.superlink.holding import Holding
-from lifl.superlink.protocol import GatewayProtocol
+from lifl.superlink.protocol import STALL_S, protocol_of
 from lifl.superlink.rounds import Rounds
+from lifl.superlink.signatures import hasten
 from lifl.superlink.store import ArenaStore, DurableStore
 
 
@@ -54,13 +56,14 @@ class Plane:
             self.rounds = Rounds(self.node, self.store, self.holding)
             self.agency = Agency(self.rounds, self.node.arena.fd)
             self._port = config.port
+            self._verifier = hasten(flower.part("gateway").node_auth)
             self.app = self._create_app(names, config)
             self.rounds.attach(self.app.state.linkstate_factory.state())
             gateway = Gateway(
                 self.app, self.store, self.node.arena, self.rounds, self.holding, max_object_bytes
             )
             self.gateway = gateway
-            self.protocol = type("Protocol", (GatewayProtocol,), {"desk": gateway})
+            self.protocol = protocol_of(gateway)
         except BaseException:
             self.node.close()
             raise
@@ -100,6 +103,14 @@ class Plane:
         path = wire.path_for(self._port)
         self.agency.listen(path)
         os.environ[wire.VARIABLE] = str(path)
+        self._sweep(loop)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Looks for uploads that have stalled."""
+        now_s = time.monotonic()
+        for connection in list(self.protocol.busy):
+            connection.give_up_if_stalled(now_s)
+        loop.call_later(STALL_S / 8, self._sweep, loop)
 
     def close(self) -> None:
         """Ends the workers and gives the memory back."""
@@ -113,6 +124,6 @@ class Plane:
         workers = cores() if self.node.workers is None else self.node.workers
         kept = "kept in the database" if self._is_durable else "in memory"
         return (
-            f"arena {memory / 2**20:,.0f} MiB, {workers} workers, transport rings; objects {kept}; "
+            f"arena {memory / 2**20:,.0f} MiB, {workers} workers, transport rings; objects {kept}; signatures: {self._verifier}; "
             f"ServerApps on this machine: {wire.path_for(self._port)}"
         )

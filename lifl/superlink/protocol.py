@@ -67,9 +67,17 @@ class Desk(Protocol):
 
 
 class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc]
-    """A connection. ``desk`` is set in a subclass."""
+    """A connection. Made by a subclass of one server's own, see :func:`protocol_of`.
+
+    Attributes
+    ----------
+    desk : Desk
+    busy : set
+        The connections that have an exchange going on.
+    """
 
     desk: Desk
+    busy: set[GatewayProtocol]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,7 +91,6 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         self._sending: Any = None
         self._closes = False
         self._is_waiting = False
-        self._stall: asyncio.TimerHandle | None = None
         self._last_s = 0.0
 
     # ------------------------------------------------------------ bytes in
@@ -137,7 +144,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
                 self._has_ended = self._is_answered = self._discarding = False
                 self._closes = self.parser.get_http_version() == "1.0" or (b"connection", b"close") in self.headers
                 self._last_s = time.monotonic()
-                self._stall = self.loop.call_later(STALL_S, self._check_stall)
+                self.busy.add(self)
                 if self.expect_100_continue:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 return
@@ -178,7 +185,6 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self.refuse(400, str(error))
 
     def _body_ended(self) -> None:
-        self._stop_clock()
         self._has_ended = True
         if self._exchange is None:
             return
@@ -263,7 +269,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._end()
 
     def _end(self) -> None:
-        self._stop_clock()
+        self.busy.discard(self)
         self._exchange = None
         self._is_past_parser = False
         if self._closes:
@@ -272,28 +278,19 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
 
     # ------------------------------------------------------------ ends
 
-    def _check_stall(self) -> None:
-        idle = time.monotonic() - self._last_s
-        if self._left and self._exchange is not None:
-            if self._is_waiting:  # for us, not for the client
-                idle = 0.0
-            if idle >= STALL_S:
-                self.logger.warning("An upload of which nothing came for %g s is given up", STALL_S)
-                self._exchange.drop()
-                self.transport.close()
-                return
-            self._stall = self.loop.call_later(STALL_S - idle, self._check_stall)
-
-    def _stop_clock(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
+    def give_up_if_stalled(self, now_s: float) -> None:
+        """Ends a connection of which a body has not gone on for too long; called now and then for all of them."""
+        if self._exchange is None or self._has_ended or self._is_waiting or now_s - self._last_s < STALL_S:
+            return
+        self.logger.warning("An upload of which nothing came for %g s is given up", STALL_S)
+        self._exchange.drop()
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Gives back what the exchange held."""
         exchange, self._exchange = self._exchange, None
         self._sending = None
-        self._stop_clock()
+        self.busy.discard(self)
         if exchange is not None:
             exchange.drop()
         super().connection_lost(exc)
@@ -305,3 +302,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         else:
             self._closes = True
             self._exchange.hurry()
+
+
+def protocol_of(desk: Desk) -> type[GatewayProtocol]:
+    """The protocol class for one server, whose requests go to `desk`."""
+    return type("Protocol", (GatewayProtocol,), {"desk": desk, "busy": set()})
