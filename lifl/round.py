@@ -239,6 +239,11 @@ class Round:
         """Where the mean lies: valid as long as a view of a result's arrays is held."""
         return self.course.mean
 
+    @property
+    def mean_buffer(self) -> Any:
+        """The memory of :attr:`mean`, which stays in the arena as long as a view of it is held."""
+        return memoryview(self._host.arena.buffer(self.mean))
+
     def report(self) -> RoundReport:
         """The books as they stand now; final once there is a result."""
         with self._locked():

@@ -102,6 +102,7 @@ class Connection:
         self._sending = threading.Lock()
         self._served: ServedRound | None = None
         self._result: Any = None
+        self._offered: set[str] = set()  # objects of the last mean
 
     def serve(self) -> None:
         """Answers until the other end is gone."""
@@ -117,6 +118,7 @@ class Connection:
     def close(self) -> None:
         """Lets go of its round and of the connection."""
         self._end_round()
+        self._withdraw()
         with contextlib.suppress(OSError):
             self._peer.shutdown(socket.SHUT_RDWR)
         self._peer.close()
@@ -161,6 +163,8 @@ class Connection:
     def _on_bound(self, said: dict[str, Any]) -> None:
         """How many of the messages that were sent belong to the round."""
         served = self._served
+        # The messages refer to what of the model before they still need.
+        self._withdraw()
         count = 0 if served is None else sum(message_id in served.asked for message_id in said["messages"])
         self._say({"event": "bound", "count": count})
 
@@ -189,6 +193,8 @@ class Connection:
                 "report": result.report.to_dict(),
             }
         )
+        # While the ServerApp looks at it: what it will most probably send next is made ready.
+        self._offered |= self._rounds.offer_model(self._served, round_.mean_buffer)
 
     def _on_close(self, _: dict[str, Any]) -> None:
         self._end_round()
@@ -198,6 +204,10 @@ class Connection:
         """The round is given up, its messages are the ServerApp's own affair."""
         self._end_round(deletes=False)
         self._say({"event": "closed"})
+
+    def _withdraw(self) -> None:
+        offered, self._offered = self._offered, set()
+        self._rounds.withdraw(offered)
 
     def _end_round(self, *, deletes: bool = True) -> None:
         self._result = None

@@ -66,7 +66,7 @@ class BlockContent(Content):
         whole = memoryview(arena.buffer(block))
         whole[_ROOM - len(head) : _ROOM] = head
         self.view: Any = whole[_ROOM : _ROOM + nbytes]
-        self.answer: Any = whole[_ROOM - len(head) : _ROOM + nbytes]
+        self.answer: Any = (whole[_ROOM - len(head) : _ROOM + nbytes],)
 
     @classmethod
     def make(cls, arena: Arena, nbytes: int) -> BlockContent | None:
@@ -82,8 +82,30 @@ class BlockContent(Content):
 
     def release(self) -> None:
         """Gives the block back, once no view of it is held."""
-        self.view = self.answer = None
+        self.view, self.answer = None, ()
         self._arena.reclaim(self._block)
+
+
+class PartContent(Content):
+    """A chunk of which the numbers are a part of a model in the arena, which they keep there."""
+
+    def __init__(self, head: bytes, numbers: Any) -> None:
+        self._head, self._numbers = head, numbers
+
+    @property
+    def answer(self) -> tuple[Any, ...]:
+        """In parts, one after another."""
+        return answer_head(len(self)) + self._head, self._numbers
+
+    def __len__(self) -> int:
+        return len(self._head) + len(self._numbers)
+
+    def __bytes__(self) -> bytes:
+        return b"".join((self._head, self._numbers))
+
+    def release(self) -> None:
+        """Lets go of the model."""
+        self._numbers = b""
 
 
 class Landed:

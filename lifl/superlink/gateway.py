@@ -380,7 +380,7 @@ class PullObject(Unary):
     def then(self, response: Any) -> None:
         """Sends it."""
         if not self.is_gone:
-            self.gateway.sent_bytes += len(response)
+            self.gateway.sent_bytes += sum(map(len, response)) if isinstance(response, tuple) else len(response)
             self.protocol.answer(response)
 
 

@@ -8,6 +8,7 @@ headers and all lengths are known before anything comes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from io import BytesIO
 
 import attrs
@@ -76,14 +77,16 @@ class Geometry:
         return None
 
     def _without_equal_scalars(self) -> list[int]:
-        seen: set[Tensor] = set()
-        chosen = []
-        for j, tensor in enumerate(self.spec.tensors):
-            kind = attrs.evolve(tensor, name="")
-            if tensor.size > 1 or kind not in seen:
-                chosen.append(j)
-            seen.add(kind)
-        return chosen
+        return list(dict.fromkeys(self.first_equals))
+
+    @cached_property
+    def first_equals(self) -> list[int]:
+        """Per tensor the first that it probably equals: itself, or of single numbers the first of their kind."""
+        firsts: dict[Tensor, int] = {}
+        return [
+            j if tensor.size > 1 else firsts.setdefault(attrs.evolve(tensor, name=""), j)
+            for j, tensor in enumerate(self.spec.tensors)
+        ]
 
     def learn(self, chunk_counts: Sequence[int], alignment: list[int]) -> None:
         """A message of this form turned out to be aligned like this."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from typing import Any, Protocol
 
 import httptools
@@ -17,7 +18,7 @@ from lifl.superlink import flower
 _names = flower.part("gateway")
 
 READ_BYTES = 2**16
-WRITE_BYTES = 2**18
+WRITE_BYTES = 2**19
 """An answer is written in such pieces, so that asyncio, which copies what a socket does not take, copies little."""
 
 STALL_S = 30.0
@@ -88,7 +89,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         self._is_past_parser = False
         self._is_answered = False
         self._discarding = False
-        self._sending: Any = None
+        self._sending: deque[Any] = deque()
         self._closes = False
         self._is_waiting = False
         self._last_s = 0.0
@@ -212,7 +213,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     # ------------------------------------------------------------ bytes out
 
     def answer(self, body: Any, status: int = 200, headers: Any = ()) -> None:
-        """Answers the request: with what lies in `body`, which is held until it is written."""
+        """Answers the request: with bytes, or with parts of memory, which are held until they are written."""
         if self._exchange is None or self._is_answered or self.transport.is_closing():
             return
         self._is_answered = True
@@ -223,25 +224,27 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             head += [name, b": ", value, b"\r\n"]
         if self._closes:
             head.append(b"connection: close\r\n")
-        head.append(b"content-length: %d\r\n\r\n" % len(body))
+        parts = body if isinstance(body, tuple) else (body,)
+        length = sum(map(len, parts))
+        head.append(b"content-length: %d\r\n\r\n" % length)
         if status >= 400 and self.access_log:
             client = "%s:%d" % self.client if self.client else ""
             self.access_logger.info('%s - "%s %s HTTP/%s" %d', client, "POST", self.url.decode("ascii"), "1.1", status)
-        if len(body) <= READ_BYTES:
-            self.transport.write(b"".join((*head, body)))
+        if length <= READ_BYTES:
+            self.transport.write(b"".join((*head, *parts)))
             self._sent()
         else:
-            self.transport.write(b"".join(head))
-            self._sending = memoryview(body)
+            self._sending.extend((b"".join(head), *map(memoryview, parts)))
             self._send()
 
     def _send(self) -> None:
-        while self._sending is not None and not self.flow.write_paused and not self.transport.is_closing():
-            piece, self._sending = self._sending[:WRITE_BYTES], self._sending[WRITE_BYTES:]
-            if not len(self._sending):
-                self._sending = None
-            self.transport.write(piece)
-            if self._sending is None:
+        while self._sending and not self.flow.write_paused and not self.transport.is_closing():
+            part = self._sending.popleft()
+            if len(part) > WRITE_BYTES:
+                self._sending.appendleft(part[WRITE_BYTES:])
+                part = part[:WRITE_BYTES]
+            self.transport.write(part)
+            if not self._sending:
                 self._sent()
 
     def resume_writing(self) -> None:
@@ -289,7 +292,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     def connection_lost(self, exc: Exception | None) -> None:
         """Gives back what the exchange held."""
         exchange, self._exchange = self._exchange, None
-        self._sending = None
+        self._sending.clear()
         self.busy.discard(self)
         if exchange is not None:
             exchange.drop()

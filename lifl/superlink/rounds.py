@@ -6,6 +6,7 @@ pass, their ids are noted; replies to them are received into the round. Everythi
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from lifl.errors import ShmError
 from lifl.round import Round
 from lifl.runtime import Node
 from lifl.superlink import flower
+from lifl.superlink.content import PartContent
+from lifl.superlink.derived import array_object, derive, id_of, record_object
 from lifl.superlink.geometry import Geometry
 from lifl.superlink.holding import Holding
 from lifl.superlink.reception import Place, Reception, Settled, Store
@@ -92,7 +95,11 @@ class Rounds:
         self._state, original = state, state.store_message_and_object_tree
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
-            stored, missing = original(message, object_tree, session_id)
+            known = self._store.offer(self._derive(message, object_tree))
+            try:
+                stored, missing = original(message, object_tree, session_id)
+            finally:
+                self._store.withdraw(known)
             if stored:
                 self._stored(message, object_tree, set(missing))
             return stored, missing
@@ -175,6 +182,33 @@ class Rounds:
         except Exception as error:  # Flower cleans up when the run ends
             _server.log(ERROR, "messages of a round could not be deleted: %s", error)
 
+    def offer_model(self, served: ServedRound, mean: Any) -> set[str]:
+        """Has a mean's objects in the store, so that who sends it on need not push it; the ids of those held.
+
+        `mean` is the block's memory. It stays in the arena as long as one of them does.
+        """
+        geometry, held = served.geometry, set[str]()
+        ids: dict[str, str] = {}
+        for tensor, pieces in zip(geometry.spec.tensors, geometry.pieces, strict=True):
+            chunks: dict[str, PartContent] = {}
+            for piece in pieces:
+                numbers = mean[piece.offset : piece.offset + piece.nbytes]
+                digest = hashlib.sha256(piece.head)
+                digest.update(numbers)
+                chunks[digest.hexdigest()] = PartContent(piece.head, numbers)
+            if len(chunks) < len(pieces):
+                return held  # equal chunks in one array are described in another way
+            held |= self._store.offer(chunks)
+            described = array_object(list(chunks), tensor.dtype, tensor.shape)
+            ids[tensor.name] = id_of(described)
+            held |= self._store.offer({ids[tensor.name]: described})
+        record = record_object(ids)
+        return held | self._store.offer({id_of(record): record})
+
+    def withdraw(self, object_ids: set[str]) -> None:
+        """A model that was offered has been sent on, or will not be."""
+        self._store.withdraw(object_ids)
+
     # ------------------------------------------------------------ what passes
 
     def _stored(self, message: Any, tree: Any, missing: set[str]) -> None:
@@ -197,6 +231,12 @@ class Rounds:
                 self._wanted.setdefault(object_id, []).append(reception)
         if not missing:
             self._assembler.submit(self._settle, served, reception)
+
+    def _derive(self, message: Any, tree: Any) -> dict[str, bytes]:
+        """What of a reply's objects can be written here; see ``lifl.superlink.derived``."""
+        with self._lock:
+            served = self._asked.get(message.metadata.reply_to_message_id)
+        return {} if served is None else derive(served.geometry, tree)
 
     def _asked_for(self, message: Any, missing: set[str]) -> None:
         meta = message.metadata

@@ -7,7 +7,7 @@ came over the network is done before :meth:`ArenaStore.put`, outside its lock.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -20,7 +20,7 @@ _names = flower.part("store")
 
 @attrs.define(eq=False)
 class _Entry:
-    children: tuple[str, ...]
+    children: tuple[str, ...] | None  # None: it is here without anybody having registered it
     runs: set[int]
     content: Content | bytes | None = None  # None: not there, or not there any more
     references: int = 0
@@ -52,7 +52,9 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
             for object_id, children in nodes:  # children come before their parents
                 entry = self._entries.get(object_id)
                 if entry is None:
-                    entry = self._entries[object_id] = _Entry(children, {run_id})
+                    entry = self._entries[object_id] = _Entry(None, {run_id})
+                if entry.children is None:
+                    entry.children = children
                     for child in children:
                         self._entries[child].references += 1
                 entry.runs.add(run_id)
@@ -68,7 +70,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
             if entry is None:
                 raise _names.NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
             try:
-                children = [self.get_object_tree(child) for child in entry.children]
+                children = [self.get_object_tree(child) for child in entry.children or ()]
             except _names.NoObjectInStoreError as error:
                 raise _names.NoObjectInStoreError(
                     f"Object tree for object ID '{object_id}' contains missing children. This may indicate a "
@@ -111,7 +113,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
                     if run_id in self._runs:
                         self._runs[run_id].discard(object_id)
                 _release(entry)
-                for child in entry.children:
+                for child in entry.children or ():
                     self._entries[child].references -= 1
                     waiting.append(child)
 
@@ -148,6 +150,36 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
     def close(self) -> None:
         """Lets go of everything that is held."""
         self.clear()
+
+    def offer(self, contents: Mapping[str, Content | bytes]) -> set[str]:
+        """Has objects here before anybody registers them, so that nobody has to push them.
+
+        Their ids must be their hashes. They stay until they are withdrawn, also if all who refer to them are gone.
+        Returns those that are held for the caller: what is here already with its content is not.
+        """
+        taken = set()
+        with self._lock:
+            for object_id, content in contents.items():
+                entry = self._entries.get(object_id)
+                if entry is None:
+                    entry = self._entries[object_id] = _Entry(None, set())
+                if entry.content is None:
+                    entry.content = content
+                    entry.references += 1
+                    taken.add(object_id)
+        for object_id in taken:
+            self.on_available(object_id)
+        return taken
+
+    def withdraw(self, object_ids: Iterable[str]) -> None:
+        """What was offered is not held any more: it goes, unless somebody refers to it."""
+        with self._lock:
+            for object_id in object_ids:
+                entry = self._entries.get(object_id)
+                if entry is not None:
+                    entry.references -= 1
+                    if not entry.runs or not entry.references:
+                        self.delete(object_id)
 
     def peek(self, object_id: str) -> Content | bytes | None:
         """An object's content where it lies, or None if it is not there: valid while it is held."""
@@ -224,6 +256,13 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
 
     def keep(self, object_ids: Iterable[str]) -> None:
         """Nothing: the database has a copy."""
+
+    def offer(self, contents: Mapping[str, Content | bytes]) -> set[str]:
+        """Nothing: what a client did not push would not be in the database."""
+        return set()
+
+    def withdraw(self, object_ids: Iterable[str]) -> None:
+        """Nothing was offered."""
 
     def give_up(self, object_ids: Iterable[str]) -> None:
         """Nothing: what is in the database stays until the message is deleted, for a ServerApp that starts anew."""
