@@ -84,6 +84,7 @@ class Rounds:
         self._incoming: Counter[int] = Counter()
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
+        self.served = 0  # rounds so far
         # One: replies are completed one after another, while the loop receives the next.
         self._assembler = ThreadPoolExecutor(1, "lifl-assembler")
         self._stop = threading.Event()
@@ -153,6 +154,7 @@ class Rounds:
                 geometry = self._geometries[spec] = Geometry(spec, int(_names.MAX_CHUNK_BYTES))
             served = ServedRound(said, round_, geometry, tell, Counter(said.nodes))
             self._open.append(served)
+            self.served += 1
         return served
 
     def end(self, served: ServedRound, *, deletes: bool = True) -> None:

@@ -1,0 +1,84 @@
+"""Rounds that the server folds: real HTTP, virtual SuperNodes, Flower's own grid, lifl's strategies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from rig import Rig
+
+from lifl.strategy import FedAvg
+from lifl.superlink.fleet import Fleet
+from lifl.superlink.prebuilt import Prebuilt
+
+Arrays = dict[str, Any]
+
+
+def model(seed: int) -> Arrays:
+    """Odd shapes: of several chunks, of a unit or so, tiny, 0-d, empty, whole numbers, half precision."""
+    random = np.random.default_rng(seed)
+    return {
+        "big": random.random((1400, 1024), np.float32),  # 5.7 MB: two chunks
+        "conv": random.random((64, 32, 3, 3), np.float32),
+        "bias": random.random(7, np.float32),
+        "bn1.count": np.array(seed + 5, np.int64),
+        "half": random.random((33, 3)).astype(np.float16),
+        "bn2.count": np.array(seed + 5, np.int64),
+        "empty": np.zeros((0, 4), np.float32),
+        "double": random.random((5, 5)),
+    }
+
+
+def record(arrays: Arrays) -> ArrayRecord:
+    """As Flower holds a model."""
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def replies(count: int) -> list[Prebuilt]:
+    """Of so many nodes, which weigh 1, 2, 3 and so on."""
+    return [Prebuilt(model(i), i + 1) for i in range(count)]
+
+
+def check_mean(arrays: ArrayRecord, count: int) -> None:
+    """It is the weighted mean of all of them."""
+    updates, weights = [model(i) for i in range(count)], [float(i + 1) for i in range(count)]
+    for name, array in arrays.items():
+        got = array.numpy()
+        exact = sum(w * np.asarray(u[name], np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)
+        assert got.dtype == updates[0][name].dtype
+        if got.dtype.kind == "i":
+            assert got == np.rint(exact)
+        else:  # one rounding to the dtype, and what the reference's own sums lose
+            np.testing.assert_allclose(got.astype(np.float64), exact, rtol=np.finfo(got.dtype).eps, atol=1e-12)
+
+
+@pytest.mark.parametrize("timing", ["eager", "lazy", "jit"])
+def test_a_lifl_strategy_has_its_rounds_folded_by_the_server(timing: str) -> None:
+    """Three rounds: the mean each time, and nothing stays in the arena, in the store or in the LinkState."""
+    with Rig() as rig:
+        run_id, token = rig.start_run()
+        with Fleet(rig.address, replies(3), is_checking=True), rig.grid(run_id, token) as grid:
+            strategy = FedAvg(timing=timing, fraction_evaluate=0.0, min_available_nodes=3, min_train_nodes=3)
+            result = strategy.start(grid, record(model(99)), num_rounds=3)
+        check_mean(result.arrays, 3)
+        for report in result.reports.values():
+            assert len(report.accepted) == 3
+            assert not report.rejected
+        assert rig.plane.rounds.served == 3
+        rig.settle()
+        assert rig.state.num_message_ins() == rig.state.num_message_res() == 0
+        assert len(rig.store) == 0
+
+
+def test_flowers_own_strategy_works_as_on_flowers_server() -> None:
+    """Nothing is folded by the server; the model is Flower's."""
+    with Rig() as rig:
+        run_id, token = rig.start_run()
+        with Fleet(rig.address, replies(2), is_checking=True), rig.grid(run_id, token) as grid:
+            strategy = FlowerFedAvg(fraction_evaluate=0.0)
+            result = strategy.start(grid, record(model(99)), num_rounds=1)
+        check_mean(ArrayRecord({k: a for k, a in result.arrays.items() if "count" not in k}), 2)
+        assert rig.plane.rounds.served == 0
