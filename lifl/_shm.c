@@ -100,6 +100,7 @@ struct end {
 
 struct lifl_arena {
   int fd;
+  int protection; /* PROT_READ alone if that is all that the descriptor allows */
   uint8_t *base;
   struct header h; /* a private copy: the shared one is never trusted again */
   struct peer *peers;
@@ -168,7 +169,10 @@ static int open_handle(int fd, const struct header *h, lifl_arena **out) {
   a->scan = calloc(p, sizeof *a->scan);
   if (!a->produced || !a->consumed || !a->eventfds || !a->spin_ns || !a->scan) goto fail;
   for (uint64_t i = 0; i < p; i++) a->eventfds[i] = -1;
-  void *base = mmap(NULL, h->total_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  int flags = fcntl(fd, F_GETFL);
+  if (flags < 0) goto fail;
+  a->protection = (flags & O_ACCMODE) == O_RDONLY ? PROT_READ : PROT_READ | PROT_WRITE;
+  void *base = mmap(NULL, h->total_bytes, a->protection, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) goto fail;
   a->base = base;
   a->peers = (struct peer *)(a->base + HEADER_BYTES);
@@ -428,7 +432,7 @@ int lifl_block_map(lifl_arena *a, uint32_t block, uint32_t generation, void **ad
       return LIFL_ECORRUPT;
     }
     off_t offset = (off_t)(a->h.blocks_offset + (uint64_t)i * UNIT_BYTES);
-    if (mmap(whole + at, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, a->fd, offset) == MAP_FAILED) {
+    if (mmap(whole + at, length, a->protection, MAP_SHARED | MAP_FIXED, a->fd, offset) == MAP_FAILED) {
       int saved = errno;
       munmap(whole, room);
       errno = saved;

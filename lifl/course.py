@@ -294,6 +294,11 @@ class Course:
         self._deaths_in_vain = 0
 
     @property
+    def mean(self) -> Block:
+        """What takes the mean."""
+        return self._assignment.mean
+
+    @property
     def workers(self) -> set[int]:
         """Everybody who has had a part."""
         return {*self._assignment.leaves, *self._finish.workers}

@@ -24,7 +24,7 @@ from lifl.pace import Pace
 from lifl.quota import Quota
 from lifl.result import RoundResult
 from lifl.roster import Roster
-from lifl.shm import Lease
+from lifl.shm import Block, Lease
 from lifl.terms import Terms
 
 CLOSE_TIMEOUT_S = 30.0
@@ -233,6 +233,16 @@ class Round:
             if self.course.result is None:
                 raise self.course.error or RoundError(f"round {self.number} is closed")
             return self.course.result
+
+    @property
+    def mean(self) -> Block:
+        """Where the mean lies: valid as long as a view of a result's arrays is held."""
+        return self.course.mean
+
+    @property
+    def mean_buffer(self) -> Any:
+        """The memory of :attr:`mean`, which stays in the arena as long as a view of it is held."""
+        return memoryview(self._host.arena.buffer(self.mean))
 
     def report(self) -> RoundReport:
         """The books as they stand now; final once there is a result."""

@@ -35,6 +35,8 @@ def exchange(
     reply_bytes: int,
     take: Callable[[Message, int], Message],
     missing: Callable[[int], None],
+    *,
+    are_pushed: bool = False,
 ) -> list[Message]:
     """Pushes `messages`, then pulls replies one small subset after another until all are in.
 
@@ -49,10 +51,13 @@ def exchange(
         SuperLink's own); what it returns is in the list that is returned.
     missing : callable
         Called with the node id of each message that has no reply at the time-out.
+    are_pushed : bool
+        The messages have been pushed already.
     """
     # A Grid leaves out what it could not push (InMemoryGrid, and HttpGrid if all is too large) or gives
     # None in its place (HttpGrid): to wait for those would be to wait for the time-out.
-    waiting = {i: None for i in grid.push_messages(messages) if i}
+    ids = [m.metadata.message_id for m in messages] if are_pushed else grid.push_messages(messages)
+    waiting = {i: None for i in ids if i}
     asked = [(m.metadata.message_id, m.metadata.dst_node_id) for m in messages]
     nodes = dict(asked)
     messages.clear()  # they hold the model, which the grid has by now

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -23,13 +23,15 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 
 from lifl.admission import Limits
-from lifl.errors import PeerGoneError, RoundError
+from lifl.errors import LiflError, PeerGoneError, RoundError
 from lifl.metrics import RoundReport
 from lifl.runtime import Node
 from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
 from lifl.strategy.journal import kept
 from lifl.strategy.landing import Landing, spec_of, to_record, views_of
+from lifl.strategy.served import Server, exchange_served
+from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing
 
 
@@ -167,6 +169,7 @@ class Mean(FlowerFedAvg):
         self._landing: Landing | None = None
         self._base: Mapping[str, Any] | None = None  # the model that was sent, if replies are clipped against it
         self._is_evaluating = False
+        self._server: Server | None = None
 
     # ------------------------------------------------------------ the run
 
@@ -191,12 +194,18 @@ class Mean(FlowerFedAvg):
                 initial_arrays = journal.arrays or initial_arrays
                 evaluate_fn = evaluate_fn and journal.noted(evaluate_fn)
             events = EventGrid(grid, self._send_and_receive)
+            self._server = Server.find(grid)
+            if self._server is not None:
+                log(INFO, "lifl: rounds are folded by the lifl-superlink on this machine")
             run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
             try:
                 result = super().start(*run) if journal is None else journal.start(*run)
             finally:
                 self._drop_landing()
                 self._base, self._is_evaluating = None, False
+                if self._server is not None:
+                    self._server.close()
+                    self._server = None
             if not result.arrays:
                 result.arrays = initial_arrays
             if journal is not None:
@@ -235,14 +244,45 @@ class Mean(FlowerFedAvg):
         take: Callable[[Message, int], Message] = as_it_is
         missing: Callable[[int], None] = not_reported
         reply_bytes = 0
+        are_pushed = False
         if is_train:
             sent = messages[0].content.array_records.get(self.arrayrecord_key)
             spec = None if sent is None else spec_of(sent)
             reply_bytes = 0 if spec is None else spec.nbytes
             self._base = None if sent is None or self.limits.clipping_norm is None else views_of(sent)
+            if spec is not None and self._server is not None and self._may_be_served():
+                replies = self._be_served(grid, messages, timeout, spec)
+                if replies is not None:
+                    return replies
+                are_pushed = messages[0].metadata.message_id != ""
             self._landing = landing = self._new_landing(spec, len(messages), keeps=self._is_looked_at())
             take, missing = landing.take, landing.mark_late
-        return exchange(grid, messages, timeout, reply_bytes, take, missing)
+        return exchange(grid, messages, timeout, reply_bytes, take, missing, are_pushed=are_pushed)
+
+    def _may_be_served(self) -> bool:
+        """True if the server can take the round: nobody looks at the arrays of single replies, or chose a Node."""
+        plain = self.node is None and self.order == "any" and self.limits.clipping_norm is None
+        return plain and not self._is_looked_at()
+
+    def _be_served(
+        self, grid: Grid, messages: list[Message], timeout: float | None, spec: TensorSpec
+    ) -> list[Message] | None:
+        """A round that the lifl-superlink folds; None if it will not, and then it is not asked again."""
+        assert self._server is not None, "the caller looked"
+        settings = (self.weighted_by_key, self.timing, self.order)
+        try:
+            round_ = self._server.open_round(grid.run.run_id, messages, spec, *settings, self.limits)
+            landing = Landing(None, spec, len(messages), *settings, False, self.limits, None, round_)
+            replies = exchange_served(grid, self._server, messages, timeout, landing.note, landing.mark_late)
+        except LiflError as error:
+            replies = None
+            log(WARNING, "lifl-superlink does not fold this run's rounds, the ServerApp does: %s", error)
+        if replies is None:
+            self._server.close()
+            self._server = None
+            return None
+        self._landing = landing
+        return replies
 
     def _new_landing(self, spec: Any, expected: int, *, keeps: bool) -> Landing:
         if self.limits.clipping_norm is not None and self._base is None:

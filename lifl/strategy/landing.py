@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
-import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import make_message
@@ -25,6 +24,8 @@ from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
 from lifl.round import Round
 from lifl.runtime import Node
+from lifl.strategy.reading import read_reply, widened
+from lifl.strategy.served import Reply, ServedRound
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing
 
@@ -77,6 +78,8 @@ class Landing:
         The server's bounds.
     base : mapping of str to numpy.ndarray or None
         The model that updates are clipped against, if they are.
+    round_ : ServedRound, optional
+        A round that takes replies in without this landing, which is told of them by :meth:`note`.
 
     Attributes
     ----------
@@ -98,6 +101,7 @@ class Landing:
         keeps: bool,
         limits: Limits,
         base: Mapping[str, Any] | None,
+        round_: Round | ServedRound | None = None,
     ) -> None:
         self._node, self._capacity, self._limits, self._base = node, expected, limits, base
         # What cannot be compared with the base model cannot be clipped, so that decides what is taken.
@@ -106,12 +110,12 @@ class Landing:
         self.expected = expected
         self.is_exact = True
         self._model: TensorSpec | None = None
-        self._round: Round | None = None
+        self._round = round_
         self._seen: list[_Seen] = []
         self._nodes: dict[int, int] = {}  # id of a reply -> node that was asked
         self._names: Counter[str] = Counter()
         self._late: list[str] = []
-        if spec is not None:
+        if spec is not None and round_ is None:
             self._open(spec)
 
     def follow(self, before: Landing, replies: list[Message]) -> None:
@@ -129,6 +133,17 @@ class Landing:
         """Lands one reply of a node; returns it, or the error reply that takes its place."""
         self._nodes[id(reply)] = node_id
         return self._settle(reply, self._parse(reply, str(node_id)))
+
+    def note(self, reply: Reply, node_id: int) -> Message:
+        """Hears of a reply that the server has taken in; returns it, or the error reply that takes its place."""
+        message, refusal = reply.message, reply.refusal
+        client = str(node_id) if refusal is None else refusal.client_id
+        if message.has_error():
+            refusal = Rejection(client, "error", shortened(str(message.error.reason)))
+        elif refusal is not None:
+            message = error_reply(message, refusal)
+        self._seen.append(_Seen(message, client, refusal, None))
+        return message
 
     def take_all(self, replies: list[Message]) -> list[Message]:
         """Lands replies that are all there already; returns those that were accepted.
@@ -152,23 +167,13 @@ class Landing:
         if reply.has_error():
             return Rejection(client, "error", shortened(str(reply.error.reason)))
         try:
-            arrays, weight = self._read(client, reply.content)
+            arrays, weight = read_reply(client, reply.content, self._weight_key)
             views = _views(client, arrays)
             if self._model is not None:
-                admission.check_arrays(client, self._model, _widened(views, self._model))
+                admission.check_arrays(client, self._model, widened(views, self._model))
             return _Update(client, views, weight)
         except AdmissionError as refusal:
             return _rejection(refusal)
-
-    def _read(self, client: str, content: RecordDict) -> tuple[ArrayRecord, Any]:
-        for name, records in (("ArrayRecord", content.array_records), ("MetricRecord", content.metric_records)):
-            if len(records) != 1:
-                raise AdmissionError(client, "format", f"{len(records)} {name}s, one is expected", len(records))
-        metrics = next(iter(content.metric_records.values()))
-        if self._weight_key not in metrics:
-            reason = f"no {self._weight_key!r} among the metrics {sorted(metrics)[:10]}"
-            raise AdmissionError(client, "weight", reason, sorted(metrics))
-        return next(iter(content.array_records.values())), metrics[self._weight_key]
 
     def _settle(self, reply: Message, update: _Update | Rejection) -> Message:
         refusal = update if isinstance(update, Rejection) else self._submit(update)
@@ -186,7 +191,7 @@ class Landing:
     def _submit(self, update: _Update) -> Rejection | None:
         try:
             round_ = self._round or self._open(self._spec or TensorSpec.from_arrays(update.views))
-            views = _widened(update.views, round_.spec)
+            views = widened(update.views, round_.spec)
             round_.submit(views, update.weight, update.client_id)
             # Flower computes in the dtypes of the replies.
             self.is_exact &= self._order == "any" or all(views[name] is view for name, view in update.views.items())
@@ -198,10 +203,10 @@ class Landing:
 
     def _open(self, spec: TensorSpec) -> Round:
         node = self._node or embedded(spec, self._capacity, self._order)
-        self._round = node.open_round(
+        self._round = round_ = node.open_round(
             spec, self._capacity, self._timing, self._order, limits=self._limits, base=self._base
         )
-        return self._round
+        return round_
 
     def _hear(self) -> RoundReport:
         """The round's own books, from which it notes what was refused after it had been accepted: poison."""
@@ -322,22 +327,6 @@ def _without_arrays(content: RecordDict) -> RecordDict:
         arrays = {k: Array(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=b"") for k, a in record.items()}
         emptied[name] = ArrayRecord(arrays)
     return emptied
-
-
-def _widened(views: Mapping[str, Any], spec: TensorSpec) -> Mapping[str, Any]:
-    """Arrays whose dtype the model's holds without loss are converted, as Flower's clients expect.
-
-    A model that has become float64 on the server (Flower's adaptive strategies do that) still gets
-    float32 replies from PyTorch. Everything else is left to admission.
-    """
-    widened = dict(views)
-    for name, view in views.items():
-        wanted = spec.get(name)
-        if wanted is None or view.dtype.name == wanted.dtype or wanted.dtype == "bfloat16":
-            continue
-        if np.can_cast(view.dtype, wanted.dtype, "safe"):
-            widened[name] = view.astype(wanted.dtype)
-    return widened
 
 
 def spec_of(arrays: ArrayRecord) -> TensorSpec:

@@ -1,1 +1,1 @@
-"""Flower's SuperLink, as lifl serves it and as it is met from the outside."""
+"""lifl-superlink: Flower's SuperLink with lifl's data plane, for unmodified SuperNodes."""

@@ -1,0 +1,43 @@
+"""What a reply says: its one record of arrays, its weight, and arrays in dtypes that the model holds without loss.
+
+No state, no arena. Whoever takes replies in, a ServerApp or a server, reads them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, RecordDict
+
+from lifl.errors import AdmissionError
+from lifl.tensor import TensorSpec
+
+
+def read_reply(client: str, content: RecordDict, weight_key: str) -> tuple[ArrayRecord, Any]:
+    """The arrays of a client's reply and its weight; raises :class:`AdmissionError` if it is no train reply."""
+    for name, records in (("ArrayRecord", content.array_records), ("MetricRecord", content.metric_records)):
+        if len(records) != 1:
+            raise AdmissionError(client, "format", f"{len(records)} {name}s, one is expected", len(records))
+    metrics = next(iter(content.metric_records.values()))
+    if weight_key not in metrics:
+        reason = f"no {weight_key!r} among the metrics {sorted(metrics)[:10]}"
+        raise AdmissionError(client, "weight", reason, sorted(metrics))
+    return next(iter(content.array_records.values())), metrics[weight_key]
+
+
+def widened(views: Mapping[str, Any], spec: TensorSpec) -> Mapping[str, Any]:
+    """Arrays whose dtype the model's holds without loss are converted, as Flower's clients expect.
+
+    A model that has become float64 on the server (Flower's adaptive strategies do that) still gets
+    float32 replies from PyTorch. Everything else is left to admission.
+    """
+    wide = dict(views)
+    for name, view in views.items():
+        wanted = spec.get(name)
+        if wanted is None or view.dtype.name == wanted.dtype or wanted.dtype == "bfloat16":
+            continue
+        if np.can_cast(view.dtype, wanted.dtype, "safe"):
+            wide[name] = view.astype(wanted.dtype)
+    return wide

@@ -1,0 +1,218 @@
+"""The socket at which ServerApps on this machine find the server: rounds are announced, replies and means go back.
+
+Owns the socket and a thread for each connection. Only the same user may connect; what is in the arena is given as a
+file descriptor that cannot be written through; nothing is opened by a path that a client names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+
+from lifl import wire
+from lifl.admission import Limits
+from lifl.errors import LiflError, PeerGoneError, RoundError
+from lifl.superlink import flower
+from lifl.superlink.reception import Settled
+from lifl.superlink.rounds import Announced, Rounds, ServedRound
+from lifl.tensor import Tensor, TensorSpec
+
+_names, _server = flower.part("rounds"), flower.part("server")
+
+SEND_TIMEOUT_S = 30.0
+RESULT_TIMEOUT_S = 600.0
+
+
+class Agency:
+    """One server's socket."""
+
+    def __init__(self, rounds: Rounds, arena_fd: int) -> None:
+        self._rounds = rounds
+        # A new description of the same memory: what is read-only here cannot be made writable by who gets it.
+        self._fd = os.open(f"/proc/self/fd/{arena_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        self._listening: socket.socket | None = None
+        self._path: Path | None = None
+        self._connections: set[Connection] = set()
+
+    def listen(self, path: Path) -> None:
+        """Makes the socket; raises ``OSError`` if another server has it."""
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise OSError(f"{path}: another lifl-superlink listens there")
+            path.unlink()
+        before = os.umask(0o177)
+        try:
+            listening.bind(str(path))
+        finally:
+            os.umask(before)
+        listening.listen(16)
+        self._listening, self._path = listening, path
+        threading.Thread(target=self._accept, name="lifl-agency", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends all connections; harmless when closed."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            with contextlib.suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)
+            listening.close()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+        for connection in list(self._connections):
+            connection.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _accept(self) -> None:
+        listening = self._listening
+        while listening is not None and self._listening is not None:
+            try:
+                peer, _ = listening.accept()
+            except OSError:
+                return
+            if wire.uid_of_peer(peer) != os.getuid():
+                _server.log(WARNING, "A process of user %s is not let in at lifl's socket", wire.uid_of_peer(peer))
+                peer.close()
+                continue
+            connection = Connection(peer, self._rounds, self._fd)
+            self._connections.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), name="lifl-serverapp", daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            connection.serve()
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+
+
+class Connection:
+    """One ServerApp. It has one round at a time; when it is gone its round is closed."""
+
+    def __init__(self, peer: socket.socket, rounds: Rounds, fd: int) -> None:
+        self._peer, self._rounds, self._fd = peer, rounds, fd
+        peer.settimeout(None)
+        self._sending = threading.Lock()
+        self._served: ServedRound | None = None
+        self._result: Any = None
+        self._offered: set[str] = set()  # objects of the last mean
+
+    def serve(self) -> None:
+        """Answers until the other end is gone."""
+        reader = wire.Reader()
+        socket.send_fds(self._peer, [wire.encode({"event": "welcome", "pid": os.getpid()})], [self._fd])
+        try:
+            while data := self._peer.recv(2**16):
+                for said, _ in reader.feed(data):
+                    self._handle(said)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _server.log(WARNING, "A ServerApp at lifl's socket is let go of: %r", error)
+
+    def close(self) -> None:
+        """Lets go of its round and of the connection."""
+        self._end_round()
+        self._withdraw()
+        with contextlib.suppress(OSError):
+            self._peer.shutdown(socket.SHUT_RDWR)
+        self._peer.close()
+
+    def _say(self, said: dict[str, Any], blobs: list[bytes] | None = None) -> None:
+        with self._sending, contextlib.suppress(OSError):  # who is gone is seen by who reads
+            self._peer.sendall(wire.encode(said, blobs or []))
+
+    def _handle(self, said: dict[str, Any]) -> None:
+        try:
+            getattr(self, f"_on_{said['do']}")(said)
+        except LiflError as error:
+            self._say({"event": "failed", "kind": type(error).__name__, "reason": str(error)})
+
+    def _on_open(self, said: dict[str, Any]) -> None:
+        self._end_round()
+        announced = Announced(
+            *(int(said["run_id"]), said["message_type"], said["group_id"]),
+            *([int(node) for node in said["nodes"]], said["weight_key"]),
+        )
+        if not self._rounds.is_running(announced.run_id):
+            self._say({"event": "failed", "kind": "RoundError", "reason": f"no run {announced.run_id} here"})
+            return
+        spec = TensorSpec(tuple(Tensor(name, dtype, tuple(shape)) for name, dtype, shape in said["spec"]))
+        limits = Limits(**said["limits"])
+        self._served = self._rounds.open(announced, spec, said["timing"], said["order"], limits, self._settled)
+        self._say({"event": "opened", "round": self._served.round.number})
+
+    def _settled(self, settled: Settled) -> None:
+        records, blobs = [], [_names.message_to_proto(settled.message).SerializeToString()]
+        for name, record in settled.records.items():
+            if hasattr(record, "to_numpy_ndarrays"):  # an ArrayRecord; its arrays have no data
+                arrays = {key: [a.dtype, list(a.shape), a.stype] for key, a in record.items()}
+                records.append([name, arrays])
+            else:
+                records.append([name, None])
+                blobs.append(record.deflate())
+        refusal = settled.refusal
+        why = None if refusal is None else [refusal.client_id, refusal.rule, refusal.reason]
+        self._say({"event": "reply", "records": records, "refusal": why}, blobs)
+
+    def _on_bound(self, said: dict[str, Any]) -> None:
+        """How many of the messages that were sent belong to the round."""
+        served = self._served
+        # The messages refer to what of the model before they still need.
+        self._withdraw()
+        count = 0 if served is None else sum(message_id in served.asked for message_id in said["messages"])
+        self._say({"event": "bound", "count": count})
+
+    def _on_report(self, _: dict[str, Any]) -> None:
+        if self._served is None:
+            raise RoundError("no round is open")
+        self._say({"event": "report", "report": self._served.round.report().to_dict()})
+
+    def _on_finish(self, _: dict[str, Any]) -> None:
+        if self._served is None:
+            raise RoundError("no round is open")
+        round_ = self._served.round
+        try:
+            round_.close_early()
+            self._result = result = round_.result(RESULT_TIMEOUT_S)
+        except (RoundError, PeerGoneError):
+            self._say({"event": "report", "report": round_.report().to_dict()})
+            raise
+        block = round_.mean
+        self._say(
+            {
+                "event": "result",
+                "block": [block.index, block.generation, block.nbytes],
+                "weight": result.weight,
+                "num_updates": result.num_updates,
+                "report": result.report.to_dict(),
+            }
+        )
+        # While the ServerApp looks at it: what it will most probably send next is made ready.
+        self._offered |= self._rounds.offer_model(self._served, round_.mean_buffer)
+
+    def _on_close(self, _: dict[str, Any]) -> None:
+        self._end_round()
+        self._say({"event": "closed"})
+
+    def _on_leave(self, _: dict[str, Any]) -> None:
+        """The round is given up, its messages are the ServerApp's own affair."""
+        self._end_round(deletes=False)
+        self._say({"event": "closed"})
+
+    def _withdraw(self) -> None:
+        offered, self._offered = self._offered, set()
+        self._rounds.withdraw(offered)
+
+    def _end_round(self, *, deletes: bool = True) -> None:
+        self._result = None
+        served, self._served = self._served, None
+        if served is not None:
+            self._rounds.end(served, deletes=deletes)
+
+

@@ -1,0 +1,93 @@
+"""The body of a push-object request, cut up without the object in it being copied. Pure.
+
+Flower's protobuf message has the node, the run and the object's id before the content (field 4) and the session's id
+behind it. Only those small fields are given to protobuf; the content stays where it comes to lie.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+CONTENT_FIELD = 4
+MAX_PREFIX_BYTES = 4096
+MAX_TAIL_BYTES = 4096
+
+
+@attrs.frozen
+class Cut:
+    """Where the content is in a body of ``length`` bytes: [begin, end). Other fields: before `field_at`, behind it."""
+
+    field_at: int
+    begin: int
+    end: int
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the content."""
+        return self.end - self.begin
+
+    @property
+    def tail_bytes(self) -> int:
+        """Behind the content."""
+        return self.length - self.end
+
+
+def cut(prefix: bytes | bytearray, length: int) -> Cut | None:
+    """Finds the content in a body of which `prefix` has come; None if too little of it has.
+
+    Raises
+    ------
+    ValueError
+        If it is no protobuf message, its content is longer than the body, or there is more around the content than
+        any request has.
+    """
+    at = 0
+    while at < length:
+        field_at, begin = at, _varint(prefix, at)
+        if begin is None:
+            break
+        key, at = begin
+        kind, field = key & 7, key >> 3
+        if kind == 0:
+            skipped = _varint(prefix, at)
+            if skipped is None:
+                break
+            at = skipped[1]
+        elif kind == 2:
+            said = _varint(prefix, at)
+            if said is None:
+                break
+            nbytes, at = said
+            if at + nbytes > length:
+                raise ValueError(f"a field of {nbytes:,} bytes in a body of {length:,}")
+            if field == CONTENT_FIELD:
+                found = Cut(field_at, at, at + nbytes, length)
+                if found.tail_bytes > MAX_TAIL_BYTES or at > MAX_PREFIX_BYTES:
+                    raise ValueError(f"{at:,} + {found.tail_bytes:,} bytes around the object's content")
+                return found
+            at += nbytes
+        else:
+            raise ValueError(f"wire type {kind} in field {field}")
+        if at > MAX_PREFIX_BYTES:
+            raise ValueError(f"more than {MAX_PREFIX_BYTES:,} bytes before the object's content")
+    else:
+        return Cut(length, length, length, length)  # no content: protobuf leaves an empty one out
+    if len(prefix) >= min(length, MAX_PREFIX_BYTES):
+        raise ValueError("the body ends in the middle of a field, or its content begins too late")
+    return None
+
+
+def _varint(data: bytes | bytearray, at: int) -> tuple[int, int] | None:
+    """A number and where it ends; None if it is not all there."""
+    value = shift = 0
+    while at < len(data):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
+    return None

@@ -1,0 +1,120 @@
+"""What Flower's middlewares and dependencies check of a request, made by Flower's own functions on its head."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+from starlette.requests import Request
+
+from lifl.superlink import flower
+
+_names = flower.part("gateway")
+
+ENDED = ("PENDING", "STARTING", "FINISHED")
+LATE_S = 0.1
+
+
+class _Headers(dict[str, str]):
+    """Of several of one name, the first counts; `getlist` has all."""
+
+    def __init__(self, raw: Any) -> None:
+        super().__init__((name.decode("latin-1"), value.decode("latin-1")) for name, value in reversed(raw))
+        self._raw = raw
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def getlist(self, name: str) -> list[str]:
+        """All values, in order."""
+        wanted = name.lower().encode("latin-1")
+        return [value.decode("latin-1") for found, value in self._raw if found == wanted]
+
+
+class _Request:
+    """What Flower's checks ask of a request, and no more: a whole one for each object costs more than the check."""
+
+    __slots__ = ("app", "headers", "state")
+
+    def __init__(self, headers: Any, app: Any, message: Any) -> None:
+        self.headers, self.app, self.state = _Headers(headers), app, SimpleNamespace(protobuf_request=message)
+
+
+class Checks:
+    """For one app."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._version = _names.VersionDependency(
+            component_name="SuperLink", connection_name="Caller <-> SuperLink Runtime API"
+        )
+        self._running: dict[int, float] = {}  # run -> until when it is taken to be running
+        self._statuses = [getattr(_names.Status, name) for name in ENDED]
+        # Which version a caller said is the same for all of its requests; what was refused is not kept.
+        self._accept_version = lru_cache(maxsize=256)(self._check_version)
+
+    @property
+    def _state(self) -> Any:
+        return self._app.state.linkstate_factory.state()
+
+    def _request(self, headers: Any, path: str = "/") -> Request:
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        return Request({**scope, "app": self._app, "state": {}})
+
+    def fleet(self, headers: Any, message: Any) -> None:
+        """The SuperNode is who it says: NodeAuthMiddleware's check."""
+        _names.authenticate_node(_Request(headers, self._app, message))
+
+    def run_of_late(self, message: Any) -> None:
+        """The same as :meth:`run`, by what was found in the last moments."""
+        until = self._running.get(message.run_id, 0.0)
+        if until < (now := time.monotonic()):
+            self.run(message)
+            self._running.clear()
+            self._running[message.run_id] = now + LATE_S
+
+    def run(self, message: Any) -> None:
+        """The run takes objects: the check of Flower's object handlers, before the object is accepted."""
+        reason = _names.check_abort(message.run_id, self._statuses, self._state)
+        if reason:
+            about = f"SuperNode {message.node.node_id}, run_id={message.run_id}, exception: {reason}"
+            details = f"Object_id: {message.object_id}"
+            raise _names.FlowerError(_names.ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, about, public_details=details)
+
+    def runtime(self, headers: Any, message: Any) -> Any:
+        """The caller's version fits and its token is a task's: the Runtime router's dependencies. The task."""
+        name_of_token = _names.TASK_TOKEN_HEADER.lower().encode()
+        self._accept_version(tuple(p for p in headers if p[0].startswith(b"flwr-") and p[0] != name_of_token))
+        token = [value for name, value in headers if name == name_of_token]
+        said = token[0].decode("latin-1") if token else None
+        return _names.authenticate_task(_Request(headers, self._app, message), said, self._state)
+
+    def _check_version(self, headers: tuple[tuple[bytes, bytes], ...]) -> None:
+        self._version(self._request(list(headers)))
+
+    def is_superlink(self, message: Any) -> None:
+        """A ServerApp pushes as the SuperLink's node: the check of Flower's Runtime handlers."""
+        if message.node.node_id != _names.SUPERLINK_NODE_ID:
+            raise _names.FlowerError(_names.ApiErrorCode.RUNTIME_UNEXPECTED_NODE_ID, "Unexpected node ID.")
+
+    def answer_error(self, error: BaseException, protocol: Any, headers: Any) -> None:
+        """Answers as Flower's outermost middleware does."""
+
+        async def raise_it(_: Request) -> Any:
+            raise error
+
+        async def translate() -> None:
+            path = protocol.url.decode("latin-1")
+            response = await _names.translate_error(self._request(headers, path), raise_it)
+            kept = [(name, value) for name, value in response.raw_headers if name != b"content-length"]
+            protocol.answer(bytes(response.body), response.status_code, kept)
+
+        task = asyncio.get_running_loop().create_task(translate())
+        _pending.add(task)
+        task.add_done_callback(_pending.discard)
+
+
+_pending: set[asyncio.Task[None]] = set()

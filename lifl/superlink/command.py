@@ -1,0 +1,134 @@
+"""``lifl-superlink``: Flower's command line, app and state, served through lifl's gateway.
+
+Wires the parts together and says what is in use. A part that cannot be had, because Flower has moved a name that it
+needs, is left to Flower, and that is said once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from logging import INFO, WARNING
+from typing import Any
+
+from lifl import shm
+from lifl.errors import LiflError
+from lifl.sizes import parse_bytes
+from lifl.superlink import flower
+
+TESTED = ("1.41", "1.42")
+DEFAULT_MEMORY = 2**32
+
+
+def own_arguments(parser: argparse.ArgumentParser) -> None:
+    """lifl's own flags."""
+    group = parser.add_argument_group("lifl", "the data plane of lifl-superlink")
+    group.add_argument(
+        "--lifl-memory",
+        metavar="SIZE",
+        help="Shared memory for updates and models, taken from the machine at the start: 512MiB, 8GiB. "
+        "Default: 4 GiB, or a quarter of what is available if that is less.",
+    )
+    group.add_argument("--lifl-workers", type=int, metavar="N", help="Worker processes that fold. Default: one a core.")
+    group.add_argument(
+        "--lifl-transport",
+        choices=["auto", "rings"],
+        default="auto",
+        help="How workers are told of updates. Default: auto.",
+    )
+    group.add_argument(
+        "--lifl-max-object",
+        metavar="SIZE",
+        default="64MiB",
+        help="A larger object is refused (Flower's clients send arrays in chunks of 5 MiB). Default: 64MiB.",
+    )
+    group.add_argument(
+        "--lifl-hold",
+        type=float,
+        metavar="SECONDS",
+        default=4.0,
+        help="How long a SuperNode's request for work is held open while there is none. Default: 4; 0: not at all.",
+    )
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """lifl's flags, and what is left for Flower; ends the process for ``--help`` and for nonsense."""
+    if {"-h", "--help"} & set(arguments):
+        whole = flower.part("server").parser()
+        whole.prog = "lifl-superlink"
+        whole.description = "Start a Flower SuperLink with lifl's data plane: every flag of flower-superlink, and more"
+        own_arguments(whole)
+        whole.parse_args(["--help"])
+    parser = argparse.ArgumentParser(prog="lifl-superlink", allow_abbrev=False, add_help=False)
+    own_arguments(parser)
+    own, rest = parser.parse_known_args(arguments)
+    for flag, value in (("--lifl-memory", own.lifl_memory), ("--lifl-max-object", own.lifl_max_object)):
+        try:
+            if value is not None:
+                parse_bytes(value)
+        except ValueError as error:
+            parser.error(f"argument {flag}: {error}")
+    if own.lifl_workers is not None and not 0 <= own.lifl_workers <= 255:
+        parser.error(f"argument --lifl-workers: {own.lifl_workers} is not 0 to 255")
+    return own, rest
+
+
+def main() -> None:
+    """Starts the server; returns when it is stopped."""
+    own, rest = parse(sys.argv[1:])
+    names = flower.part("server")
+    sys.argv = [sys.argv[0], *rest]
+    names.warn_update(process_name="flower-superlink")
+    config = names.parse_config()
+    if not str(names.version).startswith(tuple(f"{v}." for v in TESTED)):
+        names.log(WARNING, "flwr %s is outside of what lifl is tested with (%s)", names.version, ", ".join(TESTED))
+    names.log(INFO, "Starting lifl-superlink (flwr %s)", names.version)
+    _skip_unheard(names.logger)
+    serve(config, own)
+
+
+def _skip_unheard(logger: logging.Logger) -> None:
+    """Lines that no handler shows are not made: Flower's handlers make one for each object."""
+    logger.setLevel(max(logger.level, min((handler.level for handler in logger.handlers), default=0)))
+
+
+def serve(config: Any, own: argparse.Namespace) -> None:
+    """Builds the app with whatever parts can be had, and runs it."""
+    import uvicorn
+
+    from lifl import __version__
+    from lifl.superlink.plane import Plane
+
+    names = flower.part("server")
+    plane = None
+    try:
+        shm.require()
+        memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4) if own.lifl_memory is None else own.lifl_memory
+        plane = Plane(config, parse_bytes(memory), own.lifl_workers, parse_bytes(own.lifl_max_object), own.lifl_hold)
+    except (flower.MissingNameError, LiflError) as error:
+        if isinstance(error, LiflError) and own.lifl_memory is not None:  # asked for, and cannot be had
+            sys.exit(f"lifl-superlink: {error}")
+        names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
+    try:
+        if plane is None:
+            app, protocol = names.create_app(config, names.Lifespan), "auto"
+        else:
+            app, protocol = plane.app, plane.protocol
+            names.log(INFO, "lifl %s: %s", __version__, plane)
+        names.log(INFO, "Starting the SuperLink HTTP APIs on %s:%s", config.host, config.port)
+        uvicorn.run(
+            app=app,
+            host=config.host,
+            port=config.port,
+            http=protocol,
+            loop="asyncio",  # the socket writes into our buffers; on uvloop that hangs
+            access_log=True,
+            log_config=names.get_log_config(names.console_handler.level),
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+            workers=1,
+        )
+    finally:
+        if plane is not None:
+            plane.close()

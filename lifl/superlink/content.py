@@ -1,0 +1,149 @@
+"""Where the bytes of an object are: in a block of their own, in an update's block, or as Python's bytes.
+
+Owns those blocks until they are released. What is in a block of its own is kept as the body of the answer that
+clients get, so that it is encoded once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from lifl.shm import Arena, Block
+from lifl.superlink import flower
+
+_names = flower.part("store")
+
+SMALL_BYTES = 2**16
+"""Up to this an object is kept as bytes: a block takes at least as much of the arena."""
+
+_ROOM = 16
+"""Bytes before an object in its block, for what precedes it in an answer."""
+
+_CHUNK_HEAD = re.compile(rb"ArrayChunk  (0|[1-9][0-9]{0,15})\x00")
+
+
+def varint(n: int) -> bytes:
+    """A number as protobuf writes it."""
+    out = bytearray()
+    while n > 0x7F:
+        out.append(n & 0x7F | 0x80)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+def answer_head(nbytes: int) -> bytes:
+    """What precedes an object in a PullObjectResponse: object_found, object_available, object_content's length."""
+    return b"\x08\x01\x10\x01\x1a" + varint(nbytes)
+
+
+class Content:
+    """An object in a block of its own, or a part of it in an update's.
+
+    Attributes
+    ----------
+    is_lasting : bool
+        True if its bytes stay as they are as long as a view of them is held.
+    """
+
+    is_lasting = True
+
+    def __bytes__(self) -> bytes:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Gives its memory back, once no view of it is held."""
+
+
+class BlockContent(Content):
+    """A whole object in a block of its own."""
+
+    def __init__(self, arena: Arena, block: Block, nbytes: int) -> None:
+        self._arena, self._block = arena, block
+        head = answer_head(nbytes)
+        whole = memoryview(arena.buffer(block))
+        whole[_ROOM - len(head) : _ROOM] = head
+        self.view: Any = whole[_ROOM : _ROOM + nbytes]
+        self.answer: Any = (whole[_ROOM - len(head) : _ROOM + nbytes],)
+
+    @classmethod
+    def make(cls, arena: Arena, nbytes: int) -> BlockContent | None:
+        """Room for an object, or None if the arena has none now."""
+        block = arena.alloc(_ROOM + nbytes)
+        return None if block is None else cls(arena, block, nbytes)
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.view)
+
+    def release(self) -> None:
+        """Gives the block back, once no view of it is held."""
+        self.view, self.answer = None, ()
+        self._arena.reclaim(self._block)
+
+
+class PartContent(Content):
+    """A chunk of which the numbers are a part of a model in the arena, which they keep there."""
+
+    def __init__(self, head: bytes, numbers: Any) -> None:
+        self._head, self._numbers = head, numbers
+
+    @property
+    def answer(self) -> tuple[Any, ...]:
+        """In parts, one after another."""
+        return answer_head(len(self)) + self._head, self._numbers
+
+    def __len__(self) -> int:
+        return len(self._head) + len(self._numbers)
+
+    def __bytes__(self) -> bytes:
+        return b"".join((self._head, self._numbers))
+
+    def release(self) -> None:
+        """Lets go of the model."""
+        self._numbers = b""
+
+
+class Landed:
+    """An object's content that has come whole, on its way into the store.
+
+    ``digest`` is the SHA-256 of what came, taken while it came; it stands for the bytes from then on. ``len`` is that
+    of the object.
+    """
+
+    def __init__(self, content: Content | bytes, nbytes: int, digest: str, head: bytes | None = None) -> None:
+        self.content, self._nbytes, self._digest = content, nbytes, digest
+        self._head = head  # of an ArrayChunk, if it is known already
+
+    @classmethod
+    def of(cls, content: bytes) -> Landed:
+        """Bytes that came another way."""
+        return cls(content, len(content), hashlib.sha256(content).hexdigest())
+
+    def check(self, object_id: str) -> None:
+        """Raises ``ValueError`` unless it is the object of that id, and formed as Flower's objects are."""
+        if self._digest != object_id:
+            raise ValueError(f"Object ID {object_id} does not match content hash")
+        if not self.content and self._nbytes:  # it was not kept: who has it has checked it
+            return
+        content = self.content
+        if isinstance(content, bytes):
+            head = _CHUNK_HEAD.match(content[:40])
+            if head is None or int(head[1]) != len(content) - head.end():
+                _names.validate_content(content=content)
+            return
+        head = _CHUNK_HEAD.match(self._head if self._head is not None else bytes(content.view[:40]))  # type: ignore[attr-defined]
+        if head is None or int(head[1]) != self._nbytes - head.end():
+            _names.validate_content(content=bytes(content))
+
+    def drop(self) -> None:
+        """Lets go of what will not be stored."""
+        if isinstance(self.content, Content):
+            self.content.release()
+
+    def __len__(self) -> int:
+        return self._nbytes

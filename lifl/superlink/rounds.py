@@ -1,0 +1,356 @@
+"""The rounds that are open at this server: which messages they are about, and what comes in reply.
+
+Owns who waits for which message and object. A lifl strategy announces a round before it sends its messages; as they
+pass, their ids are noted; replies to them are received into the round. Everything else is plain Flower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from logging import ERROR
+from typing import Any
+
+import attrs
+
+from lifl.admission import Limits
+from lifl.errors import ShmError
+from lifl.round import Round
+from lifl.runtime import Node
+from lifl.superlink import flower
+from lifl.superlink.content import PartContent
+from lifl.superlink.derived import array_object, derive, id_of, record_object
+from lifl.superlink.geometry import Geometry
+from lifl.superlink.holding import Holding
+from lifl.superlink.reception import Place, Reception, Settled, Store
+from lifl.tensor import TensorSpec
+from lifl.terms import Order, Timing
+
+_names, _server = flower.part("rounds"), flower.part("server")
+
+WATCH_S = 1.0
+"""How often nodes that owe a reply are looked after: Flower makes an error reply for one that is gone."""
+
+OPEN_TIMEOUT_S = 60.0
+
+
+@attrs.frozen
+class Announced:
+    """What a strategy says of a round: to whom it will send which messages, and what it does with replies."""
+
+    run_id: int
+    message_type: str
+    group_id: str
+    nodes: list[int]
+    weight_key: str
+
+
+@attrs.define(eq=False)
+class ServedRound:
+    """One open round. `tell` is called with each reply that is settled, from any thread."""
+
+    said: Announced
+    round: Round
+    geometry: Geometry
+    tell: Callable[[Settled], None]
+    expected: Counter[int]
+    asked: dict[str, int] = attrs.field(factory=dict)  # message -> node
+    receptions: dict[str, Reception] = attrs.field(factory=dict)  # reply -> its reception
+    replied: set[str] = attrs.field(factory=set)  # messages with a reply
+    names: Counter[int] = attrs.field(factory=Counter)
+    is_closed: bool = False
+
+    def name(self, node_id: int) -> str:
+        """A node that was sent two messages counts twice, as in Flower."""
+        self.names[node_id] += 1
+        return str(node_id) if self.names[node_id] == 1 else f"{node_id}#{self.names[node_id]}"
+
+
+class Rounds:
+    """All of a server's; the gateway's ``Placer``."""
+
+    def __init__(self, node: Node, store: Store, holding: Holding) -> None:
+        self._node, self._store, self._holding = node, store, holding
+        self._lock = threading.RLock()
+        self._open: list[ServedRound] = []
+        self._asked: dict[str, ServedRound] = {}
+        self._wanted: dict[str, list[Reception]] = {}  # object -> who waits for it
+        self._readers: Counter[str] = Counter()  # object -> receptions that will read it
+        self._coming: dict[str, tuple[int, set[str]]] = {}  # message to a node -> node, objects that have to come
+        self._awaited: dict[str, list[str]] = {}  # object -> messages that wait for it
+        self._incoming: Counter[int] = Counter()
+        self._geometries: dict[TensorSpec, Geometry] = {}
+        self._state: Any = None
+        # One: replies are completed one after another, while the loop receives the next.
+        self._assembler = ThreadPoolExecutor(1, "lifl-assembler")
+        self._stop = threading.Event()
+        self._watch = threading.Thread(target=self._look_after, name="lifl-watch", daemon=True)
+        store.on_available = self._available
+
+    def attach(self, state: Any) -> None:
+        """Listens to what a LinkState stores."""
+        self._state, original = state, state.store_message_and_object_tree
+
+        def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
+            known = self._store.offer(self._derive(message, object_tree))
+            try:
+                stored, missing = original(message, object_tree, session_id)
+            finally:
+                self._store.withdraw(known)
+            if stored:
+                self._stored(message, object_tree, set(missing))
+            return stored, missing
+
+        state.store_message_and_object_tree = store_and_note
+        self._watch.start()
+
+    def close(self) -> None:
+        """Ends every round."""
+        self._stop.set()
+        for served in list(self._open):
+            self.end(served)
+        self._assembler.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------ rounds
+
+    def is_running(self, run_id: int) -> bool:
+        """True for a run of this server's that may have rounds."""
+        return bool(self._state.get_run_info(run_ids=[run_id]))
+
+    def open(
+        self,
+        said: Announced,
+        spec: TensorSpec,
+        timing: Timing,
+        order: Order,
+        limits: Limits,
+        tell: Callable[[Settled], None],
+    ) -> ServedRound:
+        """Opens a round for messages that will be sent; waits for room in the arena.
+
+        Raises
+        ------
+        ShmError
+            If there is none.
+        """
+        waits = OPEN_TIMEOUT_S
+        while True:
+            try:
+                round_ = self._node.open_round(spec, len(said.nodes), timing, order, limits=limits)
+                break
+            except ShmError:
+                # What is in the way may be objects of a round before, which go when the nodes have them.
+                if waits <= 0 or self._stop.wait(0.1):
+                    raise
+                waits -= 0.1
+        with self._lock:
+            geometry = self._geometries.get(spec)
+            if geometry is None:
+                self._geometries.clear()  # a run has one model
+                geometry = self._geometries[spec] = Geometry(spec, int(_names.MAX_CHUNK_BYTES))
+            served = ServedRound(said, round_, geometry, tell, Counter(said.nodes))
+            self._open.append(served)
+        return served
+
+    def end(self, served: ServedRound, *, deletes: bool = True) -> None:
+        """Takes no more of a round's replies, and closes it: messages and objects go, late ones are not stored."""
+        with self._lock:
+            if served.is_closed:
+                return
+            served.is_closed = True
+            self._open.remove(served)
+            for message_id in served.asked:
+                self._asked.pop(message_id, None)
+            receptions = list(served.receptions.values())
+            served.receptions.clear()
+            for reception in receptions:
+                self._forget(reception)
+        for reception in receptions:
+            reception.drop()
+        if deletes:
+            self._delete(set(served.asked), [r.message.metadata.message_id for r in receptions])
+        served.round.close()
+
+    def _delete(self, asked: set[str], replies: list[str]) -> None:
+        try:
+            self._state.delete_messages(message_ins_ids=asked)
+            for object_id in (*replies, *asked):
+                self._store.delete(object_id)
+        except Exception as error:  # Flower cleans up when the run ends
+            _server.log(ERROR, "messages of a round could not be deleted: %s", error)
+
+    def offer_model(self, served: ServedRound, mean: Any) -> set[str]:
+        """Has a mean's objects in the store, so that who sends it on need not push it; the ids of those held.
+
+        `mean` is the block's memory. It stays in the arena as long as one of them does.
+        """
+        geometry, held = served.geometry, set[str]()
+        ids: dict[str, str] = {}
+        for tensor, pieces in zip(geometry.spec.tensors, geometry.pieces, strict=True):
+            chunks: dict[str, PartContent] = {}
+            for piece in pieces:
+                numbers = mean[piece.offset : piece.offset + piece.nbytes]
+                digest = hashlib.sha256(piece.head)
+                digest.update(numbers)
+                chunks[digest.hexdigest()] = PartContent(piece.head, numbers)
+            if len(chunks) < len(pieces):
+                return held  # equal chunks in one array are described in another way
+            held |= self._store.offer(chunks)
+            described = array_object(list(chunks), tensor.dtype, tensor.shape)
+            ids[tensor.name] = id_of(described)
+            held |= self._store.offer({ids[tensor.name]: described})
+        record = record_object(ids)
+        return held | self._store.offer({id_of(record): record})
+
+    def withdraw(self, object_ids: set[str]) -> None:
+        """A model that was offered has been sent on, or will not be."""
+        self._store.withdraw(object_ids)
+
+    # ------------------------------------------------------------ what passes
+
+    def _stored(self, message: Any, tree: Any, missing: set[str]) -> None:
+        meta = message.metadata
+        if not meta.reply_to_message_id:
+            self._asked_for(message, missing)
+            return
+        with self._lock:
+            served = self._asked.get(meta.reply_to_message_id)
+            if served is None or meta.message_id in served.receptions or meta.reply_to_message_id in served.replied:
+                return
+            served.replied.add(meta.reply_to_message_id)
+            client = served.name(served.asked[meta.reply_to_message_id])
+            settings = (served.round, served.geometry, served.said.weight_key)
+            reception = Reception(*settings, client, message, tree, missing)
+            served.receptions[meta.message_id] = reception
+            for object_id in reception.object_ids:
+                self._readers[object_id] += 1
+            for object_id in missing:
+                self._wanted.setdefault(object_id, []).append(reception)
+        if not missing:
+            self._assembler.submit(self._settle, served, reception)
+
+    def _derive(self, message: Any, tree: Any) -> dict[str, bytes]:
+        """What of a reply's objects can be written here; see ``lifl.superlink.derived``."""
+        with self._lock:
+            served = self._asked.get(message.metadata.reply_to_message_id)
+        return {} if served is None else derive(served.geometry, tree)
+
+    def _asked_for(self, message: Any, missing: set[str]) -> None:
+        meta = message.metadata
+        with self._lock:
+            for served in self._open:
+                said = served.said
+                is_its = (meta.run_id, meta.message_type, meta.group_id) == (
+                    *(said.run_id, said.message_type, said.group_id),
+                )
+                if is_its and served.expected[meta.dst_node_id] > 0:
+                    served.expected[meta.dst_node_id] -= 1
+                    served.asked[meta.message_id] = meta.dst_node_id
+                    self._asked[meta.message_id] = served
+                    break
+            if missing:
+                self._coming[meta.message_id] = meta.dst_node_id, set(missing)
+                self._incoming[meta.dst_node_id] += 1
+                for object_id in missing:
+                    self._awaited.setdefault(object_id, []).append(meta.message_id)
+                return
+        self._holding.news(meta.dst_node_id)
+
+    def _available(self, object_id: str) -> None:
+        """An object has come."""
+        complete: list[tuple[ServedRound, Reception]] = []
+        informed: list[int] = []
+        with self._lock:
+            for reception in self._wanted.pop(object_id, ()):
+                reception.missing.discard(object_id)
+                if not reception.missing:
+                    served = self._asked.get(reception.message.metadata.reply_to_message_id)
+                    if served is not None:
+                        complete.append((served, reception))
+            for message_id in self._awaited.pop(object_id, ()):
+                node_id, missing = self._coming[message_id]
+                missing.discard(object_id)
+                if not missing:
+                    del self._coming[message_id]
+                    self._incoming[node_id] -= 1
+                    informed.append(node_id)
+        for served, reception in complete:
+            self._assembler.submit(self._settle, served, reception)
+        for node_id in informed:
+            self._holding.news(node_id)
+
+    def _settle(self, served: ServedRound, reception: Reception) -> None:
+        try:
+            settled = reception.settle(self._store, lambda: self._release(reception))
+            self._release(reception)
+            with self._lock:
+                is_its = served.receptions.pop(reception.message.metadata.message_id, None) is not None
+            if is_its:
+                meta = reception.message.metadata
+                self._delete({meta.reply_to_message_id}, [meta.message_id])
+                served.tell(settled)
+        except Exception as error:
+            _server.log(ERROR, "a reply of node %s could not be settled: %r", reception.client, error)
+
+    def _release(self, reception: Reception) -> None:
+        """The store lets go of a reply's objects; others that need one too get a copy."""
+        with self._lock:
+            self._forget(reception)
+            shared = [i for i in reception.object_ids if self._readers[i]]
+            alone = [i for i in reception.object_ids if not self._readers[i]]
+        self._store.keep(shared)
+        self._store.give_up(alone)
+
+    def _forget(self, reception: Reception) -> None:
+        if reception.is_forgotten:
+            return
+        reception.is_forgotten = True
+        for object_id in reception.object_ids:
+            self._readers[object_id] -= 1
+            if self._readers[object_id] <= 0:
+                del self._readers[object_id]
+        for object_id in reception.missing:
+            waiting = self._wanted.get(object_id)
+            if waiting is not None and reception in waiting:
+                waiting.remove(reception)
+
+    # ------------------------------------------------------------ what the gateway asks
+
+    def place(self, object_id: str, node_id: int, nbytes: int) -> Place | None:
+        """A target in the block of an update that the object is a part of; see ``Placer``."""
+        with self._lock:
+            waiting = list(self._wanted.get(object_id, ()))
+        for reception in waiting:
+            if reception.message.metadata.src_node_id == node_id:
+                return reception.place(object_id, nbytes)
+        return None
+
+    def is_incoming(self, node_id: int) -> bool:
+        """True while a message for a node is announced whose objects have not all come."""
+        return self._incoming[node_id] > 0
+
+    # ------------------------------------------------------------ nodes that are gone
+
+    def _look_after(self) -> None:
+        while not self._stop.wait(WATCH_S):
+            for served in list(self._open):
+                with self._lock:
+                    owed = {i for i in served.asked if i not in served.replied}
+                if owed and not served.is_closed:
+                    try:
+                        self._look_for_errors(served, owed)
+                    except Exception as error:
+                        _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
+
+    def _look_for_errors(self, served: ServedRound, owed: set[str]) -> None:
+        for message in self._state.get_message_res(message_ids=owed, run_id=served.said.run_id):
+            asked = message.metadata.reply_to_message_id
+            with self._lock:
+                if not message.has_error() or asked in served.replied or served.is_closed:
+                    continue  # a reply that came this moment, and is received as any other
+                served.replied.add(asked)
+                served.name(served.asked[asked])
+            served.tell(Settled(message, {}, None))

@@ -1,0 +1,271 @@
+"""Flower's ObjectStore over the arena: what is large lies in blocks, what is small in bytes.
+
+Owns which objects there are, who refers to them and where their bytes are. Hashing, copying and checking of what
+came over the network is done before :meth:`ArenaStore.put`, outside its lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from lifl.superlink import flower
+from lifl.superlink.content import Content, Landed
+
+_names = flower.part("store")
+
+
+@attrs.define(eq=False)
+class _Entry:
+    children: tuple[str, ...] | None  # None: it is here without anybody having registered it
+    runs: set[int]
+    content: Content | bytes | None = None  # None: not there, or not there any more
+    references: int = 0
+
+
+class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is found at run time
+    """Flower's in-memory store, except that content may be a block of the arena and may be given up while registered.
+
+    `on_available` is called, without the lock, with the id of each object that has come.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._runs: dict[int, set[str]] = {}
+        self._lock = threading.RLock()
+        self.on_available: Callable[[str], None] = lambda _: None
+
+    # ------------------------------------------------------------ Flower's methods
+
+    def preregister(self, run_id: int, object_tree: Any) -> list[str]:
+        """Notes a tree's objects; the ids of those that have to be pushed, each once."""
+        nodes = [(node.object_id, tuple(c.object_id for c in node.children)) for node in _names.iterate_tree(object_tree)]
+        for object_id, _ in nodes:
+            if not _names.is_valid_id(object_id):
+                raise ValueError(f"Invalid object ID format: {object_id}")
+        missing: dict[str, None] = {}
+        with self._lock:
+            of_run = self._runs.setdefault(run_id, set())
+            for object_id, children in nodes:  # children come before their parents
+                entry = self._entries.get(object_id)
+                if entry is None:
+                    entry = self._entries[object_id] = _Entry(None, {run_id})
+                if entry.children is None:
+                    entry.children = children
+                    for child in children:
+                        self._entries[child].references += 1
+                entry.runs.add(run_id)
+                of_run.add(object_id)
+                if entry.content is None:
+                    missing[object_id] = None
+        return list(missing)
+
+    def get_object_tree(self, object_id: str) -> Any:
+        """The tree below an object."""
+        with self._lock:
+            entry = self._entries.get(object_id)
+            if entry is None:
+                raise _names.NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
+            try:
+                children = [self.get_object_tree(child) for child in entry.children or ()]
+            except _names.NoObjectInStoreError as error:
+                raise _names.NoObjectInStoreError(
+                    f"Object tree for object ID '{object_id}' contains missing children. This may indicate a "
+                    "corrupted object store."
+                ) from error
+            return _names.ObjectTree(object_id=object_id, children=children)
+
+    def put(self, object_id: str, object_content: bytes | Landed) -> None:
+        """Takes an object's content: bytes, which are checked here, or what landed and was checked on the way."""
+        landed = object_content if isinstance(object_content, Landed) else Landed.of(object_content)
+        landed.check(object_id)
+        with self._lock:
+            entry = self._entries.get(object_id)
+            if entry is None:
+                raise _names.NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
+            if entry.content is not None:
+                landed.drop()
+                return
+            entry.content = landed.content
+        self.on_available(object_id)
+
+    def get(self, object_id: str) -> bytes | None:
+        """An object's content, copied; ``b""`` if it is registered and not there, None if it is not registered."""
+        with self._lock:
+            entry = self._entries.get(object_id)
+            if entry is None:
+                return None
+            return b"" if entry.content is None else bytes(entry.content)
+
+    def delete(self, object_id: str) -> None:
+        """Forgets an object that nothing refers to, and what below it nothing else refers to."""
+        with self._lock:
+            waiting = [object_id]
+            while waiting:
+                entry = self._entries.get(object_id := waiting.pop())
+                if entry is None or entry.references:
+                    continue
+                del self._entries[object_id]
+                for run_id in entry.runs:
+                    if run_id in self._runs:
+                        self._runs[run_id].discard(object_id)
+                _release(entry)
+                for child in entry.children or ():
+                    self._entries[child].references -= 1
+                    waiting.append(child)
+
+    def delete_objects_in_run(self, run_id: int) -> None:
+        """Forgets what only this run has registered."""
+        with self._lock:
+            for object_id in list(self._runs.get(run_id, ())):
+                entry = self._entries.get(object_id)
+                if entry is None:
+                    continue
+                entry.runs.discard(run_id)
+                if not entry.references:  # a message; what is below goes with it
+                    self.delete(object_id)
+            self._runs.pop(run_id, None)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            for entry in self._entries.values():
+                _release(entry)
+            self._entries.clear()
+            self._runs.clear()
+
+    def __contains__(self, object_id: object) -> bool:
+        with self._lock:
+            return object_id in self._entries
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+    # ------------------------------------------------------------ beside them
+
+    def close(self) -> None:
+        """Lets go of everything that is held."""
+        self.clear()
+
+    def offer(self, contents: Mapping[str, Content | bytes]) -> set[str]:
+        """Has objects here before anybody registers them, so that nobody has to push them.
+
+        Their ids must be their hashes. They stay until they are withdrawn, also if all who refer to them are gone.
+        Returns those that are held for the caller: what is here already with its content is not.
+        """
+        taken = set()
+        with self._lock:
+            for object_id, content in contents.items():
+                entry = self._entries.get(object_id)
+                if entry is None:
+                    entry = self._entries[object_id] = _Entry(None, set())
+                if entry.content is None:
+                    entry.content = content
+                    entry.references += 1
+                    taken.add(object_id)
+        for object_id in taken:
+            self.on_available(object_id)
+        return taken
+
+    def withdraw(self, object_ids: Iterable[str]) -> None:
+        """What was offered is not held any more: it goes, unless somebody refers to it."""
+        with self._lock:
+            for object_id in object_ids:
+                entry = self._entries.get(object_id)
+                if entry is not None:
+                    entry.references -= 1
+                    if not entry.runs or not entry.references:
+                        self.delete(object_id)
+
+    def peek(self, object_id: str) -> Content | bytes | None:
+        """An object's content where it lies, or None if it is not there: valid while it is held."""
+        with self._lock:
+            entry = self._entries.get(object_id)
+            if entry is None or entry.content is None or isinstance(entry.content, bytes):
+                return None if entry is None else entry.content
+            return entry.content if entry.content.is_lasting else bytes(entry.content)
+
+    def peek_at(self, object_id: str) -> Content | bytes | None:
+        """What holds an object's content; of one that is not lasting it may be gone at any time."""
+        with self._lock:
+            entry = self._entries.get(object_id)
+            return None if entry is None else entry.content
+
+    def is_wanted(self, object_id: str) -> bool:
+        """True for an object that is registered and not there."""
+        with self._lock:
+            entry = self._entries.get(object_id)
+            return entry is not None and entry.content is None
+
+    def keep(self, object_ids: Iterable[str]) -> None:
+        """Copies contents that are about to go with the block they are in, for others who need them too."""
+        with self._lock:
+            for object_id in object_ids:
+                entry = self._entries.get(object_id)
+                if entry is not None and isinstance(entry.content, Content) and not entry.content.is_lasting:
+                    content, entry.content = entry.content, bytes(entry.content)
+                    content.release()
+
+    def give_up(self, object_ids: Iterable[str]) -> None:
+        """Lets go of the contents of objects that have been used; who needs one again has to push it again."""
+        with self._lock:
+            for object_id in object_ids:
+                entry = self._entries.get(object_id)
+                if entry is not None:
+                    _release(entry)
+
+
+def _release(entry: _Entry) -> None:
+    content, entry.content = entry.content, None
+    if isinstance(content, Content):
+        content.release()
+
+
+class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
+    """Flower's store in a database: what was acknowledged is there after a crash too.
+
+    An object is landed and checked as with :class:`ArenaStore`, then written to the database, from which it is read.
+    """
+
+    def __init__(self, database: str) -> None:
+        super().__init__(database, verify=False)  # that is done in `put`, once
+        self.initialize()
+        self.on_available: Callable[[str], None] = lambda _: None
+
+    def put(self, object_id: str, object_content: bytes | Landed) -> None:
+        """Takes an object's content: bytes, or what landed."""
+        landed = object_content if isinstance(object_content, Landed) else Landed.of(object_content)
+        landed.check(object_id)
+        super().put(object_id, bytes(landed.content))
+        landed.drop()
+        self.on_available(object_id)
+
+    def peek(self, object_id: str) -> bytes | None:
+        """An object's content, or None if it is not there."""
+        return self.get(object_id) or None
+
+    peek_at = peek
+
+    def is_wanted(self, object_id: str) -> bool:
+        """True for an object that is registered and not there."""
+        return bool(self.get(object_id) == b"")
+
+    def keep(self, object_ids: Iterable[str]) -> None:
+        """Nothing: the database has a copy."""
+
+    def offer(self, contents: Mapping[str, Content | bytes]) -> set[str]:
+        """Nothing: what a client did not push would not be in the database."""
+        return set()
+
+    def withdraw(self, object_ids: Iterable[str]) -> None:
+        """Nothing was offered."""
+
+    def give_up(self, object_ids: Iterable[str]) -> None:
+        """Nothing: what is in the database stays until the message is deleted, for a ServerApp that starts anew."""
+
+    def close(self) -> None:
+        """The database is closed with the process."""

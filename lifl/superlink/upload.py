@@ -1,0 +1,146 @@
+"""One object on its way from a socket to where it will lie, hashed while it comes.
+
+Owns the bytes until they have landed. Touches no socket: who reads one asks for room and says how much came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import attrs
+
+from lifl.superlink.body import Cut, cut
+from lifl.superlink.content import Landed
+
+SINK_BYTES = 2**16
+_sink = memoryview(bytearray(SINK_BYTES))  # what nobody wants is written over itself
+
+
+class Target(Protocol):
+    """Where an object's content goes: pieces of memory, one after another, of its whole length."""
+
+    @property
+    def pieces(self) -> list[Any]:
+        """Writable memoryviews."""
+
+    def landed(self, digest: str) -> Landed:
+        """All of it has come."""
+
+    def drop(self) -> None:
+        """It will not."""
+
+
+@attrs.define(eq=False)
+class Sink:
+    """For content that is not wanted: it is read and hashed, and forgotten."""
+
+    nbytes: int
+
+    @property
+    def pieces(self) -> list[Any]:
+        """The same memory, again and again."""
+        whole, rest = divmod(self.nbytes, SINK_BYTES)
+        return [_sink] * whole + ([_sink[:rest]] if rest else [])
+
+    def landed(self, digest: str) -> Landed:
+        """Nothing, with the hash of what came."""
+        return Landed(b"", self.nbytes, digest)
+
+    def drop(self) -> None:
+        """Nothing is held."""
+
+
+class Upload:
+    """A push-object body.
+
+    Its prefix is fed; then `on_prefix` is called with the bytes of the small fields, and somebody has to :meth:`aim`
+    it at a target or :meth:`refuse` it. What came meanwhile waits, at most what one read from the socket gives.
+    """
+
+    def __init__(self, length: int, on_prefix: Callable[[bytes, int], None]) -> None:
+        self._length, self._on_prefix = length, on_prefix
+        self._cut: Cut | None = None
+        self._prefix = bytearray()  # then: what waits for a target
+        self._pieces: list[Any] = []
+        self._at = 0
+        self._seen = 0  # bytes of the body that have gone where they belong
+        self._hash = hashlib.sha256()
+        self._tail = bytearray()
+        self._target: Target | None = None
+        self.copied_bytes = 0  # that came with the prefix and had to be moved
+
+    @property
+    def is_aimed(self) -> bool:
+        """True when what comes may be written where it belongs."""
+        return self._target is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """True when the last byte has come to where it belongs."""
+        return self.is_aimed and self._seen == self._length
+
+    @property
+    def fields(self) -> bytes:
+        """The small fields before and behind the content; all of them once it is complete."""
+        return self._fields + bytes(self._tail)
+
+    def feed(self, data: bytes) -> None:
+        """Takes bytes of the body in order; raises ``ValueError`` if they are no push-object request."""
+        if self.is_aimed:
+            self._write(data)
+            return
+        self._prefix += data
+        if self._cut is None and (found := cut(self._prefix, self._length)) is not None:
+            self._cut = found
+            self._fields = bytes(self._prefix[: found.field_at])
+            self._on_prefix(self._fields, found.nbytes)
+
+    def aim(self, target: Target) -> None:
+        """From here on the content goes there."""
+        assert self._cut is not None, "aimed after on_prefix"
+        self._target = target
+        self._tail = bytearray(self._cut.tail_bytes)
+        self._pieces = [piece for piece in (*target.pieces, memoryview(self._tail)) if len(piece)]
+        self._seen = self._cut.begin
+        waiting, self._prefix = memoryview(self._prefix)[self._cut.begin :], bytearray()
+        self._write(waiting)
+
+    def _write(self, data: Any) -> None:
+        data = memoryview(data)
+        self.copied_bytes += len(data)
+        while len(data):
+            room = self.room()
+            n = min(len(room), len(data))
+            room[:n] = data[:n]
+            self.advance(n)
+            data = data[n:]
+
+    def room(self) -> Any:
+        """Where the next bytes go; never empty before it is complete."""
+        return self._pieces[0][self._at :]
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes have been written to :meth:`room`."""
+        piece = self._pieces[0]
+        if len(self._pieces) > bool(self._tail):
+            self._hash.update(piece[self._at : self._at + nbytes])
+        self._at += nbytes
+        self._seen += nbytes
+        if self._at == len(piece):
+            del self._pieces[0]
+            self._at = 0
+
+    def take(self) -> Landed:
+        """The content, once it is complete; it is the caller's then."""
+        assert self._target is not None, "it is complete"
+        target, self._target = self._target, None
+        return target.landed(self._hash.hexdigest())
+
+    def drop(self) -> None:
+        """Nothing more will come, or nobody wants it: what it holds is given back."""
+        self._pieces, self._prefix = [], bytearray()
+        target, self._target = self._target, None
+        if target is not None:
+            target.drop()

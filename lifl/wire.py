@@ -1,0 +1,88 @@
+"""What a ServerApp and a lifl-superlink on its machine say to each other: frames over a Unix socket.
+
+A frame is a JSON object and any number of byte strings. File descriptors are passed beside the first one. Owns the
+format, the socket's place and who may use it; knows neither rounds nor Flower. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+import struct
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "LIFL_AGENT"
+"""The environment variable by which a server tells the programs that it starts where its socket is."""
+
+_HEAD = struct.Struct("<III")  # bytes of JSON, number of byte strings, bytes of all of them
+MAX_JSON_BYTES = 64 * 2**20
+MAX_BLOB_BYTES = 256 * 2**20
+
+Frame = tuple[dict[str, Any], list[bytes]]
+
+
+def encode(said: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
+    """A frame's bytes."""
+    body = json.dumps({**said, "sizes": [len(blob) for blob in blobs]}).encode()
+    return b"".join([_HEAD.pack(len(body), len(blobs), sum(map(len, blobs))), body, *blobs])
+
+
+class Reader:
+    """Frames out of a stream of bytes that come in pieces."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that are complete now; raises ``ValueError`` for what is no frame."""
+        self._bytes += data
+        frames = []
+        while len(self._bytes) >= _HEAD.size:
+            json_bytes, count, blob_bytes = _HEAD.unpack_from(self._bytes)
+            if json_bytes > MAX_JSON_BYTES or blob_bytes > MAX_BLOB_BYTES:
+                raise ValueError(f"a frame of {json_bytes:,} + {blob_bytes:,} bytes is beyond any that is sent")
+            end = _HEAD.size + json_bytes + blob_bytes
+            if len(self._bytes) < end:
+                break
+            said = json.loads(self._bytes[_HEAD.size : _HEAD.size + json_bytes])
+            sizes, at, blobs = said.pop("sizes"), _HEAD.size + json_bytes, []
+            if len(sizes) != count or sum(sizes) != blob_bytes:
+                raise ValueError(f"a frame says {len(sizes)} byte strings and has {count}")
+            for size in sizes:
+                blobs.append(bytes(self._bytes[at : at + size]))
+                at += size
+            del self._bytes[:end]
+            frames.append((said, blobs))
+        return frames
+
+
+def folder() -> Path:
+    """Where servers of this user have their sockets: a folder of mode 0700 that is this user's, made if need be.
+
+    Raises ``PermissionError`` if something else is in its place.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(runtime) / "lifl" if runtime else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{path} is not a folder of mode 0700 of user {os.getuid()}: remove it")
+    return path
+
+
+def path_for(port: int) -> Path:
+    """The socket of the server that listens on a port."""
+    return folder() / f"superlink-{port}.sock"
+
+
+def uid_of_peer(connection: socket.socket) -> int:
+    """The user id of the process at the other end, as the kernel says it."""
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
