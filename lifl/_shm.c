@@ -289,8 +289,18 @@ static uint32_t find_run(const lifl_arena *a, uint32_t units) {
   return NONE;
 }
 
-int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
-                     uint32_t *generation) {
+/* The last run of so many free units, or NONE. */
+static uint32_t find_last_run(const lifl_arena *a, uint32_t units) {
+  uint32_t free = 0;
+  for (uint32_t i = a->h.units; i-- > 0;) {
+    free = bit(a->used, i) ? 0 : free + 1;
+    if (free == units) return i;
+  }
+  return NONE;
+}
+
+static int allocate(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
+                    uint32_t *generation, uint32_t (*find)(const lifl_arena *, uint32_t)) {
   if (!a->used || owner >= a->h.participants) return LIFL_EINVAL;
   if (nbytes > (uint64_t)a->free_units * UNIT_BYTES) return LIFL_FULL;
   uint64_t wanted = nbytes ? (nbytes + UNIT_BYTES - 1) / UNIT_BYTES : 1;
@@ -298,7 +308,7 @@ int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t st
   uint32_t units = (uint32_t)wanted, head = NONE;
   /* First fit: what was used before is used again, since its pages are mapped in every process that used it. A page's
    * first use by a process is a fault of some microseconds, an update of 47 MB has eleven thousand of them. */
-  uint32_t run = find_run(a, units);
+  uint32_t run = find(a, units);
   if (run != NONE) {
     mark(a, run, units, true);
     a->table[run].units = units;
@@ -331,6 +341,18 @@ int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t st
   *block = head;
   *generation = g;
   return LIFL_OK;
+}
+
+int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
+                     uint32_t *generation) {
+  return allocate(a, nbytes, owner, state, block, generation, find_run);
+}
+
+/* At the other end: what is reserved and may never be written stays out of the way of what is, and its pages are not
+ * taken. */
+int lifl_block_reserve(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
+                       uint32_t *generation) {
+  return allocate(a, nbytes, owner, state, block, generation, find_last_run);
 }
 
 static bool is_generation(lifl_arena *a, uint32_t block, uint32_t generation) {

@@ -95,6 +95,8 @@ uint64_t lifl_arena_total_bytes(const lifl_arena *arena);
 /* The allocator's state is private to the process that created the arena: only it allocates. */
 int lifl_block_alloc(lifl_arena *arena, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
                      uint32_t *generation);
+int lifl_block_reserve(lifl_arena *arena, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
+                       uint32_t *generation);
 int lifl_block_reclaim(lifl_arena *arena, uint32_t block, uint32_t generation, int poison);
 int lifl_block_move(lifl_arena *arena, uint32_t block, uint32_t generation, uint32_t from_owner,
                     uint32_t from_state, uint32_t to_owner, uint32_t to_state);

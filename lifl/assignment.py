@@ -64,7 +64,7 @@ class Assignment:
         mean = wait_for_block(host, layout.mean_bytes, 0, "a round's mean")
         pair = []
         if not flags & order.FLOWER:
-            pair = [wait_for_block(host, sum_bytes_of(layout), 0, "a leaf's sum") for _ in range(2)]
+            pair = [wait_for_block(host, sum_bytes_of(layout), 0, "a leaf's sum", apart=True) for _ in range(2)]
         return cls(host, number, layout, mean, control, pair)
 
     @property
@@ -95,7 +95,7 @@ class Assignment:
         rest = arena.free_bytes - 2 * units_of(sum_bytes)
         if rest < ROOM_FOR_UPDATES * units_of(self.layout.update_bytes):
             return []
-        blocks = [arena.alloc(sum_bytes) for _ in range(2)]
+        blocks = [arena.alloc(sum_bytes, apart=True) for _ in range(2)]
         assert all(blocks), "there is room, under the same lock"
         return [block for block in blocks if block is not None]
 

@@ -48,18 +48,20 @@ class Host(Protocol):
         """The round has been closed."""
 
 
-def wait_for_block(host: Host, nbytes: int, timeout: float | None, purpose: str) -> Block:
+def wait_for_block(
+    host: Host, nbytes: int, timeout: float | None, purpose: str, *, apart: bool = False
+) -> Block:
     """A WRITING block of the agent's, as soon as there is one. The caller holds ``host.changed``.
 
     Raises :class:`ShmError` (ENOSPC) at the time-out, or at once if nothing will come free by itself.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    while (block := host.arena.alloc(nbytes)) is None:
+    while (block := host.arena.alloc(nbytes, apart=apart)) is None:
         host.check_workers()
         moving = host.relieve()
         left = WAIT_CAP_S if deadline is None else deadline - time.monotonic()
         if not moving or left <= 0:
-            if (block := host.arena.alloc(nbytes)) is not None:
+            if (block := host.arena.alloc(nbytes, apart=apart)) is not None:
                 break
             free, total = host.arena.free_bytes, host.arena.block_bytes
             why = "nothing in it will come free by itself" if not moving else f"it was for {timeout:g} s"

@@ -190,15 +190,20 @@ class Arena:
         """Lets go of the arena; it is unmapped when the last view is gone."""
         self._handle = None
 
-    def alloc(self, nbytes: int, owner: int = AGENT, state: State = State.WRITING) -> Block | None:
+    def alloc(
+        self, nbytes: int, owner: int = AGENT, state: State = State.WRITING, *, apart: bool = False
+    ) -> Block | None:
         """A block of `nbytes` (at least one unit), or ``None`` if not enough units are free.
 
+        `apart` takes it from the end of the arena: for what is reserved and perhaps never written, so that it
+        keeps away from memory that is in use.
         Its content is whatever was there: poisoned with 0xA5 if the arena was made with ``debug``.
         """
         index, generation = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         with self._lock:
             self._bury_orphans()
-            status = lib.lifl_block_alloc(self.handle, nbytes, owner, state, index, generation)
+            take = lib.lifl_block_reserve if apart else lib.lifl_block_alloc
+            status = take(self.handle, nbytes, owner, state, index, generation)
         if check(status, f"block of {nbytes:,} bytes") == lib.LIFL_FULL:
             return None
         return Block(index[0], generation[0], nbytes)

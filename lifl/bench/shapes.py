@@ -79,15 +79,19 @@ def model_spec(model: str) -> TensorSpec:
 
 
 def random_update(spec: TensorSpec, seed: int) -> dict[str, Array]:
-    """Numbers in these shapes, the same for the same seed: float32 between -0.5 and 0.5, others whole, up to 99."""
+    """Numbers in these shapes, the same for the same seed: float32 between -0.5 and 0.5, others one number up to 99.
+
+    Counters of an update are equal, as a trained model's are: each layer has seen the same batches.
+    """
     random = np.random.default_rng(SEED + seed)
-    return {t.name: _numbers(random, t) for t in spec.tensors}
+    count = random.integers(0, 100)
+    return {t.name: _numbers(random, t, count) for t in spec.tensors}
 
 
-def _numbers(random: np.random.Generator, tensor: Tensor) -> Array:
+def _numbers(random: np.random.Generator, tensor: Tensor, count: int) -> Array:
     if tensor.dtype == "float32":
         return random.random(tensor.shape, np.float32) - np.float32(0.5)
-    return random.integers(0, 100, tensor.shape).astype(tensor.dtype)
+    return np.full(tensor.shape, count, tensor.dtype)
 
 
 def tensors_of(spec: TensorSpec) -> list[list[Any]]:
