@@ -22,7 +22,7 @@ from lifl import calibration
 from lifl.bench import peer
 from lifl.bench.load import READY
 from lifl.bench.shapes import model_spec, tensors_of
-from lifl.bench.tree import MemoryLog
+from lifl.bench.tree import MemoryLog, cpu_s
 from lifl.bench.work import Run, Work, make_run
 from lifl.deployment import Deployment
 from lifl.errors import LiflError
@@ -116,6 +116,8 @@ def measure_round(
         ``requests``, ``sent_bytes``, ``received_bytes``, ``objects``
             Of a round, all nodes together, as they see it; polls included. ``objects`` were pulled or pushed. None of
             NVFLARE.
+        ``load_cpu_s``
+            CPU seconds of a round that the process took which plays the nodes, on the same cores.
         ``error_over_tolerance``
             The largest difference between the last model and the mean, over what rounding allows.
         ``runs``
@@ -187,8 +189,10 @@ def run_side(side: Side, work: Work) -> Run:
             "out": str(files["out.json"]),
             "model": str(files["model.npz"]),
         }
+        load_s = sum(cpu_s(deployment.pid("load")).values())
         with MemoryLog(server) as memory_log:
             deployment.run(APP, config, timeout=START_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S)
+        load_s = sum(cpu_s(deployment.pid("load")).values()) - load_s
         told = json.loads(files["out.json"].read_text())
         answered = [json.loads(line) for line in answers.read_text().splitlines()][1:]
         with np.load(files["model.npz"]) as archive:
@@ -196,7 +200,8 @@ def run_side(side: Side, work: Work) -> Run:
     rounds = [
         _round(before, after, answered, work) for before, after in zip(told["models"], told["models"][1:], strict=False)
     ]
-    return make_run(work, side.title, rounds, told, memory_log, model, is_exact=side.strategy == "lifl")
+    is_exact, each_s = side.strategy == "lifl", load_s / work.rounds
+    return make_run(work, side.title, rounds, told, memory_log, model, is_exact=is_exact, load_cpu_s=each_s)
 
 
 def _start_load(deployment: Deployment, work: Work) -> Path:
@@ -255,6 +260,7 @@ def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
         "sent_bytes": median("sent_bytes"),
         "received_bytes": median("received_bytes"),
         "objects": median("objects"),
+        "load_cpu_s": runs[-1].load_cpu_s,
         "error_over_tolerance": max(run.error_over_tolerance for run in runs),
         "runs": [run.rounds for run in runs],
     }

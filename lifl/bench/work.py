@@ -44,6 +44,7 @@ class Run:
     idle_bytes: int
     peak_bytes: int
     error_over_tolerance: float
+    load_cpu_s: float | None
 
 
 def make_run(
@@ -55,10 +56,12 @@ def make_run(
     model: Mapping[str, Array],
     *,
     is_exact: bool,
+    load_cpu_s: float | None = None,
 ) -> Run:
     """A run of what its server told: "idle_bytes", and "models", each with "at_s" and "cpu_s".
 
-    `is_exact`: lifl made the model. Raises :class:`LiflError` if it is not the mean of the updates.
+    `is_exact`: lifl made the model. `load_cpu_s`: what playing the nodes took, of a round. Raises :class:`LiflError` if
+    the model is not the mean of the updates.
     """
     error = error_over_tolerance(model, work, is_exact=is_exact)
     if not error <= 1:
@@ -73,6 +76,7 @@ def make_run(
         idle_bytes=told["idle_bytes"],
         peak_bytes=memory.peak_bytes(first["at_s"], last["at_s"]) - told["idle_bytes"],
         error_over_tolerance=error,
+        load_cpu_s=load_cpu_s,
     )
 
 

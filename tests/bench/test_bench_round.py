@@ -60,6 +60,7 @@ def test_every_side_has_its_figures(measured: dict[str, Any]) -> None:
             assert row[name] > 0, name
         assert set(row["over_flower"]) == set(COMPARED)
         assert any("flower-superlin" in name for name in row["cpu_by_process_s"])
+        assert row["load_cpu_s"] > 0
         assert row["cpu_s"] == pytest.approx(sum(row["cpu_by_process_s"].values()))
     assert set(measured["rows"][0]["over_flower"].values()) == {1.0}
 
