@@ -29,6 +29,12 @@ class Model(StrEnum):
     SMALL2000 = "small2000"
 
 
+class Peer(StrEnum):
+    """Who else can be measured."""
+
+    NVFLARE = "nvflare"
+
+
 class Fold(StrEnum):
     """``lifl.terms.Timing``."""
 
@@ -332,6 +338,7 @@ def round(
     nodes: Annotated[int, typer.Option(min=1, help="Virtual SuperNodes, which train nothing.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Of one run.")] = 2,
     sides: Annotated[str, typer.Option(help="Who takes turns.")] = "flower,strategy,server",
+    peer: Annotated[Peer | None, typer.Option(metavar="NAME", help="One more: nvflare, on servers of its own.")] = None,
     timing: Annotated[Fold, typer.Option(metavar="WHEN", help="lifl folds updates eager, lazy or jit.")] = Fold.EAGER,
     memory: Annotated[
         str | None, typer.Option(help="Of lifl-superlink's arena, such as 2GiB.", show_default="its own default")
@@ -344,7 +351,8 @@ def round(
 
     A real SuperLink, a real ServerApp, and SuperNodes that are played by one process, over HTTP. "flower": Flower's
     server and FedAvg. "strategy": Flower's server, lifl's FedAvg. "server": lifl-superlink, lifl's FedAvg. Every model
-    is checked. A round of Flower's takes half a minute with the defaults, and three with small2000 and 2 nodes.
+    is checked. A round of Flower's takes half a minute with the defaults, and three with small2000 and 2 nodes. NVFLARE
+    needs lifl's extra "peers".
     """
     from lifl.bench.ablation_view import check_picture
     from lifl.bench.round import measure_round
@@ -355,6 +363,7 @@ def round(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ValueError(f"{json_file}: there is no such folder")
     chosen = [side.strip() for side in sides.split(",") if side.strip()]
+    chosen += [peer.value] if peer is not None else []
     options: dict[str, Any] = {"timing": timing.value, "memory": memory, "repetitions": repetitions}
     try:
         with progress() as say:

@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from lifl.bench.shapes import random_update, spec_of
+from lifl.bench.work import weight_of
 
 READY = "ready"
 
@@ -38,11 +39,6 @@ def main(order: Path) -> None:
         with Fleet(asked["address"], replies, on_answered=told) as fleet:
             say(READY)
             fleet.wait()
-
-
-def weight_of(node: int) -> float:
-    """How many examples node `node` says that it has."""
-    return node + 1.0
 
 
 if __name__ == "__main__":

@@ -6,26 +6,28 @@ starts; the SuperNodes are played by one process, see ``lifl.bench.load``. Nothi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 
-from lifl import calibration, fold
-from lifl.bench.load import READY, weight_of
-from lifl.bench.shapes import model_spec, random_update, tensors_of
-from lifl.bench.tree import MemoryLog
+from lifl import calibration
+from lifl.bench import peer
+from lifl.bench.load import READY
+from lifl.bench.shapes import model_spec, tensors_of
+from lifl.bench.tree import MemoryLog, cpu_s
+from lifl.bench.work import Run, Work, make_run
 from lifl.deployment import Deployment
 from lifl.errors import LiflError
 from lifl.sizes import parse_bytes
-from lifl.tensor import Array, TensorSpec
+from lifl.tensor import TensorSpec
 from lifl.terms import Timing
 
 APP = Path(__file__).parents[1] / "_round_app"
@@ -45,33 +47,12 @@ class Side:
 
 SIDES = {
     "flower": Side("Flower", ("flower-superlink",), "flower"),
-    "strategy": Side("lifl's strategy on Flower's SuperLink", ("flower-superlink",), "lifl"),
-    "server": Side("lifl's strategy on lifl-superlink", (sys.executable, "-m", "lifl.superlink"), "lifl", True),
+    "strategy": Side("lifl's strategy", ("flower-superlink",), "lifl"),
+    "server": Side("lifl-superlink", (sys.executable, "-m", "lifl.superlink"), "lifl", True),
 }
+PEER = "nvflare"
+TITLES = {name: side.title for name, side in SIDES.items()} | {PEER: peer.TITLE}
 COMPARED = ("wall_s", "last_to_model_s", "cpu_s", "peak_bytes")
-
-
-@attrs.frozen
-class Work:
-    """What every side has to do."""
-
-    spec: TensorSpec
-    nodes: int
-    rounds: int
-    timing: Timing
-    memory: str | None
-
-
-@attrs.frozen
-class Run:
-    """One side's run: rounds, and what holds for all of them; see :func:`measure_round`."""
-
-    rounds: list[dict[str, Any]]
-    cpu_s: float
-    cpu_by_process_s: dict[str, float]
-    idle_bytes: int
-    peak_bytes: int
-    error_over_tolerance: float
 
 
 def measure_round(
@@ -100,8 +81,9 @@ def measure_round(
     model : str
         A name in ``lifl.bench.shapes.MODELS``.
     sides : sequence of str
-        Names in ``SIDES``. ``"flower"``: Flower's SuperLink and Flower's FedAvg. ``"strategy"``: Flower's SuperLink and
-        ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``.
+        Names in ``TITLES``. ``"flower"``: Flower's SuperLink and Flower's FedAvg. ``"strategy"``: Flower's SuperLink
+        and ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``. ``"nvflare"``, if
+        it is installed: NVFLARE's server and FedAvg, and its clients, which return their arrays at once too.
     timing : {"eager", "lazy", "jit"}
         Of lifl's strategy.
     memory : str, optional
@@ -120,7 +102,8 @@ def measure_round(
         ``wall_s``
             From one model to the next, as Flower calls ``evaluate_fn`` with them.
         ``last_to_model_s``
-            From the acknowledgement of the last update's last byte, at its node, to the new model.
+            From the acknowledgement of the last update's last byte, at its node, to the new model; of NVFLARE from
+            when its controller is handed the last update.
         ``cpu_s``, ``cpu_by_process_s``
             CPU seconds of a round: of the SuperLink and all its descendants (SuperExec, ServerApp, lifl's workers),
             dead ones included, from the first model to the last, over the number of rounds.
@@ -131,7 +114,10 @@ def measure_round(
         ``peak_over_updates``
             That peak over the bytes of all updates of a round.
         ``requests``, ``sent_bytes``, ``received_bytes``, ``objects``
-            Of a round, all nodes together, as they see it; polls included. ``objects`` were pulled or pushed.
+            Of a round, all nodes together, as they see it; polls included. ``objects`` were pulled or pushed. None of
+            NVFLARE.
+        ``load_cpu_s``
+            CPU seconds of a round that the process took which plays the nodes, on the same cores.
         ``error_over_tolerance``
             The largest difference between the last model and the mean, over what rounding allows.
         ``runs``
@@ -141,6 +127,8 @@ def measure_round(
 
     Raises
     ------
+    ModuleNotFoundError
+        If NVFLARE is asked for and not installed.
     LiflError
         If a model is not the mean of the updates.
     RuntimeError, TimeoutError
@@ -149,22 +137,24 @@ def measure_round(
         For an unknown model or side, or counts below 1.
     """
     spec = model_spec(model) if spec is None else spec
-    if unknown := [side for side in sides if side not in SIDES]:
-        raise ValueError(f"side {unknown[0]!r} is not known: choose of {', '.join(SIDES)}")
+    if unknown := [side for side in sides if side not in TITLES]:
+        raise ValueError(f"side {unknown[0]!r} is not known: choose of {', '.join(TITLES)}")
+    if PEER in sides and importlib.util.find_spec(PEER) is None:
+        raise ModuleNotFoundError(f"{PEER} is not installed", name=PEER)
     if min(nodes, rounds, repetitions, len(sides)) < 1:
         raise ValueError(f"nodes={nodes}, rounds={rounds}, repetitions={repetitions}: at least 1 of each, and a side")
     if memory is not None:
         parse_bytes(memory)
     say = on_progress or (lambda _: None)
     work = Work(spec, nodes, rounds, timing, memory)
-    if any(SIDES[side].strategy == "lifl" for side in sides):
+    if {"strategy", "server"} & set(sides):
         say("what aggregation costs here, which lifl plans with")
         calibration.costs(measure=True)  # or the first round would
     runs: dict[str, list[Run]] = {side: [] for side in sides}
     for repetition in range(repetitions):
         for side in sides if repetition % 2 == 0 else reversed(sides):
-            say(f"{SIDES[side].title}, run {repetition + 1} of {repetitions}")
-            runs[side].append(run_side(SIDES[side], work))
+            say(f"{TITLES[side]}, run {repetition + 1} of {repetitions}")
+            runs[side].append(peer.run_nvflare(work) if side == PEER else run_side(SIDES[side], work))
     rows = [_row(side, some, work) for side, some in runs.items()]
     for flower in [row for row in rows if row["side"] == "flower"]:
         for row in rows:
@@ -187,41 +177,31 @@ def run_side(side: Side, work: Work) -> Run:
     """One run on a server of its own; raises as :func:`measure_round` does."""
     memory = ("--lifl-memory", work.memory) if side.takes_memory and work.memory is not None else ()
     with Deployment(0, (*side.command, *memory), start_timeout=START_TIMEOUT_S) as deployment:
-        answers = _start_load(deployment, work)
+        answers, server = _start_load(deployment, work), deployment.pid("superlink")
         files = {name: deployment.folder / name for name in ("tensors.json", "out.json", "model.npz")}
         config: dict[str, str | int | float | bool] = {
             "num-server-rounds": work.rounds,
             "num-nodes": work.nodes,
             "strategy": side.strategy,
             "timing": work.timing,
-            "server-pid": deployment.server_pid,
+            "server-pid": server,
             "tensors": str(files["tensors.json"]),
             "out": str(files["out.json"]),
             "model": str(files["model.npz"]),
         }
-        with MemoryLog(deployment.server_pid) as memory_log:
+        load_s = sum(cpu_s(deployment.pid("load")).values())
+        with MemoryLog(server) as memory_log:
             deployment.run(APP, config, timeout=START_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S)
+        load_s = sum(cpu_s(deployment.pid("load")).values()) - load_s
         told = json.loads(files["out.json"].read_text())
         answered = [json.loads(line) for line in answers.read_text().splitlines()][1:]
         with np.load(files["model.npz"]) as archive:
             model = {name: archive[f"arr_{k}"] for k, name in enumerate(work.spec)}
-    error = error_over_tolerance(model, work, is_flower=side.strategy == "flower")
-    if not error <= 1:
-        raise LiflError(f"{side.title}: the model is off by {error:.3g} times what rounding allows")
-    first, last = told["models"][0], told["models"][-1]
-    cpu_by_process_s = Counter(last["cpu_s"])
-    cpu_by_process_s.subtract(first["cpu_s"])
-    return Run(
-        rounds=[
-            _round(before, after, answered, work)
-            for before, after in zip(told["models"], told["models"][1:], strict=False)
-        ],
-        cpu_s=sum(cpu_by_process_s.values()) / work.rounds,
-        cpu_by_process_s={name: seconds / work.rounds for name, seconds in cpu_by_process_s.most_common()},
-        idle_bytes=told["idle_bytes"],
-        peak_bytes=memory_log.peak_bytes(first["at_s"], last["at_s"]) - told["idle_bytes"],
-        error_over_tolerance=error,
-    )
+    rounds = [
+        _round(before, after, answered, work) for before, after in zip(told["models"], told["models"][1:], strict=False)
+    ]
+    is_exact, each_s = side.strategy == "lifl", load_s / work.rounds
+    return make_run(work, side.title, rounds, told, memory_log, model, is_exact=is_exact, load_cpu_s=each_s)
 
 
 def _start_load(deployment: Deployment, work: Work) -> Path:
@@ -231,7 +211,8 @@ def _start_load(deployment: Deployment, work: Work) -> Path:
     (deployment.folder / "tensors.json").write_text(json.dumps(tensors))
     asked = {"address": deployment.address, "nodes": work.nodes, "tensors": tensors, "out": str(answers)}
     order.write_text(json.dumps(asked))
-    deployment.launch("load", [sys.executable, "-m", "lifl.bench.load", str(order)])
+    home = {"FLWR_HOME": str(deployment.folder / "load")}
+    deployment.launch("load", [sys.executable, "-m", "lifl.bench.load", str(order)], home)
     deployment.wait_until(
         lambda: answers.exists() and READY in answers.read_text(), "the virtual SuperNodes did not register", "load"
     )
@@ -258,41 +239,16 @@ def _round(before: dict[str, Any], after: dict[str, Any], answered: list[dict[st
     }
 
 
-def error_over_tolerance(model: Mapping[str, Array], work: Work, *, is_flower: bool) -> float:
-    """The largest difference of `model` from the mean of the updates, as a share of what its roundings allow.
-
-    For lifl's that is :func:`lifl.fold.tolerance`; for Flower's see ``lifl.bench.fold``: with n updates, (n + 2) / 2
-    times as much for floats, and as much for integers, of which it does not round the mean. The mean here is in
-    float64: what it is off by is less than a millionth of that.
-    """
-    updates = [random_update(work.spec, k) for k in range(work.nodes)]
-    weights = [weight_of(k) for k in range(work.nodes)]
-    factor = (work.nodes + 2) / 2 if is_flower else 1.0
-    worst = 0.0
-    for tensor in work.spec.tensors:
-        columns = [{tensor.name: update[tensor.name]} for update in updates]
-        is_float = tensor.dtype.startswith("float")
-        allowed = fold.tolerance(columns, weights, TensorSpec((tensor,)))[tensor.name] * (factor if is_float else 1.0)
-        mean = np.average([np.asarray(update[tensor.name], np.float64) for update in updates], axis=0, weights=weights)
-        difference = np.abs(np.asarray(model[tensor.name], np.float64) - mean)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = difference / allowed
-        # 0 / 0 is no difference where none is allowed; a NaN is as wrong as can be.
-        share = np.where(difference == 0, 0.0, np.where(np.isnan(share), np.inf, share))
-        worst = max(worst, float(share.max(initial=0.0)))
-    return worst
-
-
 def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
     rounds = [one for run in runs for one in run.rounds]
 
-    def median(name: str) -> float:
-        return float(statistics.median(one[name] for one in rounds))
+    def median(name: str) -> float | None:
+        return float(statistics.median(one[name] for one in rounds)) if name in rounds[0] else None
 
     peak_bytes = statistics.median(run.peak_bytes for run in runs)
     return {
         "side": side,
-        "title": SIDES[side].title,
+        "title": TITLES[side],
         "wall_s": median("wall_s"),
         "last_to_model_s": median("last_to_model_s"),
         "cpu_s": statistics.median(run.cpu_s for run in runs),
@@ -304,6 +260,7 @@ def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
         "sent_bytes": median("sent_bytes"),
         "received_bytes": median("received_bytes"),
         "objects": median("objects"),
+        "load_cpu_s": runs[-1].load_cpu_s,
         "error_over_tolerance": max(run.error_over_tolerance for run in runs),
         "runs": [run.rounds for run in runs],
     }

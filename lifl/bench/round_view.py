@@ -26,14 +26,15 @@ def round_table(figures: dict[str, Any]) -> Table:
         title=f"Whole rounds of FedAvg: {each}, {megabytes:.1f} MB ({figures['timing']}, {figures['cores']} cores)",
         title_justify="left",
         caption=(
-            f"Medians of {figures['repetitions']} runs of {figures['rounds']} rounds. In brackets: times as little as "
-            "Flower. The nodes are virtual and return at once; they wait less between two requests than SuperNodes do. "
-            "Every model is checked."
+            f"Medians of {figures['repetitions']} runs of {figures['rounds']} rounds; below each, how many times as "
+            "much Flower takes. lifl's strategy: on Flower's SuperLink. lifl-superlink: with lifl's strategy. The "
+            "nodes are virtual and return at once; they wait less between two requests than SuperNodes do. Every model "
+            "is checked."
         ),
         caption_justify="left",
     )
-    table.add_column("")
-    headings = ("round, s", "last update\nto model, s", "server's\nCPU s", "peak above\nidle, MB", "of the\nupdates")
+    table.add_column("", no_wrap=True)
+    headings = ("round, s", "last update\nto model, s", "server's\nCPU s", "peak above\nidle, MB", "peak over\nupdates")
     for heading in (*headings, "requests", "MB in\nand out"):
         table.add_column(heading, justify="right")
     for row in figures["rows"]:
@@ -53,7 +54,7 @@ def round_table(figures: dict[str, Any]) -> Table:
 def _cell(row: dict[str, Any], name: str, unit: float) -> str:
     text = _number(row[name] / unit)
     over = row.get("over_flower", {}).get(name, 1.0)
-    return text if row["side"] == "flower" or not over > 0 or over == 1 else f"{text} ({1 / over:.3g} x)"
+    return text if row["side"] == "flower" or not over > 0 or over == 1 else f"{text}\n{1 / over:.3g} x"
 
 
 def _number(value: float) -> str:

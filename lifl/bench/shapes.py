@@ -84,7 +84,7 @@ def random_update(spec: TensorSpec, seed: int) -> dict[str, Array]:
     Counters of an update are equal, as a trained model's are: each layer has seen the same batches.
     """
     random = np.random.default_rng(SEED + seed)
-    count = random.integers(0, 100)
+    count = int(random.integers(0, 100))
     return {t.name: _numbers(random, t, count) for t in spec.tensors}
 
 

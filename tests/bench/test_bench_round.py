@@ -18,9 +18,9 @@ import pytest
 from lifl import TensorSpec
 from lifl.bench import round as bench
 from lifl.bench import tree
-from lifl.bench.load import weight_of
-from lifl.bench.round import COMPARED, Work, error_over_tolerance, measure_round
+from lifl.bench.round import COMPARED, measure_round
 from lifl.bench.shapes import model_spec, random_update, spec_of, tensors_of
+from lifl.bench.work import Work, error_over_tolerance, weight_of
 from lifl.errors import LiflError
 
 SPEC = TensorSpec.from_arrays(
@@ -60,6 +60,7 @@ def test_every_side_has_its_figures(measured: dict[str, Any]) -> None:
             assert row[name] > 0, name
         assert set(row["over_flower"]) == set(COMPARED)
         assert any("flower-superlin" in name for name in row["cpu_by_process_s"])
+        assert row["load_cpu_s"] > 0
         assert row["cpu_s"] == pytest.approx(sum(row["cpu_by_process_s"].values()))
     assert set(measured["rows"][0]["over_flower"].values()) == {1.0}
 
@@ -87,7 +88,7 @@ def test_every_model_is_the_mean(measured: dict[str, Any]) -> None:
 
 def test_wrong_arguments_are_told_before_anything_is_started() -> None:
     """A name or a number that cannot be."""
-    with pytest.raises(ValueError, match="side 'mine' is not known: choose of flower, strategy, server"):
+    with pytest.raises(ValueError, match="side 'mine' is not known: choose of flower, strategy, server, nvflare"):
         measure_round(sides=("mine",))
     with pytest.raises(ValueError, match="nodes=0"):
         measure_round(nodes=0)
@@ -111,12 +112,12 @@ def test_a_wrong_model_is_noticed() -> None:
     mean = exact_mean()
     mean["n"] = np.rint(mean["n"])
     good = {name: np.asarray(array, SPEC[name].dtype) for name, array in mean.items()}
-    assert error_over_tolerance(good, WORK, is_flower=False) <= 1
+    assert error_over_tolerance(good, WORK, is_exact=True) <= 1
     for value in (good["w"][7, 7] + np.float32(1e-5), np.nan):
         bad = good | {"w": good["w"].copy()}
         bad["w"][7, 7] = value
-        assert error_over_tolerance(bad, WORK, is_flower=False) > 1
-        assert error_over_tolerance(bad, WORK, is_flower=True) > 1
+        assert error_over_tolerance(bad, WORK, is_exact=True) > 1
+        assert error_over_tolerance(bad, WORK, is_exact=False) > 1
 
 
 def test_a_round_of_too_few_answers_is_no_round() -> None:

@@ -72,7 +72,8 @@ def resolve(name: str) -> Any:
     """The object behind a dotted name; fails with the name and who needs it."""
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if hasattr(found, attribute) else importlib.import_module(name)
     except (ImportError, AttributeError) as error:
         pytest.fail(
             f"{name} is gone from flwr {version('flwr')} ({error}); needed by lifl/strategy/{PRIVATE.get(name)}"

@@ -15,9 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from lifl.bench import tree
 from lifl.bench.shapes import random_update, spec_of
-
-FIRST_MODEL = -1
-"""The seed of the first model; those of the updates are 0 and up."""
+from lifl.bench.work import FIRST_MODEL
 
 app = ServerApp()
 
