@@ -61,6 +61,7 @@ class ServedRound:
     receptions: dict[str, Reception] = attrs.field(factory=dict)  # reply -> its reception
     replied: set[str] = attrs.field(factory=set)  # messages with a reply
     names: Counter[int] = attrs.field(factory=Counter)
+    settled: list[str] = attrs.field(factory=list)  # replies that are kept until the round ends
     is_closed: bool = False
 
     def name(self, node_id: int) -> str:
@@ -78,7 +79,6 @@ class Rounds:
         self._open: list[ServedRound] = []
         self._asked: dict[str, ServedRound] = {}
         self._wanted: dict[str, list[Reception]] = {}  # object -> who waits for it
-        self._readers: Counter[str] = Counter()  # object -> receptions that will read it
         self._coming: dict[str, tuple[int, set[str]]] = {}  # message to a node -> node, objects that have to come
         self._awaited: dict[str, list[str]] = {}  # object -> messages that wait for it
         self._incoming: Counter[int] = Counter()
@@ -173,7 +173,8 @@ class Rounds:
         for reception in receptions:
             reception.drop()
         if deletes:
-            self._delete(set(served.asked), [r.message.metadata.message_id for r in receptions])
+            replies = [r.message.metadata.message_id for r in receptions]
+            self._delete(set(served.asked), [*replies, *served.settled])
         served.round.close()
 
     def _delete(self, asked: set[str], replies: list[str]) -> None:
@@ -227,8 +228,6 @@ class Rounds:
             settings = (served.round, served.geometry, served.said.weight_key)
             reception = Reception(*settings, client, message, tree, missing)
             served.receptions[meta.message_id] = reception
-            for object_id in reception.object_ids:
-                self._readers[object_id] += 1
             for object_id in missing:
                 self._wanted.setdefault(object_id, []).append(reception)
         if not missing:
@@ -292,28 +291,27 @@ class Rounds:
                 is_its = served.receptions.pop(reception.message.metadata.message_id, None) is not None
             if is_its:
                 meta = reception.message.metadata
-                self._delete({meta.reply_to_message_id}, [meta.message_id])
+                if self._store.is_durable:
+                    served.settled.append(meta.message_id)
+                else:
+                    self._delete({meta.reply_to_message_id}, [meta.message_id])
                 served.tell(settled)
         except Exception as error:
             _server.log(ERROR, "a reply of node %s could not be settled: %r", reception.client, error)
 
     def _release(self, reception: Reception) -> None:
-        """The store lets go of a reply's objects; others that need one too get a copy."""
+        """The store lets go of a reply's objects; what others refer to as well, a model or another reply, stays."""
         with self._lock:
             self._forget(reception)
-            shared = [i for i in reception.object_ids if self._readers[i]]
-            alone = [i for i in reception.object_ids if not self._readers[i]]
-        self._store.keep(shared)
-        self._store.give_up(alone)
+        if self._store.is_durable:
+            return  # a ServerApp that starts anew after a crash pulls the reply as from Flower's server
+        self._store.delete(reception.message.metadata.message_id)
+        self._store.keep(reception.object_ids)
 
     def _forget(self, reception: Reception) -> None:
         if reception.is_forgotten:
             return
         reception.is_forgotten = True
-        for object_id in reception.object_ids:
-            self._readers[object_id] -= 1
-            if self._readers[object_id] <= 0:
-                del self._readers[object_id]
         for object_id in reception.missing:
             waiting = self._wanted.get(object_id)
             if waiting is not None and reception in waiting:

@@ -32,6 +32,8 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
     `on_available` is called, without the lock, with the id of each object that has come.
     """
 
+    is_durable = False
+
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._runs: dict[int, set[str]] = {}
@@ -207,16 +209,8 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
             for object_id in object_ids:
                 entry = self._entries.get(object_id)
                 if entry is not None and isinstance(entry.content, Content) and not entry.content.is_lasting:
-                    content, entry.content = entry.content, bytes(entry.content)
+                    content, entry.content = entry.content, bytes(entry.content)  # type: ignore[call-overload]
                     content.release()
-
-    def give_up(self, object_ids: Iterable[str]) -> None:
-        """Lets go of the contents of objects that have been used; who needs one again has to push it again."""
-        with self._lock:
-            for object_id in object_ids:
-                entry = self._entries.get(object_id)
-                if entry is not None:
-                    _release(entry)
 
 
 def _release(entry: _Entry) -> None:
@@ -230,6 +224,8 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
 
     An object is landed and checked as with :class:`ArenaStore`, then written to the database, from which it is read.
     """
+
+    is_durable = True
 
     def __init__(self, database: str) -> None:
         super().__init__(database, verify=False)  # that is done in `put`, once
@@ -263,9 +259,6 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
 
     def withdraw(self, object_ids: Iterable[str]) -> None:
         """Nothing was offered."""
-
-    def give_up(self, object_ids: Iterable[str]) -> None:
-        """Nothing: what is in the database stays until the message is deleted, for a ServerApp that starts anew."""
 
     def close(self) -> None:
         """The database is closed with the process."""
