@@ -91,7 +91,9 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
             if entry.content is not None:
                 landed.drop()
                 return
-            entry.content = landed.content
+            if landed.is_sunk:
+                raise _gone(object_id)
+            entry.content = landed.take()
         self.on_available(object_id)
 
     def get(self, object_id: str) -> bytes | None:
@@ -219,6 +221,11 @@ def _release(entry: _Entry) -> None:
         content.release()
 
 
+def _gone(object_id: str) -> Exception:
+    error: Exception = _names.NoObjectInStoreError(f"Object with ID '{object_id}' went while it came again: push it.")
+    return error
+
+
 class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
     """Flower's store in a database: what was acknowledged is there after a crash too.
 
@@ -236,6 +243,8 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
         """Takes an object's content: bytes, or what landed."""
         landed = object_content if isinstance(object_content, Landed) else Landed.of(object_content)
         landed.check(object_id)
+        if landed.is_sunk and self.is_wanted(object_id):
+            raise _gone(object_id)
         super().put(object_id, bytes(landed.content))
         landed.drop()
         self.on_available(object_id)
