@@ -84,7 +84,7 @@ def test_what_is_no_frame_is_refused(frame: bytes) -> None:
 
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """This user's runtime folder."""
+    """The runtime folder of this user."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     return tmp_path
 
