@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
+from sqlalchemy import event
 
 from lifl.superlink import flower
 from lifl.superlink.content import Content, Landed
@@ -245,9 +246,11 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
         landed.check(object_id)
         if landed.is_sunk and self.is_wanted(object_id):
             raise _gone(object_id)
-        super().put(object_id, bytes(landed.content))
+        with self.session() as session:
+            super().put(object_id, bytes(landed.content))
+            # The LinkState stores objects within a transaction of its own: till that ends nobody else sees them.
+            event.listen(session, "after_commit", lambda _: self.on_available(object_id), once=True)
         landed.drop()
-        self.on_available(object_id)
 
     def peek(self, object_id: str) -> bytes | None:
         """An object's content, or None if it is not there."""
