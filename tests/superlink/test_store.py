@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import ModuleType
@@ -678,3 +679,25 @@ def test_the_end_of_a_run_ends_its_sessions(link: Link) -> None:
     assert not push(link, session_id, CHUNKS[1])
     with pytest.raises(ValueError, match="Unknown object push session"):
         link.state.preregister_object_tree(ARRAYS[1].tree, session_id)
+
+
+def test_what_came_is_told_when_everybody_can_read_it(link: Link) -> None:
+    """Not before the transaction that stores it has ended."""
+    store, seen = link.state.object_store, list[Any]()
+    if not hasattr(store, "on_available"):
+        return
+
+    def look(object_id: str) -> None:
+        reader = threading.Thread(target=lambda: seen.append(store.get(object_id)))
+        reader.start()
+        reader.join()
+
+    session_id = link.state.start_session(link.run_id)
+    link.state.preregister_object_tree(ARRAYS[1].tree, session_id)
+    before, store.on_available = store.on_available, look
+    try:
+        assert push(link, session_id, CHUNKS[1])
+        assert not push(link, session_id, CHUNKS[1])
+    finally:
+        store.on_available = before
+    assert seen == [CHUNKS[1].content]
