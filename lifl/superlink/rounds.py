@@ -289,9 +289,11 @@ class Rounds:
             self._release(reception)
             with self._lock:
                 is_its = served.receptions.pop(reception.message.metadata.message_id, None) is not None
+                # Who replies before it can have read the message must not take it from the ServerApp that pushes it.
+                is_pushed = reception.message.metadata.reply_to_message_id not in self._coming
             if is_its:
                 meta = reception.message.metadata
-                if self._store.is_durable:
+                if self._store.is_durable or not is_pushed:
                     served.settled.append(meta.message_id)
                 else:
                     self._delete({meta.reply_to_message_id}, [meta.message_id])
@@ -316,6 +318,8 @@ class Rounds:
             waiting = self._wanted.get(object_id)
             if waiting is not None and reception in waiting:
                 waiting.remove(reception)
+                if not waiting:
+                    del self._wanted[object_id]
 
     # ------------------------------------------------------------ what the gateway asks
 
@@ -336,6 +340,7 @@ class Rounds:
 
     def _look_after(self) -> None:
         while not self._stop.wait(WATCH_S):
+            self._look_for_gone()
             for served in list(self._open):
                 with self._lock:
                     owed = {i for i in served.asked if i not in served.replied}
@@ -344,6 +349,22 @@ class Rounds:
                         self._look_for_errors(served, owed)
                     except Exception as error:
                         _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
+
+    def _look_for_gone(self) -> None:
+        """Messages that were deleted before all of their objects had come are not on their way any more."""
+        for message_id in list(self._coming):
+            if message_id in self._store:
+                continue
+            with self._lock:
+                node_id, missing = self._coming.pop(message_id, (0, set[str]()))
+                if missing:
+                    self._incoming[node_id] -= 1
+                for object_id in missing:
+                    waiting = self._awaited.get(object_id, [])
+                    if message_id in waiting:
+                        waiting.remove(message_id)
+                    if not waiting:
+                        self._awaited.pop(object_id, None)
 
     def _look_for_errors(self, served: ServedRound, owed: set[str]) -> None:
         for message in self._state.get_message_res(message_ids=owed, run_id=served.said.run_id):
