@@ -31,6 +31,9 @@ _names = flower.part("rounds")
 NUMPY = "numpy.ndarray"
 LOAN_TIMEOUT_S = 60.0
 
+MAX_BESIDE_BYTES = 2**27
+"""Of a reply's records that are not arrays: what a ServerApp is told of a reply goes into one frame."""
+
 Store = ArenaStore | DurableStore
 
 
@@ -80,7 +83,7 @@ class Place:
 
 @attrs.frozen
 class Settled:
-    """What became of a reply: its message without arrays' data, and why it does not count if it does not."""
+    """What became of a reply: its message, why it does not count if so, else its records, arrays without data."""
 
     message: Message
     records: Mapping[str, Any]
@@ -193,11 +196,11 @@ class Reception:
             self._send(store, arrays, record, weight, release)
             return Settled(self.message, records, None)
         except AdmissionError as error:
-            return Settled(self.message, records, Rejection(error.client_id, error.rule, error.reason))
+            return Settled(self.message, {}, Rejection(error.client_id, error.rule, error.reason))
         except (RoundError, LeaseError, ShmError) as error:
-            return Settled(self.message, records, Rejection(self.client, "error", str(error)))
+            return Settled(self.message, {}, Rejection(self.client, "error", str(error)))
         except Exception as error:  # whatever a client can send, it is that client's reply that does not count
-            return Settled(self.message, records, Rejection(self.client, "format", f"{type(error).__name__}: {error}"))
+            return Settled(self.message, {}, Rejection(self.client, "format", f"{type(error).__name__}: {error}"))
         finally:
             self.drop()
 
@@ -205,10 +208,15 @@ class Reception:
         """The records of the message, arrays without data, into `records`; what its arrays are and where."""
         _, (root,), _ = _names.head_of(_content(store, self.message.metadata.message_id))
         arrays: dict[str, _Described] = {}
+        beside_bytes = 0
         for name, record_id in json.loads(_body(_content(store, root), "RecordDict")).items():
             content = _content(store, record_id)
             kind, _, _ = _names.head_of(content)
             if kind != "ArrayRecord":
+                beside_bytes += len(content)
+                if beside_bytes > MAX_BESIDE_BYTES:
+                    reason = f"more than {MAX_BESIDE_BYTES:,} bytes beside its arrays"
+                    raise AdmissionError(self.client, "format", reason, beside_bytes)
                 records[name] = _names.classes[kind].inflate(content)
                 continue
             emptied = {}
