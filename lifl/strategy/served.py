@@ -205,9 +205,7 @@ class ServedRound:
         said = self._server.ask({"do": "finish"}, "result")
         self._report = RoundReport.from_dict(said["report"])
         arrays = self._server.view(self.spec, Block(*said["block"]))
-        return RoundResult(
-            self.spec, arrays, said["weight"], said["num_updates"], self._report.rejected, self._report
-        )
+        return RoundResult(self.spec, arrays, said["weight"], said["num_updates"], self._report.rejected, self._report)
 
     def submit(self, arrays: Any, weight: Any, client_id: str) -> None:
         """Nobody submits here: replies are received by the server."""
@@ -284,5 +282,3 @@ def _reply(said: dict[str, Any], blobs: list[bytes]) -> Reply:
                 }
             )
     return Reply(make_message(metadata=message.metadata, content=content), refusal)
-
-

@@ -112,16 +112,18 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
     try:
         if plane is None:
-            app, protocol = names.create_app(config, names.Lifespan), "auto"
+            app: Any = names.create_app(config, names.Lifespan)
         else:
-            app, protocol = plane.app, plane.protocol
+            app = plane.app
             names.log(INFO, "lifl %s: %s", __version__, plane)
+            for reason in plane.left_out:
+                names.log(WARNING, "A part of lifl's data plane is off, Flower's own path is used for it: %s", reason)
         names.log(INFO, "Starting the SuperLink HTTP APIs on %s:%s", config.host, config.port)
         uvicorn.run(
             app=app,
             host=config.host,
             port=config.port,
-            http=protocol,
+            http="auto" if plane is None else plane.protocol,
             loop="asyncio",  # the socket writes into our buffers; on uvloop that hangs
             access_log=True,
             log_config=names.get_log_config(names.console_handler.level),

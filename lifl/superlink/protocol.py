@@ -67,7 +67,7 @@ class Desk(Protocol):
         """An :class:`Exchange` for a POST request of which the head has come, or None to leave it to Flower."""
 
 
-class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc]
+class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc,name-defined]
     """A connection. Made by a subclass of one server's own, see :func:`protocol_of`.
 
     Attributes
@@ -228,13 +228,13 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         length = sum(map(len, parts))
         head.append(b"content-length: %d\r\n\r\n" % length)
         if status >= 400 and self.access_log:
-            client = "%s:%d" % self.client if self.client else ""
+            client = f"{self.client[0]}:{self.client[1]}" if self.client else ""
             self.access_logger.info('%s - "%s %s HTTP/%s" %d', client, "POST", self.url.decode("ascii"), "1.1", status)
         if length <= READ_BYTES:
             self.transport.write(b"".join((*head, *parts)))
             self._sent()
         else:
-            self._sending.extend((b"".join(head), *map(memoryview, parts)))
+            self._sending.extend((b"".join(head), *(memoryview(part) for part in parts)))
             self._send()
 
     def _send(self) -> None:

@@ -328,5 +328,3 @@ def _arrays(tree: Any) -> list[Any]:
             if record.children:
                 return list(record.children)
     return []
-
-
