@@ -1,6 +1,6 @@
 """What lifl-superlink takes for granted of Flower's server, one test each; a failure says what changed.
 
-The names are in lifl/superlink/flower.py. The server starts without them, on Flower's own path; here they must be there.
+The names are in lifl/superlink/flower.py. The server starts without them, on Flower's own path; here they must be.
 """
 
 from __future__ import annotations
