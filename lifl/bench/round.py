@@ -49,6 +49,7 @@ SIDES = {
     "flower": Side("Flower", ("flower-superlink",), "flower"),
     "strategy": Side("lifl's strategy", ("flower-superlink",), "lifl"),
     "server": Side("lifl-superlink", (sys.executable, "-m", "lifl.superlink"), "lifl", True),
+    "unheld": Side("lifl, nothing held", (sys.executable, "-m", "lifl.superlink", "--lifl-hold", "0"), "lifl", True),
 }
 PEER = "nvflare"
 TITLES = {name: side.title for name, side in SIDES.items()} | {PEER: peer.TITLE}
@@ -59,10 +60,11 @@ def measure_round(
     model: str = "resnet18",
     nodes: int = 8,
     rounds: int = 2,
-    sides: Sequence[str] = tuple(SIDES),
+    sides: Sequence[str] = ("flower", "strategy", "server"),
     *,
     timing: Timing = "eager",
     memory: str | None = None,
+    is_patient: bool = False,
     repetitions: int = 1,
     spec: TensorSpec | None = None,
     on_progress: Callable[[str], None] | None = None,
@@ -88,6 +90,8 @@ def measure_round(
         Of lifl's strategy.
     memory : str, optional
         Of lifl-superlink's arena; default: its own.
+    is_patient : bool
+        The nodes wait as long as SuperNodes do.
     spec : TensorSpec, optional
         Other shapes than `model`'s, which then is only a name.
 
@@ -146,8 +150,8 @@ def measure_round(
     if memory is not None:
         parse_bytes(memory)
     say = on_progress or (lambda _: None)
-    work = Work(spec, nodes, rounds, timing, memory)
-    if {"strategy", "server"} & set(sides):
+    work = Work(spec, nodes, rounds, timing, memory, is_patient)
+    if {"strategy", "server", "unheld"} & set(sides):
         say("what aggregation costs here, which lifl plans with")
         calibration.costs(measure=True)  # or the first round would
     runs: dict[str, list[Run]] = {side: [] for side in sides}
@@ -168,6 +172,7 @@ def measure_round(
         "repetitions": repetitions,
         "timing": timing,
         "memory": memory,
+        "is_patient": is_patient,
         "cores": os.cpu_count(),
         "rows": rows,
     }
@@ -210,6 +215,7 @@ def _start_load(deployment: Deployment, work: Work) -> Path:
     tensors = tensors_of(work.spec)
     (deployment.folder / "tensors.json").write_text(json.dumps(tensors))
     asked = {"address": deployment.address, "nodes": work.nodes, "tensors": tensors, "out": str(answers)}
+    asked["patient"] = work.is_patient
     order.write_text(json.dumps(asked))
     home = {"FLWR_HOME": str(deployment.folder / "load")}
     deployment.launch("load", [sys.executable, "-m", "lifl.bench.load", str(order)], home)
@@ -250,6 +256,7 @@ def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
         "side": side,
         "title": TITLES[side],
         "wall_s": median("wall_s"),
+        "model_out_s": median("model_out_s"),
         "last_to_model_s": median("last_to_model_s"),
         "cpu_s": statistics.median(run.cpu_s for run in runs),
         "cpu_by_process_s": runs[-1].cpu_by_process_s,

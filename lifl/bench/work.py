@@ -32,6 +32,7 @@ class Work:
     rounds: int
     timing: Timing
     memory: str | None
+    is_patient: bool = False
 
 
 @attrs.frozen
