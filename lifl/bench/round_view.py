@@ -59,6 +59,25 @@ def round_table(figures: dict[str, Any]) -> Table:
     return table
 
 
+def profile_table(figures: dict[str, Any]) -> Table:
+    """Where lifl-superlink's CPU time went, per round, per request and per GB that went through."""
+    row = next(row for row in figures["rows"] if row["profile_s"])
+    gigabytes = (row["sent_bytes"] + row["received_bytes"]) / 1e9
+    table = Table(
+        title="Where lifl-superlink's CPU time went",
+        title_justify="left",
+        caption=f"{gigabytes:.2f} GB in and out and {row['requests']:,.0f} requests a round.",
+        caption_justify="left",
+    )
+    for heading in ("", "ms a round", "us a request", "ms per GB", "share"):
+        table.add_column(heading, justify="right" if heading else "left")
+    total = sum(row["profile_s"].values())
+    for name, seconds in sorted(row["profile_s"].items(), key=lambda item: -item[1]):
+        cells = (seconds * 1e3, seconds / row["requests"] * 1e6, seconds / gigabytes * 1e3)
+        table.add_row(name, *(f"{cell:,.0f}" for cell in cells), f"{seconds / total:.0%}")
+    return table
+
+
 def _cell(row: dict[str, Any], name: str, unit: float) -> str:
     text = _number(row[name] / unit)
     over = row.get("over_flower", {}).get(name, 1.0)

@@ -34,8 +34,9 @@ class Fleet:
     """`with Fleet("127.0.0.1:9092", replies) as fleet:` one node for each of `replies`.
 
     Entering returns when all are registered and active. `is_patient`: they wait as long as SuperNodes do, 3 s after an
-    empty poll, each by itself, and 1 s and more for an object that is not there yet. `on_answered` is called by a node's
-    thread each time it has answered a message. What ends a node is told by :meth:`wait`, and by the end of the block.
+    empty poll, each by itself, and 1 s and more for an object that is not there yet. `on_answered` is called by a
+    node's thread each time it has answered a message. What ends a node is told by :meth:`wait`, and by the end of the
+    block.
 
     Raises
     ------
