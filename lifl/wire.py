@@ -50,8 +50,8 @@ class Reader:
             end = _HEAD.size + json_bytes + blob_bytes
             if len(self._bytes) < end:
                 break
-            said = json.loads(self._bytes[_HEAD.size : _HEAD.size + json_bytes])
-            sizes, at, blobs = said.pop("sizes"), _HEAD.size + json_bytes, []
+            said, sizes = _parsed(self._bytes[_HEAD.size : _HEAD.size + json_bytes])
+            at, blobs = _HEAD.size + json_bytes, []
             if len(sizes) != count or sum(sizes) != blob_bytes:
                 raise ValueError(f"a frame says {len(sizes)} byte strings and has {count}")
             for size in sizes:
@@ -60,6 +60,17 @@ class Reader:
             del self._bytes[:end]
             frames.append((said, blobs))
         return frames
+
+
+def _parsed(body: bytes | bytearray) -> tuple[dict[str, Any], list[int]]:
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a frame without JSON: {error}") from None
+    sizes = said.pop("sizes", None) if isinstance(said, dict) else None
+    if not isinstance(sizes, list) or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError("a frame that does not say the sizes of its byte strings")
+    return said, sizes
 
 
 def folder() -> Path:

@@ -72,7 +72,9 @@ def cut(prefix: bytes | bytearray, length: int) -> Cut | None:
         if at > MAX_PREFIX_BYTES:
             raise ValueError(f"more than {MAX_PREFIX_BYTES:,} bytes before the object's content")
     else:
-        return Cut(length, length, length, length)  # no content: protobuf leaves an empty one out
+        if len(prefix) >= length:
+            return Cut(length, length, length, length)  # no content: protobuf leaves an empty one out
+        return None
     if len(prefix) >= min(length, MAX_PREFIX_BYTES):
         raise ValueError("the body ends in the middle of a field, or its content begins too late")
     return None

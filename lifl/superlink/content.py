@@ -128,7 +128,7 @@ class Landed:
         """Raises ``ValueError`` unless it is the object of that id, and formed as Flower's objects are."""
         if self._digest != object_id:
             raise ValueError(f"Object ID {object_id} does not match content hash")
-        if not self.content and self._nbytes:  # it was not kept: who has it has checked it
+        if self.is_sunk:  # who has it has checked it
             return
         content = self.content
         if isinstance(content, bytes):
@@ -140,10 +140,21 @@ class Landed:
         if head is None or int(head[1]) != self._nbytes - head.end():
             _names.validate_content(content=bytes(content))
 
+    @property
+    def is_sunk(self) -> bool:
+        """True if it was not kept, because it was there already."""
+        return not self.content and self._nbytes > 0
+
+    def take(self) -> Content | bytes:
+        """The content; it is the caller's."""
+        content, self.content = self.content, b""
+        return content
+
     def drop(self) -> None:
-        """Lets go of what will not be stored."""
-        if isinstance(self.content, Content):
-            self.content.release()
+        """Lets go of what will not be stored; harmless when it is somebody else's."""
+        content = self.take()
+        if isinstance(content, Content):
+            content.release()
 
     def __len__(self) -> int:
         return self._nbytes

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
+from sqlalchemy import event
 
 from lifl.superlink import flower
 from lifl.superlink.content import Content, Landed
@@ -93,7 +94,9 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             if entry.content is not None:
                 landed.drop()
                 return
-            entry.content = landed.content
+            if landed.is_sunk:
+                raise _gone(object_id)
+            entry.content = landed.take()
         self.on_available(object_id)
 
     def get(self, object_id: str) -> bytes | None:
@@ -221,6 +224,11 @@ def _release(entry: _Entry) -> None:
         content.release()
 
 
+def _gone(object_id: str) -> Exception:
+    error: Exception = _names.NoObjectInStoreError(f"Object with ID '{object_id}' went while it came again: push it.")
+    return error
+
+
 class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
     """Flower's store in a database: what was acknowledged is there after a crash too.
 
@@ -238,9 +246,13 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         """Takes an object's content: bytes, or what landed."""
         landed = object_content if isinstance(object_content, Landed) else Landed.of(object_content)
         landed.check(object_id)
-        super().put(object_id, bytes(landed.content))
+        if landed.is_sunk and self.is_wanted(object_id):
+            raise _gone(object_id)
+        with self.session() as session:
+            super().put(object_id, bytes(landed.content))
+            # The LinkState stores objects within a transaction of its own: till that ends nobody else sees them.
+            event.listen(session, "after_commit", lambda _: self.on_available(object_id), once=True)
         landed.drop()
-        self.on_available(object_id)
 
     def peek(self, object_id: str) -> bytes | None:
         """An object's content, or None if it is not there."""

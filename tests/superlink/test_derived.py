@@ -1,0 +1,121 @@
+"""What the server writes itself is what Flower's classes would have written: their ids say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app.message import array as flowers_array
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from test_geometry import MODEL
+
+from lifl.superlink.derived import array_object, derive, id_of, record_object
+from lifl.superlink.geometry import Geometry
+from lifl.tensor import TensorSpec
+
+CHUNK_BYTES = 200
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's clients cut arrays into small pieces."""
+    monkeypatch.setattr(flowers_array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", CHUNK_BYTES)
+
+
+def reply(arrays: dict[str, Any], **more: Any) -> RecordDict:
+    """A client's reply."""
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 3}), **more})
+
+
+def tree_of(content: RecordDict) -> Any:
+    """The tree of a message with that content."""
+    return ObjectTree(object_id="e" * 64, children=[get_object_tree(content)])
+
+
+def derived(content: RecordDict, model: dict[str, Any] | None = None) -> dict[str, bytes]:
+    """What a server that knows the model writes of a reply."""
+    return derive(Geometry(TensorSpec.from_arrays(model or MODEL), CHUNK_BYTES), tree_of(content))
+
+
+def test_an_array_is_described_as_flower_describes_it() -> None:
+    """With the ids of its chunks, all of them different."""
+    array = Array(MODEL["of three chunks"])
+    ids = [object_id for object_id, _ in array.slice_array()]
+    assert len(ids) > 2
+    assert array_object(ids, array.dtype, array.shape) == array.deflate()
+    assert id_of(array.deflate()) == array.object_id
+
+
+def test_a_record_names_its_arrays_as_flowers_does() -> None:
+    """Equal arrays are among its children once."""
+    record = reply(MODEL).array_records["arrays"]
+    said = record_object({name: array.object_id for name, array in record.items()})
+    assert said == record.deflate()
+    assert said.partition(b"\0")[0].count(b",") == len(MODEL) - 2
+
+
+def test_arrays_and_record_of_a_reply_need_not_be_pushed() -> None:
+    """All of them are written here, also those of several chunks, without numbers, 0-d, and equal ones."""
+    content = reply(MODEL)
+    objects = {object_id: one.deflate() for object_id, one in get_all_nested_objects(content).items()}
+    record = content.array_records["arrays"]
+    expected = {one.object_id: one.deflate() for one in (record, *record.values())}
+    assert derived(content) == expected
+    assert len(expected) == len(MODEL)  # two counters are one, and the record
+    assert expected.items() <= objects.items()
+
+
+def test_counters_that_differ_are_written_too() -> None:
+    """Then a message names all of them."""
+    arrays = {**MODEL, "bn2.count": np.array(6, np.int64)}
+    assert len(derived(reply(arrays))) == len(MODEL) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        ({"one": np.ones((1, 1), np.float64)}, len(MODEL) - 1),  # all but what is of another shape
+        ({"one": np.array([[[2]]], np.int64)}, len(MODEL) - 1),
+        ({"half": np.zeros((3, 20), np.float16)}, len(MODEL)),  # other numbers are other chunks
+        ({"more": np.ones(50)}, 0),  # nobody knows which is which
+    ],
+)
+def test_what_is_not_as_expected_is_not_written(change: dict[str, Any], written: int) -> None:
+    """What the hash does not confirm has to be pushed."""
+    content = reply({**MODEL, **change})
+    objects = {object_id: one.deflate() for object_id, one in get_all_nested_objects(content).items()}
+    found = derived(content)
+    assert found.items() <= objects.items()
+    assert len(found) == written
+
+
+def test_another_order_of_keys_is_not_guessed() -> None:
+    """Only arrays that happen to be alike are written, each as what it is."""
+    content = reply(dict(reversed(MODEL.items())))
+    objects = {object_id: one.deflate() for object_id, one in get_all_nested_objects(content).items()}
+    assert derived(content).items() <= objects.items()
+
+
+def test_equal_chunks_within_an_array_are_left_to_the_client() -> None:
+    """Flower describes them in another way."""
+    content = reply({"zeros": np.zeros(1000, np.float32)})
+    assert derived(content, {"zeros": np.zeros(1000, np.float32)}) == {}
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        ObjectTree(object_id="a" * 64),
+        ObjectTree(object_id="a" * 64, children=[ObjectTree(object_id="b" * 64)] * 3),
+        ObjectTree(object_id="", children=[ObjectTree(children=[ObjectTree(children=[ObjectTree(object_id="?")])])]),
+        get_object_tree(RecordDict({"c": ConfigRecord({"x": 1})})),
+    ],
+    ids=["bare", "wide", "no ids", "a record for a message"],
+)
+def test_other_trees_give_nothing(tree: Any) -> None:
+    """Whatever a client announces."""
+    assert derive(Geometry(TensorSpec.from_arrays(MODEL), CHUNK_BYTES), tree) == {}
