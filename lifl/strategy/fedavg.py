@@ -254,7 +254,7 @@ class Mean(FlowerFedAvg):
                 replies = self._be_served(grid, messages, timeout, spec)
                 if replies is not None:
                     return replies
-                are_pushed = messages[0].metadata.message_id != ""
+                are_pushed = any(m.metadata.message_id for m in messages)
             self._landing = landing = self._new_landing(spec, len(messages), keeps=self._is_looked_at())
             take, missing = landing.take, landing.mark_late
         return exchange(grid, messages, timeout, reply_bytes, take, missing, are_pushed=are_pushed)
