@@ -166,7 +166,10 @@ ALLOWED: dict[str, set[str]] = {
         *("superlink.holding", "superlink.protocol", "superlink.rounds", "superlink.signatures", "superlink.store"),
         "wire",
     },
-    "superlink.command": {"", "errors", "shm", "sizes", "superlink.flower", "superlink.plane"},
+    "superlink.sampler": set(),
+    "superlink.command": {
+        *("", "errors", "shm", "sizes", "superlink.flower", "superlink.plane", "superlink.sampler"),
+    },
     "superlink.__main__": {"superlink.command"},
     # programs
     "_janitor": set(),

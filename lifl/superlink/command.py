@@ -10,12 +10,14 @@ import argparse
 import logging
 import sys
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import Any
 
 from lifl import shm
 from lifl.errors import LiflError
 from lifl.sizes import parse_bytes
 from lifl.superlink import flower
+from lifl.superlink.sampler import Sampler
 
 TESTED = ("1.41", "1.42")
 DEFAULT_MEMORY = 2**32
@@ -50,6 +52,8 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
         default=4.0,
         help="How long a SuperNode's request for work is held open while there is none. Default: 4; 0: not at all.",
     )
+
+    group.add_argument("--lifl-profile", metavar="FILE", help="Write where the server's CPU time went, as JSON.")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -110,7 +114,10 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         if isinstance(error, LiflError) and own.lifl_memory is not None:  # asked for, and cannot be had
             sys.exit(f"lifl-superlink: {error}")
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
+    sampler = None if own.lifl_profile is None else Sampler(Path(own.lifl_profile))
     try:
+        if sampler is not None:
+            sampler.start()
         if plane is None:
             app: Any = names.create_app(config, names.Lifespan)
         else:
@@ -132,5 +139,7 @@ def serve(config: Any, own: argparse.Namespace) -> None:
             workers=1,
         )
     finally:
+        if sampler is not None:
+            sampler.stop()
         if plane is not None:
             plane.close()

@@ -18,7 +18,7 @@ from lifl.superlink import flower
 _names = flower.part("gateway")
 
 READ_BYTES = 2**16
-WRITE_BYTES = 2**19
+WRITE_BYTES = 2**17
 """An answer is written in such pieces, so that asyncio, which copies what a socket does not take, copies little."""
 
 STALL_S = 30.0
