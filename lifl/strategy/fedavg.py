@@ -194,7 +194,7 @@ class Mean(FlowerFedAvg):
                 initial_arrays = journal.arrays or initial_arrays
                 evaluate_fn = evaluate_fn and journal.noted(evaluate_fn)
             events = EventGrid(grid, self._send_and_receive)
-            self._server = Server.find(grid)
+            self._server = Server.find(grid) if self._may_be_served() else None
             if self._server is not None:
                 log(INFO, "lifl: rounds are folded by the lifl-superlink on this machine")
             run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
@@ -215,6 +215,8 @@ class Mean(FlowerFedAvg):
     def summary(self) -> None:
         """Logs lifl's settings, then Flower's."""
         where = "embedded" if self.node is None else repr(self.node)
+        if self._server is not None:
+            where = "the lifl-superlink's"
         quorum = "1 update" if self.quorum is None else self.quorum
         deadline = "Flower's timeout" if self.deadline is None else f"{self.deadline:g}s"
         log(INFO, "\t├──> lifl settings:")
@@ -254,7 +256,7 @@ class Mean(FlowerFedAvg):
                 replies = self._be_served(grid, messages, timeout, spec)
                 if replies is not None:
                     return replies
-                are_pushed = messages[0].metadata.message_id != ""
+                are_pushed = any(m.metadata.message_id for m in messages)
             self._landing = landing = self._new_landing(spec, len(messages), keeps=self._is_looked_at())
             take, missing = landing.take, landing.mark_late
         return exchange(grid, messages, timeout, reply_bytes, take, missing, are_pushed=are_pushed)
