@@ -118,9 +118,10 @@ ALLOWED: dict[str, set[str]] = {
     "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
     "strategy.fedavg": {
         *("admission", "errors", "metrics", "runtime", "strategy.averaging", "strategy.exchange", "strategy.landing"),
-        *("strategy.journal", "strategy.served", "tensor", "terms"),
+        *("strategy.journal", "strategy.options", "strategy.served", "tensor", "terms"),
     },
-    "strategy.on_the_mean": {"strategy.fedavg"},
+    "strategy.options": {"admission", "runtime", "terms"},
+    "strategy.on_the_mean": {"strategy.fedavg", "strategy.options"},
     "strategy.reference": {"npy", "tensor"},
     # the SuperLink from the outside
     "superlink": set(),
