@@ -6,7 +6,6 @@ bytes of objects go another way.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -24,9 +23,6 @@ _names = flower.part("gateway")
 
 MAX_REQUEST_BYTES = 2**26
 """Of a request without an object: ids of a message's objects, 70 bytes each."""
-
-RETRY_S = 0.005
-"""Who waits for room in the arena asks again so often."""
 
 _STORED = {flag: _names.PushObjectResponse(stored=flag).SerializeToString() for flag in (True, False)}
 
@@ -62,6 +58,9 @@ class Server(Protocol):
 
     def check_size(self, nbytes: int) -> str | None:
         """Why an object of this size is refused, if it is."""
+
+    def wait_for_room(self, ask: Callable[[], bool]) -> None:
+        """Asks again, in turn with others, until it is told that there was room."""
 
 
 class Exchange:
@@ -262,7 +261,6 @@ class PushObject(Exchange):
         self._request: Any = None
         self._task: Any = None
         self._nbytes = 0
-        self._retry: asyncio.TimerHandle | None = None
 
     @property
     def is_welcome(self) -> bool:
@@ -314,20 +312,27 @@ class PushObject(Exchange):
 
     def _aim(self, is_wanted: bool) -> None:
         """Finds it a place, waiting while there is none."""
-        self._retry = None
-        if self.is_gone:
-            return
-        try:
-            target = self.gateway.target_for(self._request, self._nbytes) if is_wanted else Sink(self._nbytes)
-        except BlockingIOError:
+        if not is_wanted:
+            self._upload.aim(Sink(self._nbytes))
+            self.protocol.proceed()
+        elif not self._has_found_room():
             self.protocol.wait()
-            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._aim, True)
-            return
+            self.gateway.wait_for_room(self._has_found_room)
+
+    def _has_found_room(self) -> bool:
+        """Takes a place if there is one; true as well if none is needed any more."""
+        if self.is_gone:
+            return True
+        try:
+            target = self.gateway.target_for(self._request, self._nbytes)
+        except BlockingIOError:
+            return False
         except Exception as error:
             self.fail(error)
-            return
+            return True
         self._upload.aim(target)
         self.protocol.proceed()
+        return True
 
     def complete(self) -> None:
         """All of it has come and been hashed: Flower's handler decides what becomes of it."""
@@ -369,6 +374,4 @@ class PushObject(Exchange):
     def drop(self) -> None:
         """Gives back what it holds."""
         super().drop()
-        if self._retry is not None:
-            self._retry.cancel()
         self._upload.drop()

@@ -8,6 +8,7 @@ Flower's own handlers. Only the bytes go another way.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ from lifl.superlink.targets import Large, Small
 from lifl.superlink.upload import Target
 
 _names = flower.part("gateway")
+
+RETRY_S = 0.005
+"""While somebody waits for room in the arena it is looked for so often."""
 
 
 class Placer(Protocol):
@@ -69,6 +73,7 @@ class Gateway:
         self.received_bytes = 0
         self.copied_bytes = 0
         self.sent_bytes = 0
+        self._waiting: deque[Callable[[], bool]] = deque()
         self._routes: dict[bytes, Callable[..., Any]] = {}
         for name in ("fleet", "runtime"):
             self._routes[b"/v1/%s/push-object" % name.encode()] = _of(PushObject, name)
@@ -132,6 +137,18 @@ class Gateway:
         if content is None:
             raise BlockingIOError("the arena is full")
         return Large(content)
+
+    def wait_for_room(self, ask: Callable[[], bool]) -> None:
+        """Asks for the one who has waited longest, until there is no room again; see ``exchanges.Server``."""
+        self._waiting.append(ask)
+        if len(self._waiting) == 1:
+            asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
+
+    def _ask_again(self) -> None:
+        while self._waiting and self._waiting[0]():
+            self._waiting.popleft()
+        if self._waiting:
+            asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
 
     def is_incoming(self, node_id: int) -> bool:
         """True if it is worth to wait for a message that is on its way."""
