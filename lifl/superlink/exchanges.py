@@ -279,7 +279,10 @@ class PushObject(Exchange):
 
     def feed(self, data: bytes) -> None:
         """More of the body."""
-        self._upload.feed(data)
+        try:
+            self._upload.feed(data)
+        except ValueError as error:
+            self._fail_to_read(error)
 
     def room(self) -> Any:
         """Where the next bytes go."""
@@ -291,7 +294,11 @@ class PushObject(Exchange):
 
     def _begin(self, fields: bytes, nbytes: int) -> None:
         """The fields before the content are there: decides whether it is accepted."""
-        self._request, self._nbytes = _names.PushObjectRequest.FromString(fields), nbytes
+        try:
+            self._request, self._nbytes = _names.PushObjectRequest.FromString(fields), nbytes
+        except Exception as error:
+            self._fail_to_read(error)
+            return
         refusal = self.gateway.check_size(nbytes)
         if refusal is not None:
             self.protocol.refuse(413, refusal)
@@ -344,7 +351,12 @@ class PushObject(Exchange):
             request = _names.PushObjectRequest.FromString(self._upload.fields)
         except Exception as error:
             landed.drop()
-            self.protocol.refuse(400, f"the fields behind the object cannot be read: {error}")
+            self._fail_to_read(error)
+            return
+        # Protobuf takes the last of several: what was checked must be what is done.
+        if any(getattr(request, name) != getattr(self._request, name) for name in ("node", "run_id", "object_id")):
+            landed.drop()
+            self._fail_to_read("the fields behind the object are not those that were checked")
             return
         said = SimpleNamespace(
             node=request.node,
@@ -366,6 +378,9 @@ class PushObject(Exchange):
             return stored
 
         gateway.run(store, self._answer, self.fail)
+
+    def _fail_to_read(self, reason: object) -> None:
+        self.fail(_names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, f"Invalid payload: {reason}"))
 
     def _answer(self, stored: bool) -> None:
         if not self.is_gone:

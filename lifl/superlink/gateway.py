@@ -93,7 +93,10 @@ class Gateway:
         if route is None or not _is_protobuf(headers):
             return None
         exchange = route(self, protocol, headers, length)
-        return exchange if exchange.is_welcome else None
+        if exchange.is_welcome:
+            return exchange
+        exchange.drop()
+        return None
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None], fail: Callable[[BaseException], None]) -> None:
         """Does what asks the LinkState: here if it is in memory, else in a thread."""

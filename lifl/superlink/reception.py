@@ -113,7 +113,7 @@ class Reception:
     ) -> None:
         self._round, self._geometry, self._weight_key = round_, geometry, weight_key
         self.client, self.message, self.missing = client, message, missing
-        self.is_forgotten = False
+        self.is_forgotten = self.is_settling = False
         self.object_ids = set(_ids(tree))
         self._chunks = [[c.object_id for c in array.children] for array in _arrays(tree)]
         self._counts = [len(chunks) for chunks in self._chunks]

@@ -245,21 +245,24 @@ class Rounds:
             served = self._asked.get(meta.reply_to_message_id)
             if served is None:
                 return
-            if meta.message_id in served.receptions:  # announced again: its client pushes what is still missing
-                self._sessions[session_id] = served.receptions[meta.message_id]
-                return
-            if meta.reply_to_message_id in served.replied:
+            known = served.receptions.get(meta.message_id)
+            if known is None and meta.reply_to_message_id in served.replied:
                 return
             served.replied.add(meta.reply_to_message_id)
-            client = served.name(served.asked[meta.reply_to_message_id])
-            settings = (served.round, served.geometry, served.said.weight_key)
-            reception = Reception(*settings, client, message, tree, missing)
-            served.receptions[meta.message_id] = reception
-            self._sessions[session_id] = reception
+            if known is None:
+                client = served.name(served.asked[meta.reply_to_message_id])
+                settings = (served.round, served.geometry, served.said.weight_key)
+                known = Reception(*settings, client, message, tree, missing)
+                served.receptions[meta.message_id] = known
+            for object_id in known.missing - missing:  # announced again: others have brought these meanwhile
+                self._forget_wanted(known, object_id)
+            known.missing = missing
+            self._sessions[session_id] = known
             for object_id in missing:
-                self._wanted.setdefault(object_id, []).append(reception)
-        if not missing:
-            self._assembler.submit(self._settle, served, reception)
+                waiting = self._wanted.setdefault(object_id, [])
+                if known not in waiting:
+                    waiting.append(known)
+            self._settle_if_complete(served, known)
 
     def _derive(self, message: Any, tree: Any) -> dict[str, bytes]:
         """What of a reply's objects can be written here; see ``lifl.superlink.derived``."""
@@ -301,9 +304,13 @@ class Rounds:
             reception.missing.discard(object_id)
             self._forget_wanted(reception, object_id)
             served = self._asked.get(reception.message.metadata.reply_to_message_id)
-            if reception.missing or served is None:
-                return
-        self._assembler.submit(self._settle, served, reception)
+            if served is not None:
+                self._settle_if_complete(served, reception)
+
+    def _settle_if_complete(self, served: ServedRound, reception: Reception) -> None:
+        if not reception.missing and not reception.is_settling:
+            reception.is_settling = True
+            self._assembler.submit(self._settle, served, reception)
 
     def _available(self, object_id: str) -> None:
         """An object is there, whoever brought it."""
