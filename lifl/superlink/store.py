@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
+from sqlalchemy.event import listen
 
 from lifl.superlink import flower
 from lifl.superlink.content import Content, Landed
@@ -238,9 +239,11 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         """Takes an object's content: bytes, or what landed."""
         landed = object_content if isinstance(object_content, Landed) else Landed.of(object_content)
         landed.check(object_id)
-        super().put(object_id, bytes(landed.content))
+        with self.session() as session:
+            super().put(object_id, bytes(landed.content))
+            # The session is the caller's, whose other changes belong to it: nobody else sees the object before its end.
+            listen(session, "after_commit", lambda _: self.on_available(object_id), once=True)
         landed.drop()
-        self.on_available(object_id)
 
     def peek(self, object_id: str) -> bytes | None:
         """An object's content, or None if it is not there."""
