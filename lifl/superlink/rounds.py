@@ -82,6 +82,8 @@ class Rounds:
         self._coming: dict[str, tuple[int, set[str]]] = {}  # message to a node -> node, objects that have to come
         self._awaited: dict[str, list[str]] = {}  # object -> messages that wait for it
         self._incoming: Counter[int] = Counter()
+        self._noting = 0  # messages that are being registered
+        self._came: set[str] = set()  # objects that have come meanwhile: who registers them may not know
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self.served = 0  # rounds so far
@@ -97,12 +99,20 @@ class Rounds:
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
             known = self._store.offer(self._derive(message, object_tree))
+            with self._lock:
+                self._noting += 1
             try:
-                stored, missing = original(message, object_tree, session_id)
+                try:
+                    stored, missing = original(message, object_tree, session_id)
+                finally:
+                    self._store.withdraw(known)
+                if stored:
+                    self._stored(message, object_tree, set(missing))
             finally:
-                self._store.withdraw(known)
-            if stored:
-                self._stored(message, object_tree, set(missing))
+                with self._lock:
+                    self._noting -= 1
+                    if not self._noting:
+                        self._came.clear()
             return stored, missing
 
         state.store_message_and_object_tree = store_and_note
@@ -224,6 +234,7 @@ class Rounds:
             if served is None or meta.message_id in served.receptions or meta.reply_to_message_id in served.replied:
                 return
             served.replied.add(meta.reply_to_message_id)
+            missing -= self._came
             client = served.name(served.asked[meta.reply_to_message_id])
             settings = (served.round, served.geometry, served.said.weight_key)
             reception = Reception(*settings, client, message, tree, missing)
@@ -252,6 +263,7 @@ class Rounds:
                     served.asked[meta.message_id] = meta.dst_node_id
                     self._asked[meta.message_id] = served
                     break
+            missing -= self._came
             if missing:
                 self._coming[meta.message_id] = meta.dst_node_id, set(missing)
                 self._incoming[meta.dst_node_id] += 1
@@ -265,6 +277,8 @@ class Rounds:
         complete: list[tuple[ServedRound, Reception]] = []
         informed: list[int] = []
         with self._lock:
+            if self._noting:
+                self._came.add(object_id)
             for reception in self._wanted.pop(object_id, ()):
                 reception.missing.discard(object_id)
                 if not reception.missing:
