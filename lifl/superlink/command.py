@@ -21,6 +21,8 @@ from lifl.superlink.sampler import Sampler
 
 TESTED = ("1.41", "1.42")
 DEFAULT_MEMORY = 2**32
+NODE_TIMEOUT_S = 5
+"""After which a SuperNode's HTTP client gives a request up."""
 
 
 def own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +77,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"argument {flag}: {error}")
     if own.lifl_workers is not None and not 0 <= own.lifl_workers <= 255:
         parser.error(f"argument --lifl-workers: {own.lifl_workers} is not 0 to 255")
+    if not 0 <= own.lifl_hold < NODE_TIMEOUT_S:
+        parser.error(
+            f"argument --lifl-hold: {own.lifl_hold} is not from 0 to below {NODE_TIMEOUT_S}: then a SuperNode gives up"
+        )
     return own, rest
 
 
