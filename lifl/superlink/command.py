@@ -108,11 +108,12 @@ def serve(config: Any, own: argparse.Namespace) -> None:
     import uvicorn
 
     from lifl import __version__
-    from lifl.superlink.plane import Plane
 
     names = flower.part("server")
     plane = None
     try:
+        from lifl.superlink.plane import Plane
+
         shm.require()
         memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4) if own.lifl_memory is None else own.lifl_memory
         plane = Plane(config, parse_bytes(memory), own.lifl_workers, parse_bytes(own.lifl_max_object), own.lifl_hold)
