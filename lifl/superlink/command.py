@@ -21,6 +21,8 @@ from lifl.superlink.sampler import Sampler
 
 TESTED = ("1.41", "1.42")
 DEFAULT_MEMORY = 2**32
+NODE_TIMEOUT_S = 5
+"""After which a SuperNode's HTTP client gives a request up."""
 
 
 def own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +77,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"argument {flag}: {error}")
     if own.lifl_workers is not None and not 0 <= own.lifl_workers <= 255:
         parser.error(f"argument --lifl-workers: {own.lifl_workers} is not 0 to 255")
+    if not 0 <= own.lifl_hold < NODE_TIMEOUT_S:
+        parser.error(
+            f"argument --lifl-hold: {own.lifl_hold} is not from 0 to below {NODE_TIMEOUT_S}: then a SuperNode gives up"
+        )
     return own, rest
 
 
@@ -102,11 +108,12 @@ def serve(config: Any, own: argparse.Namespace) -> None:
     import uvicorn
 
     from lifl import __version__
-    from lifl.superlink.plane import Plane
 
     names = flower.part("server")
     plane = None
     try:
+        from lifl.superlink.plane import Plane
+
         shm.require()
         memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4) if own.lifl_memory is None else own.lifl_memory
         plane = Plane(config, parse_bytes(memory), own.lifl_workers, parse_bytes(own.lifl_max_object), own.lifl_hold)

@@ -34,6 +34,7 @@ class Server(Protocol):
     checks: Checks
     holding: Holding
     is_quick: bool
+    uploads: int
     received_bytes: int
     copied_bytes: int
     sent_bytes: int
@@ -261,6 +262,8 @@ class PushObject(Exchange):
         self._request: Any = None
         self._task: Any = None
         self._nbytes = 0
+        gateway.uploads += 1
+        self._is_counted = True
 
     @property
     def is_welcome(self) -> bool:
@@ -383,6 +386,7 @@ class PushObject(Exchange):
         self.fail(_names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, f"Invalid payload: {reason}"))
 
     def _answer(self, stored: bool) -> None:
+        self._uncount()
         if not self.is_gone:
             self.protocol.answer(_STORED[stored])
 
@@ -390,3 +394,9 @@ class PushObject(Exchange):
         """Gives back what it holds."""
         super().drop()
         self._upload.drop()
+        self._uncount()
+
+    def _uncount(self) -> None:
+        if self._is_counted:
+            self._is_counted = False
+            self.gateway.uploads -= 1

@@ -70,6 +70,7 @@ class Gateway:
         self._factory = app.state.linkstate_factory
         # A database must not stop the loop; what is in memory answers at once.
         self.is_quick = type(self.state).__name__.startswith("InMemory")
+        self.uploads = 0  # that are coming in
         self.received_bytes = 0
         self.copied_bytes = 0
         self.sent_bytes = 0

@@ -95,6 +95,8 @@ class Rounds:
         self._coming: dict[str, _Coming] = {}  # message to a node -> what of it has to come
         self._awaited: dict[str, list[str]] = {}  # object -> messages that wait for it
         self._incoming: Counter[int] = Counter()
+        self._noting = 0  # messages that are being registered
+        self._came: set[str] = set()  # objects that have come meanwhile: who registers them may not know
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self.served = 0  # rounds so far
@@ -110,12 +112,20 @@ class Rounds:
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
             known = self._store.offer(self._derive(message, object_tree))
+            with self._lock:
+                self._noting += 1
             try:
-                stored, missing = original(message, object_tree, session_id)
+                try:
+                    stored, missing = original(message, object_tree, session_id)
+                finally:
+                    self._store.withdraw(known)
+                if stored:
+                    self._stored(message, object_tree, set(missing), session_id)
             finally:
-                self._store.withdraw(known)
-            if stored:
-                self._stored(message, object_tree, set(missing), session_id)
+                with self._lock:
+                    self._noting -= 1
+                    if not self._noting:
+                        self._came.clear()
             return stored, missing
 
         put = state.store_object
@@ -283,6 +293,7 @@ class Rounds:
                     served.asked[meta.message_id] = meta.dst_node_id
                     self._asked[meta.message_id] = served
                     break
+            missing -= self._came
             if missing:
                 self._coming[meta.message_id] = _Coming(meta.dst_node_id, set(missing))
                 self._incoming[meta.dst_node_id] += 1
@@ -298,14 +309,14 @@ class Rounds:
         would have that push refused.
         """
         with self._lock:
-            reception = self._sessions.get(session_id)
-            if reception is None or object_id not in reception.missing:
-                return
-            reception.missing.discard(object_id)
-            self._forget_wanted(reception, object_id)
-            served = self._asked.get(reception.message.metadata.reply_to_message_id)
-            if served is not None:
-                self._settle_if_complete(served, reception)
+            # SuperNodes of before there were sessions name none.
+            of_session = [self._sessions[session_id]] if session_id in self._sessions else []
+            for reception in of_session if session_id else list(self._wanted.get(object_id, ())):
+                reception.missing.discard(object_id)
+                self._forget_wanted(reception, object_id)
+                served = self._asked.get(reception.message.metadata.reply_to_message_id)
+                if served is not None:
+                    self._settle_if_complete(served, reception)
 
     def _settle_if_complete(self, served: ServedRound, reception: Reception) -> None:
         if not reception.missing and not reception.is_settling:
@@ -316,6 +327,8 @@ class Rounds:
         """An object is there, whoever brought it."""
         informed: list[int] = []
         with self._lock:
+            if self._noting:
+                self._came.add(object_id)
             for message_id in self._awaited.pop(object_id, ()):
                 coming = self._coming.get(message_id)
                 if coming is None:
