@@ -217,10 +217,10 @@ def run_side(side: Side, work: Work) -> Run:
     run = make_run(work, side.title, rounds, told, memory_log, model, is_exact=is_exact, load_cpu_s=each_s)
     if profile is None:
         return run
-    spent = json.loads(profile.read_text()) if profile.exists() else {}
+    said = json.loads(profile.read_text()) if profile.exists() else {"seconds": {}, "bytes": {}}
     shutil.rmtree(profile.parent)
-    spent["fold"] = workers_s
-    return attrs.evolve(run, profile={name: seconds / work.rounds for name, seconds in spent.items()})
+    spent = {name: seconds / work.rounds for name, seconds in (said["seconds"] | {"fold": workers_s}).items()}
+    return attrs.evolve(run, profile=spent, gateway_bytes=said["bytes"])
 
 
 def _start_load(deployment: Deployment, work: Work) -> Path:
@@ -283,6 +283,7 @@ def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
         "objects": median("objects"),
         "load_cpu_s": runs[-1].load_cpu_s,
         "profile_s": runs[-1].profile,
+        "gateway_bytes": runs[-1].gateway_bytes,
         "error_over_tolerance": max(run.error_over_tolerance for run in runs),
         "runs": [run.rounds for run in runs],
     }

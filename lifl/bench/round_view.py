@@ -66,7 +66,7 @@ def profile_table(figures: dict[str, Any]) -> Table:
     table = Table(
         title="Where lifl-superlink's CPU time went",
         title_justify="left",
-        caption=f"{gigabytes:.2f} GB in and out and {row['requests']:,.0f} requests a round.",
+        caption=f"{gigabytes:.2f} GB in and out and {row['requests']:,.0f} requests a round.{_copied(row)}",
         caption_justify="left",
     )
     for heading in ("", "ms a round", "us a request", "ms per GB", "share"):
@@ -76,6 +76,14 @@ def profile_table(figures: dict[str, Any]) -> Table:
         cells = (seconds * 1e3, seconds / row["requests"] * 1e6, seconds / gigabytes * 1e3)
         table.add_row(name, *(f"{cell:,.0f}" for cell in cells), f"{seconds / total:.0%}")
     return table
+
+
+def _copied(row: dict[str, Any]) -> str:
+    counts = row.get("gateway_bytes")
+    if not counts:
+        return ""
+    share = counts["copied"] / max(counts["received"], 1)
+    return f" Of {counts['received'] / 1e6:,.0f} MB received in all, {share:.1%} were copied once more."
 
 
 def _cell(row: dict[str, Any], name: str, unit: float) -> str:

@@ -48,6 +48,7 @@ class Run:
     error_over_tolerance: float
     load_cpu_s: float | None
     profile: dict[str, float] | None = None
+    gateway_bytes: dict[str, int] | None = None
 
 
 def make_run(

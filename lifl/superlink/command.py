@@ -121,7 +121,9 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         if isinstance(error, LiflError) and own.lifl_memory is not None:  # asked for, and cannot be had
             sys.exit(f"lifl-superlink: {error}")
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
-    sampler = None if own.lifl_profile is None else Sampler(Path(own.lifl_profile))
+    sampler = None
+    if own.lifl_profile is not None:
+        sampler = Sampler(Path(own.lifl_profile), dict if plane is None else plane.count_bytes)
     try:
         if sampler is not None:
             sampler.start()

@@ -158,6 +158,16 @@ class Plane:
             connection.give_up_if_stalled(now_s)
         loop.call_later(STALL_S / 8, self._sweep, loop)
 
+    def count_bytes(self) -> dict[str, int]:
+        """What came in through the gateway, how much of it was copied once more in this process, and what went out."""
+        if self._connections is None:
+            return {}
+        gateway = self.gateway
+        counts = {"received": gateway.received_bytes, "copied": gateway.copied_bytes, "sent": gateway.sent_bytes}
+        if self.rounds is not None:
+            counts["copied"] += self.rounds.copied_bytes
+        return counts
+
     def close(self) -> None:
         """Ends the workers and gives the memory back."""
         if self.agency is not None:

@@ -100,6 +100,7 @@ class Rounds:
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self.served = 0  # rounds so far
+        self.copied_bytes = 0  # of replies that did not land where they belong
         # Replies are completed while the loop receives others; several at a time, since one may wait for room.
         self._assembler = ThreadPoolExecutor(ASSEMBLERS, "lifl-assembler")
         self._stop = threading.Event()
@@ -345,6 +346,7 @@ class Rounds:
         try:
             settled = reception.settle(self._store, lambda: self._release(reception))
             self._release(reception)
+            self.copied_bytes += reception.copied_bytes
             with self._lock:
                 is_its = served.receptions.pop(reception.message.metadata.message_id, None) is not None
             if is_its:

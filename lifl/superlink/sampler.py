@@ -10,6 +10,7 @@ import json
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -45,10 +46,13 @@ KNOWN = (
 
 
 class Sampler:
-    """From :meth:`start` to :meth:`stop`, which writes seconds by purpose into a JSON file. Main thread only."""
+    """From :meth:`start` to :meth:`stop`. Main thread only.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Writes a JSON file with "seconds", by purpose, and "bytes", which are asked for each time.
+    """
+
+    def __init__(self, path: Path, count_bytes: Callable[[], dict[str, int]]) -> None:
+        self._path, self._count_bytes = path, count_bytes
         self._counts: Counter[str] = Counter()
         self._begin_s = 0.0
 
@@ -66,7 +70,8 @@ class Sampler:
 
     def _write(self) -> None:
         each_s = (time.process_time() - self._begin_s) / max(sum(self._counts.values()), 1)
-        self._path.write_text(json.dumps({name: count * each_s for name, count in self._counts.most_common()}))
+        seconds = {name: count * each_s for name, count in self._counts.most_common()}
+        self._path.write_text(json.dumps({"seconds": seconds, "bytes": self._count_bytes()}))
 
     def _look(self, _: int, frame: FrameType | None) -> None:
         self._counts[_purpose(frame)] += 1
