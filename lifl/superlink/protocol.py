@@ -137,8 +137,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         if self._exchange is not None:  # pipelined behind one that is not answered: nobody does that with POST
             self.transport.close()
             return
-        is_free = self.cycle is None or self.cycle.response_complete
-        if is_free and self.parser.get_method() == b"POST" and (length := self._length()) is not None:
+        if self._is_free and self.parser.get_method() == b"POST" and (length := self._length()) is not None:
             exchange = self.desk.begin(self, self.url, self.headers, length)
             if exchange is not None:
                 self._exchange, self._left, self._is_ours = exchange, length, True
@@ -150,6 +149,26 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 return
         super().on_headers_complete()
+
+    @property
+    def _is_free(self) -> bool:
+        """True if the client has had all of the last answer that came through ASGI.
+
+        Flower's middlewares end an answer with an empty piece, a little after its last byte: a quick client's next
+        request comes in between. uvicorn would take it for pipelined, and so the one after it, and so on.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return True
+        is_whole = cycle.chunked_encoding is False and cycle.expected_content_length == 0
+        return bool(cycle.response_started and is_whole and cycle.keep_alive)
+
+    def on_response_complete(self) -> None:
+        """An answer has been sent: while an exchange goes on, the one before it, which ended with an empty piece."""
+        if self._exchange is None:
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
 
     def _length(self) -> int | None:
         """The declared length of the body, if there is one that can be relied on."""

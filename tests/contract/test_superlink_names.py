@@ -157,3 +157,6 @@ def test_what_uvicorn_gives() -> None:
     source = inspect.getsource(protocol)
     for name in ("self.flow", "self.transport", "self.parser", "self.cycle", "self.server_state", "self.access_logger"):
         assert name in source, broke(f"uvicorn's protocol has no {name}", "protocol.py")
+    cycle = inspect.getsource(inspect.getmodule(protocol).RequestResponseCycle)  # type: ignore[union-attr]
+    for name in ("response_started", "response_complete", "chunked_encoding", "expected_content_length", "keep_alive"):
+        assert f"self.{name}" in cycle, broke(f"uvicorn's cycle has no {name}", "protocol.py (_is_free)")
