@@ -343,6 +343,8 @@ def round(
     memory: Annotated[
         str | None, typer.Option(help="Of lifl-superlink's arena, such as 2GiB.", show_default="its own default")
     ] = None,
+    profile: Annotated[bool, typer.Option(help="Show where lifl-superlink's CPU time went.")] = False,
+    patient: Annotated[bool, typer.Option(help="The nodes wait as long as SuperNodes do.")] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures into this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw them into this file: .svg, .png or .pdf.")] = None,
@@ -350,13 +352,13 @@ def round(
     """Whole Flower rounds, end to end, on real servers.
 
     A real SuperLink, a real ServerApp, and SuperNodes that are played by one process, over HTTP. "flower": Flower's
-    server and FedAvg. "strategy": Flower's server, lifl's FedAvg. "server": lifl-superlink, lifl's FedAvg. Every model
-    is checked. A round of Flower's takes half a minute with the defaults, and three with small2000 and 2 nodes. NVFLARE
-    needs lifl's extra "peers".
+    server and FedAvg. "strategy": Flower's server, lifl's FedAvg. "server": lifl-superlink, lifl's FedAvg; "unheld":
+    the same, but it does not hold requests for work open. Every model is checked. A round of Flower's takes half a
+    minute with the defaults, and three with small2000 and 2 nodes. NVFLARE needs lifl's extra "peers".
     """
     from lifl.bench.ablation_view import check_picture
     from lifl.bench.round import measure_round
-    from lifl.bench.round_view import round_table, save_picture
+    from lifl.bench.round_view import profile_table, round_table, save_picture
 
     if picture is not None:
         check_picture(picture)
@@ -365,6 +367,7 @@ def round(
     chosen = [side.strip() for side in sides.split(",") if side.strip()]
     chosen += [peer.value] if peer is not None else []
     options: dict[str, Any] = {"timing": timing.value, "memory": memory, "repetitions": repetitions}
+    options |= {"is_patient": patient, "has_profile": profile}
     try:
         with progress() as say:
             figures = measure_round(model.value, nodes, rounds, chosen, on_progress=say, **options)
@@ -375,6 +378,8 @@ def round(
     if picture is not None:
         save_picture(figures, picture)
     show(figures, round_table, as_json=False)
+    if any(row.get("profile_s") for row in figures["rows"]):
+        show(figures, profile_table, as_json=False)
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:

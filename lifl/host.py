@@ -48,9 +48,7 @@ class Host(Protocol):
         """The round has been closed."""
 
 
-def wait_for_block(
-    host: Host, nbytes: int, timeout: float | None, purpose: str, *, apart: bool = False
-) -> Block:
+def wait_for_block(host: Host, nbytes: int, timeout: float | None, purpose: str, *, apart: bool = False) -> Block:
     """A WRITING block of the agent's, as soon as there is one. The caller holds ``host.changed``.
 
     Raises :class:`ShmError` (ENOSPC) at the time-out, or at once if nothing will come free by itself.

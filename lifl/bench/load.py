@@ -20,7 +20,7 @@ READY = "ready"
 
 
 def main(order: Path) -> None:
-    """Plays the nodes as it says in the file `order`: "address", "nodes", "tensors" and "out", where lines go."""
+    """Plays the nodes as the file `order` says: "address", "nodes", "tensors", "patient", and "out", where lines go."""
     from lifl.superlink.fleet import Fleet
     from lifl.superlink.prebuilt import Prebuilt
     from lifl.superlink.virtual_node import Answered
@@ -36,7 +36,7 @@ def main(order: Path) -> None:
         def told(answered: Answered) -> None:
             say(attrs.asdict(answered))
 
-        with Fleet(asked["address"], replies, on_answered=told) as fleet:
+        with Fleet(asked["address"], replies, is_patient=asked["patient"], on_answered=told) as fleet:
             say(READY)
             fleet.wait()
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from lifl import calibration
 from lifl.bench import peer
 from lifl.bench.load import READY
 from lifl.bench.shapes import model_spec, tensors_of
-from lifl.bench.tree import MemoryLog, cpu_s
+from lifl.bench.tree import MemoryLog, cpu_s, descendants_cpu_s
 from lifl.bench.work import Run, Work, make_run
 from lifl.deployment import Deployment
 from lifl.errors import LiflError
@@ -49,6 +51,7 @@ SIDES = {
     "flower": Side("Flower", ("flower-superlink",), "flower"),
     "strategy": Side("lifl's strategy", ("flower-superlink",), "lifl"),
     "server": Side("lifl-superlink", (sys.executable, "-m", "lifl.superlink"), "lifl", True),
+    "unheld": Side("lifl, nothing held", (sys.executable, "-m", "lifl.superlink", "--lifl-hold", "0"), "lifl", True),
 }
 PEER = "nvflare"
 TITLES = {name: side.title for name, side in SIDES.items()} | {PEER: peer.TITLE}
@@ -59,10 +62,12 @@ def measure_round(
     model: str = "resnet18",
     nodes: int = 8,
     rounds: int = 2,
-    sides: Sequence[str] = tuple(SIDES),
+    sides: Sequence[str] = ("flower", "strategy", "server"),
     *,
     timing: Timing = "eager",
     memory: str | None = None,
+    is_patient: bool = False,
+    has_profile: bool = False,
     repetitions: int = 1,
     spec: TensorSpec | None = None,
     on_progress: Callable[[str], None] | None = None,
@@ -88,6 +93,10 @@ def measure_round(
         Of lifl's strategy.
     memory : str, optional
         Of lifl-superlink's arena; default: its own.
+    is_patient : bool
+        The nodes wait as long as SuperNodes do.
+    has_profile : bool
+        lifl-superlink notes where its CPU time goes, from its start to its end; each round is given its share.
     spec : TensorSpec, optional
         Other shapes than `model`'s, which then is only a name.
 
@@ -146,8 +155,8 @@ def measure_round(
     if memory is not None:
         parse_bytes(memory)
     say = on_progress or (lambda _: None)
-    work = Work(spec, nodes, rounds, timing, memory)
-    if {"strategy", "server"} & set(sides):
+    work = Work(spec, nodes, rounds, timing, memory, is_patient, has_profile)
+    if {"strategy", "server", "unheld"} & set(sides):
         say("what aggregation costs here, which lifl plans with")
         calibration.costs(measure=True)  # or the first round would
     runs: dict[str, list[Run]] = {side: [] for side in sides}
@@ -168,6 +177,7 @@ def measure_round(
         "repetitions": repetitions,
         "timing": timing,
         "memory": memory,
+        "is_patient": is_patient,
         "cores": os.cpu_count(),
         "rows": rows,
     }
@@ -176,7 +186,9 @@ def measure_round(
 def run_side(side: Side, work: Work) -> Run:
     """One run on a server of its own; raises as :func:`measure_round` does."""
     memory = ("--lifl-memory", work.memory) if side.takes_memory and work.memory is not None else ()
-    with Deployment(0, (*side.command, *memory), start_timeout=START_TIMEOUT_S) as deployment:
+    profile = Path(tempfile.mkdtemp(prefix="lifl-profile-")) / "profile.json" if work.has_profile else None
+    flags = ("--lifl-profile", str(profile)) if profile is not None and side.takes_memory else ()
+    with Deployment(0, (*side.command, *memory, *flags), start_timeout=START_TIMEOUT_S) as deployment:
         answers, server = _start_load(deployment, work), deployment.pid("superlink")
         files = {name: deployment.folder / name for name in ("tensors.json", "out.json", "model.npz")}
         config: dict[str, str | int | float | bool] = {
@@ -193,6 +205,7 @@ def run_side(side: Side, work: Work) -> Run:
         with MemoryLog(server) as memory_log:
             deployment.run(APP, config, timeout=START_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S)
         load_s = sum(cpu_s(deployment.pid("load")).values()) - load_s
+        workers_s = descendants_cpu_s(server, without=("flower-superexe", "flwr-serverapp"))
         told = json.loads(files["out.json"].read_text())
         answered = [json.loads(line) for line in answers.read_text().splitlines()][1:]
         with np.load(files["model.npz"]) as archive:
@@ -201,7 +214,13 @@ def run_side(side: Side, work: Work) -> Run:
         _round(before, after, answered, work) for before, after in zip(told["models"], told["models"][1:], strict=False)
     ]
     is_exact, each_s = side.strategy == "lifl", load_s / work.rounds
-    return make_run(work, side.title, rounds, told, memory_log, model, is_exact=is_exact, load_cpu_s=each_s)
+    run = make_run(work, side.title, rounds, told, memory_log, model, is_exact=is_exact, load_cpu_s=each_s)
+    if profile is None:
+        return run
+    said = json.loads(profile.read_text()) if profile.exists() else {"seconds": {}, "bytes": {}}
+    shutil.rmtree(profile.parent)
+    spent = {name: seconds / work.rounds for name, seconds in (said["seconds"] | {"fold": workers_s}).items()}
+    return attrs.evolve(run, profile=spent, gateway_bytes=said["bytes"])
 
 
 def _start_load(deployment: Deployment, work: Work) -> Path:
@@ -210,6 +229,7 @@ def _start_load(deployment: Deployment, work: Work) -> Path:
     tensors = tensors_of(work.spec)
     (deployment.folder / "tensors.json").write_text(json.dumps(tensors))
     asked = {"address": deployment.address, "nodes": work.nodes, "tensors": tensors, "out": str(answers)}
+    asked["patient"] = work.is_patient
     order.write_text(json.dumps(asked))
     home = {"FLWR_HOME": str(deployment.folder / "load")}
     deployment.launch("load", [sys.executable, "-m", "lifl.bench.load", str(order)], home)
@@ -250,6 +270,7 @@ def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
         "side": side,
         "title": TITLES[side],
         "wall_s": median("wall_s"),
+        "model_out_s": median("model_out_s"),
         "last_to_model_s": median("last_to_model_s"),
         "cpu_s": statistics.median(run.cpu_s for run in runs),
         "cpu_by_process_s": runs[-1].cpu_by_process_s,
@@ -261,6 +282,8 @@ def _row(side: str, runs: list[Run], work: Work) -> dict[str, Any]:
         "received_bytes": median("received_bytes"),
         "objects": median("objects"),
         "load_cpu_s": runs[-1].load_cpu_s,
+        "profile_s": runs[-1].profile,
+        "gateway_bytes": runs[-1].gateway_bytes,
         "error_over_tolerance": max(run.error_over_tolerance for run in runs),
         "runs": [run.rounds for run in runs],
     }

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lifl.bench.ablation_view import check_picture
 
-COLOURS = {"flower": "#9a9a9a", "nvflare": "#c9a227", "strategy": "#7fb0e0", "server": "#1b4f8f"}
+COLOURS = {"unheld": "#4f7f4f", "flower": "#9a9a9a", "nvflare": "#c9a227", "strategy": "#7fb0e0", "server": "#1b4f8f"}
 WIDTH_INCHES, HEIGHT_INCHES, ROW_INCHES = 12.0, 1.1, 0.4
 FIGURES = (
     ("last_to_model_s", "Last update in to new model, s", 1.0),
@@ -22,25 +22,33 @@ def round_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`lifl.bench.round.measure_round` as a table."""
     each = f"{figures['nodes']} nodes, {figures['model']}: {figures['arrays']:,} arrays"
     megabytes = figures["update_bytes"] / 1e6
+    patience = "between two requests as long as" if figures.get("is_patient") else "less between two requests than"
     table = Table(
         title=f"Whole rounds of FedAvg: {each}, {megabytes:.1f} MB ({figures['timing']}, {figures['cores']} cores)",
         title_justify="left",
         caption=(
             f"Medians of {figures['repetitions']} runs of {figures['rounds']} rounds; below each, how many times as "
             "much Flower takes. lifl's strategy: on Flower's SuperLink. lifl-superlink: with lifl's strategy. The "
-            "nodes are virtual and return at once; they wait less between two requests than SuperNodes do. Every model "
-            "is checked."
+            f"nodes are virtual and return at once; they wait {patience} SuperNodes do. Every model is checked."
         ),
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    headings = ("round, s", "last update\nto model, s", "server's\nCPU s", "peak above\nidle, MB", "peak over\nupdates")
+    headings = (
+        "round, s",
+        "model to\nall nodes, s",
+        "last update\nto model, s",
+        "server's\nCPU s",
+        "peak above\nidle, MB",
+        "peak over\nupdates",
+    )
     for heading in (*headings, "requests", "MB in\nand out"):
         table.add_column(heading, justify="right")
     for row in figures["rows"]:
         table.add_row(
             row["title"],
             _cell(row, "wall_s", 1.0),
+            _number(row["model_out_s"]) if row.get("model_out_s") is not None else "-",
             _cell(row, "last_to_model_s", 1.0),
             _cell(row, "cpu_s", 1.0),
             _cell(row, "peak_bytes", 1e6),
@@ -49,6 +57,33 @@ def round_table(figures: dict[str, Any]) -> Table:
             f"{(row['sent_bytes'] + row['received_bytes']) / 1e6:,.0f}" if row["requests"] else "-",
         )
     return table
+
+
+def profile_table(figures: dict[str, Any]) -> Table:
+    """Where lifl-superlink's CPU time went, per round, per request and per GB that went through."""
+    row = next(row for row in figures["rows"] if row["profile_s"])
+    gigabytes = (row["sent_bytes"] + row["received_bytes"]) / 1e9
+    table = Table(
+        title="Where lifl-superlink's CPU time went",
+        title_justify="left",
+        caption=f"{gigabytes:.2f} GB in and out and {row['requests']:,.0f} requests a round.{_copied(row)}",
+        caption_justify="left",
+    )
+    for heading in ("", "ms a round", "us a request", "ms per GB", "share"):
+        table.add_column(heading, justify="right" if heading else "left")
+    total = sum(row["profile_s"].values())
+    for name, seconds in sorted(row["profile_s"].items(), key=lambda item: -item[1]):
+        cells = (seconds * 1e3, seconds / row["requests"] * 1e6, seconds / gigabytes * 1e3)
+        table.add_row(name, *(f"{cell:,.0f}" for cell in cells), f"{seconds / total:.0%}")
+    return table
+
+
+def _copied(row: dict[str, Any]) -> str:
+    counts = row.get("gateway_bytes")
+    if not counts:
+        return ""
+    share = counts["copied"] / max(counts["received"], 1)
+    return f" Of {counts['received'] / 1e6:,.0f} MB received in all, {share:.1%} were copied once more."
 
 
 def _cell(row: dict[str, Any], name: str, unit: float) -> str:

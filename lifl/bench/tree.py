@@ -75,6 +75,17 @@ def cpu_s(root: int) -> dict[str, float]:
     return {name: ticks / TICKS_PER_S for name, ticks in spent.items()}
 
 
+def descendants_cpu_s(root: int, without: tuple[str, ...]) -> float:
+    """CPU seconds of a process's living descendants, those of the names `without` and their own left out."""
+    everyone, todo, ticks = _tree(root), [root], 0
+    while todo:
+        pid = todo.pop()
+        below = [child for child, process in everyone.items() if process.parent == pid and process.name not in without]
+        ticks += sum(everyone[child].ticks for child in below)
+        todo += below
+    return ticks / TICKS_PER_S
+
+
 def pss_bytes(root: int) -> int:
     """Memory of `root` and its descendants; what several processes share is counted once, shared memory too."""
     return _pss_bytes(_tree(root))

@@ -32,6 +32,8 @@ class Work:
     rounds: int
     timing: Timing
     memory: str | None
+    is_patient: bool = False
+    has_profile: bool = False
 
 
 @attrs.frozen
@@ -45,6 +47,8 @@ class Run:
     peak_bytes: int
     error_over_tolerance: float
     load_cpu_s: float | None
+    profile: dict[str, float] | None = None
+    gateway_bytes: dict[str, int] | None = None
 
 
 def make_run(

@@ -17,7 +17,8 @@ from flwr.serverapp.strategy import FedAvgM as FlowerFedAvgM
 from flwr.serverapp.strategy import FedProx as FlowerFedProx
 from flwr.serverapp.strategy import FedYogi as FlowerFedYogi
 
-from lifl.strategy.fedavg import Mean, RoundOptions
+from lifl.strategy.fedavg import Mean
+from lifl.strategy.options import RoundOptions
 
 
 class DtypeKept:

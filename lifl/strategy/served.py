@@ -111,7 +111,7 @@ class Server:
             },
             "opened",
         )
-        return ServedRound(self, spec)
+        return ServedRound(self, spec, timing)
 
     def count_bound(self, message_ids: list[str]) -> int:
         """How many of the messages the server has seen and will receive replies to."""
@@ -187,15 +187,18 @@ class Server:
 class ServedRound:
     """A round of the server's, with what a Landing needs of a :class:`lifl.round.Round`."""
 
-    def __init__(self, server: Server, spec: TensorSpec) -> None:
-        self._server, self.spec = server, spec
+    def __init__(self, server: Server, spec: TensorSpec, timing: Timing) -> None:
+        self._server, self.spec, self._timing = server, spec, timing
         self._report: RoundReport | None = None
 
     def report(self) -> RoundReport:
-        """The books as they stand now."""
-        if self._report is None:
+        """The books as they stand now; empty if the server, which has them, is gone."""
+        if self._report is not None:
+            return self._report
+        try:
             return RoundReport.from_dict(self._server.ask({"do": "report"}, "report")["report"])
-        return self._report
+        except PeerGoneError:
+            return RoundReport(0, 0, self._timing, "any")
 
     def close_early(self) -> None:
         """Nothing: asking for the result does."""
@@ -205,9 +208,7 @@ class ServedRound:
         said = self._server.ask({"do": "finish"}, "result")
         self._report = RoundReport.from_dict(said["report"])
         arrays = self._server.view(self.spec, Block(*said["block"]))
-        return RoundResult(
-            self.spec, arrays, said["weight"], said["num_updates"], self._report.rejected, self._report
-        )
+        return RoundResult(self.spec, arrays, said["weight"], said["num_updates"], self._report.rejected, self._report)
 
     def submit(self, arrays: Any, weight: Any, client_id: str) -> None:
         """Nobody submits here: replies are received by the server."""
@@ -229,8 +230,8 @@ def exchange_served(
 ) -> list[Message] | None:
     """Pushes `messages` and gathers what the server tells of the replies; see :func:`exchange`.
 
-    None if the server does not see all of the messages: then they have been pushed, and their ids are left in the
-    messages' metadata.
+    None if the server does not see all of the messages. Then, and if the server is lost on the way, they have been
+    pushed, and their metadata are left in `messages`.
     """
     ids = [i for i in grid.push_messages(messages) if i]
     asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in set(ids)}
@@ -238,7 +239,8 @@ def exchange_served(
     if server.count_bound(list(asked)) < len(asked):
         server.ask({"do": "leave"}, "closed")
         return None
-    messages.clear()
+    # They hold the model, which the grid has by now.
+    messages[:] = [make_message(metadata=m.metadata, content=RecordDict()) for m in messages]
     replies: list[Message] = []
     waiting = dict(asked)
     if waiting:
@@ -284,5 +286,3 @@ def _reply(said: dict[str, Any], blobs: list[bytes]) -> Reply:
                 }
             )
     return Reply(make_message(metadata=message.metadata, content=content), refusal)
-
-

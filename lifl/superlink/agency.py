@@ -148,7 +148,8 @@ class Connection:
         self._say({"event": "opened", "round": self._served.round.number})
 
     def _settled(self, settled: Settled) -> None:
-        records, blobs = [], [_names.message_to_proto(settled.message).SerializeToString()]
+        records: list[list[Any]] = []
+        blobs = [_names.message_to_proto(settled.message).SerializeToString()]
         for name, record in settled.records.items():
             if hasattr(record, "to_numpy_ndarrays"):  # an ArrayRecord; its arrays have no data
                 arrays = {key: [a.dtype, list(a.shape), a.stype] for key, a in record.items()}
@@ -214,5 +215,3 @@ class Connection:
         served, self._served = self._served, None
         if served is not None:
             self._rounds.end(served, deletes=deletes)
-
-

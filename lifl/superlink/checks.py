@@ -15,7 +15,31 @@ from lifl.superlink import flower
 _names = flower.part("gateway")
 
 ENDED = ("PENDING", "STARTING", "FINISHED")
+
+KNOWN_MIDDLEWARE = {
+    "BaseHTTPMiddleware": "with http_error_translator: errors are answered by it here too",
+    "ControlAuthenticationMiddleware": "the Control API",
+    "ControlEventLogMiddleware": "the Control API",
+    "ControlLicenseMiddleware": "the Control API",
+    "ControlSensitiveResponseMiddleware": "the Control API",
+    "FleetEventLogMiddleware": "only if an event log was asked for: then the routes are left to Flower",
+    "NodeAuthMiddleware": "its check is made here",
+    "ProtobufTranslationMiddleware": "the media type is checked, and what is no protobuf refused, here too",
+    "RuntimeTracingMiddleware": "of flwr 1.41: a trace of each request, which the gateway's do not leave",
+}
+"""What Flower puts around its routes, and why a request that goes past it is checked as one that does not."""
+
 LATE_S = 0.1
+
+
+def why_not(app: Any) -> str | None:
+    """Why requests to this app must not be taken past ASGI, if they must not."""
+    unknown = sorted({one.cls.__name__ for one in app.user_middleware} - KNOWN_MIDDLEWARE.keys())
+    if unknown:
+        return f"Flower has middleware that lifl does not know: {', '.join(unknown)}"
+    if app.state.fleet_event_log_plugin is not None:
+        return "an event log was asked for, which Flower's routes write"
+    return None
 
 
 class _Headers(dict[str, str]):

@@ -10,15 +10,19 @@ import argparse
 import logging
 import sys
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import Any
 
 from lifl import shm
 from lifl.errors import LiflError
 from lifl.sizes import parse_bytes
 from lifl.superlink import flower
+from lifl.superlink.sampler import Sampler
 
 TESTED = ("1.41", "1.42")
 DEFAULT_MEMORY = 2**32
+NODE_TIMEOUT_S = 5
+"""After which a SuperNode's HTTP client gives a request up."""
 
 
 def own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +55,8 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
         help="How long a SuperNode's request for work is held open while there is none. Default: 4; 0: not at all.",
     )
 
+    group.add_argument("--lifl-profile", metavar="FILE", help="Write where the server's CPU time went, as JSON.")
+
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """lifl's flags, and what is left for Flower; ends the process for ``--help`` and for nonsense."""
@@ -71,6 +77,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"argument {flag}: {error}")
     if own.lifl_workers is not None and not 0 <= own.lifl_workers <= 255:
         parser.error(f"argument --lifl-workers: {own.lifl_workers} is not 0 to 255")
+    if not 0 <= own.lifl_hold < NODE_TIMEOUT_S:
+        parser.error(
+            f"argument --lifl-hold: {own.lifl_hold} is not from 0 to below {NODE_TIMEOUT_S}: then a SuperNode gives up"
+        )
     return own, rest
 
 
@@ -98,11 +108,12 @@ def serve(config: Any, own: argparse.Namespace) -> None:
     import uvicorn
 
     from lifl import __version__
-    from lifl.superlink.plane import Plane
 
     names = flower.part("server")
     plane = None
     try:
+        from lifl.superlink.plane import Plane
+
         shm.require()
         memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4) if own.lifl_memory is None else own.lifl_memory
         plane = Plane(config, parse_bytes(memory), own.lifl_workers, parse_bytes(own.lifl_max_object), own.lifl_hold)
@@ -110,18 +121,25 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         if isinstance(error, LiflError) and own.lifl_memory is not None:  # asked for, and cannot be had
             sys.exit(f"lifl-superlink: {error}")
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
+    sampler = None
+    if own.lifl_profile is not None:
+        sampler = Sampler(Path(own.lifl_profile), dict if plane is None else plane.count_bytes)
     try:
+        if sampler is not None:
+            sampler.start()
         if plane is None:
-            app, protocol = names.create_app(config, names.Lifespan), "auto"
+            app: Any = names.create_app(config, names.Lifespan)
         else:
-            app, protocol = plane.app, plane.protocol
+            app = plane.app
             names.log(INFO, "lifl %s: %s", __version__, plane)
+            for reason in plane.left_out:
+                names.log(WARNING, "A part of lifl's data plane is off, Flower's own path is used for it: %s", reason)
         names.log(INFO, "Starting the SuperLink HTTP APIs on %s:%s", config.host, config.port)
         uvicorn.run(
             app=app,
             host=config.host,
             port=config.port,
-            http=protocol,
+            http="auto" if plane is None else plane.protocol,
             loop="asyncio",  # the socket writes into our buffers; on uvloop that hangs
             access_log=True,
             log_config=names.get_log_config(names.console_handler.level),
@@ -130,5 +148,7 @@ def serve(config: Any, own: argparse.Namespace) -> None:
             workers=1,
         )
     finally:
+        if sampler is not None:
+            sampler.stop()
         if plane is not None:
             plane.close()

@@ -33,8 +33,10 @@ HEARTBEAT_S = 20.0
 class Fleet:
     """`with Fleet("127.0.0.1:9092", replies) as fleet:` one node for each of `replies`.
 
-    Entering returns when all are registered and active. `on_answered` is called by a node's thread each time it
-    has answered a message. What ends a node is told by :meth:`wait`, and by the end of the block.
+    Entering returns when all are registered and active. `is_patient`: they wait as long as SuperNodes do, 3 s after an
+    empty poll, each by itself, and 1 s and more for an object that is not there yet. `on_answered` is called by a
+    node's thread each time it has answered a message. What ends a node is told by :meth:`wait`, and by the end of the
+    block.
 
     Raises
     ------
@@ -48,6 +50,7 @@ class Fleet:
         replies: Sequence[Prebuilt],
         *,
         is_checking: bool = False,
+        is_patient: bool = False,
         on_answered: Callable[[Answered], None] | None = None,
     ) -> None:
         if not replies:
@@ -58,8 +61,9 @@ class Fleet:
         self._has_failed = threading.Event()
         self._failures: list[BaseException] = []
         self._on_answered = on_answered or (lambda _: None)
+        self._is_patient = is_patient
         self._nodes = [
-            VirtualNode(address, index, reply, self._stop, is_checking=is_checking)
+            VirtualNode(address, index, reply, self._stop, is_checking=is_checking, is_patient=is_patient)
             for index, reply in enumerate(replies)
         ]
         self._threads = [threading.Thread(target=self._guarded, args=(self._beat,), name="heartbeats")]
@@ -125,6 +129,9 @@ class Fleet:
         pause_s = POLL_S
         while not self._stop.is_set():
             polled = node.poll()
+            if polled is None and self._is_patient:
+                self._stop.wait(MOST_POLL_S)
+                continue
             if polled is None:
                 if self._hints[node.index].wait(pause_s):
                     self._hints[node.index].clear()
@@ -132,7 +139,7 @@ class Fleet:
                 elif node.index:
                     pause_s = min(2 * pause_s, MOST_POLL_S)
                 continue
-            if node.index == 0:
+            if node.index == 0 and not self._is_patient:
                 for hint in self._hints[1:]:
                     hint.set()
             pause_s = POLL_S

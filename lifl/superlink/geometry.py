@@ -35,9 +35,7 @@ def npy_header(tensor: Tensor) -> bytes:
     """What NumPy writes before an array in C's order."""
     header = BytesIO()
     described = np.lib.format.dtype_to_descr(NUMPY_DTYPES[tensor.dtype])
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": described, "fortran_order": False, "shape": tensor.shape}
-    )
+    np.lib.format.write_array_header_1_0(header, {"descr": described, "fortran_order": False, "shape": tensor.shape})
     return header.getvalue()
 
 

@@ -1,6 +1,7 @@
-"""The data plane of one server: arena, workers, store, gateway and rounds, put into Flower's app.
+"""The data plane of one server: arena, workers, store, rounds and gateway, put into Flower's app.
 
-The wiring room of ``lifl.superlink``. Owns what it starts, and ends it.
+The wiring room of ``lifl.superlink``. Owns what it starts, and ends it. A part for which Flower lacks a name is left
+out, and the rest goes on without it.
 """
 
 from __future__ import annotations
@@ -8,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import Any
+from logging import WARNING
+from typing import TYPE_CHECKING, Any
 
 from lifl import wire
-from lifl.runtime import Node, cores
+from lifl.runtime import Node
 from lifl.superlink import flower
-from lifl.superlink.agency import Agency
-from lifl.superlink.gateway import Gateway
+from lifl.superlink.flower import MissingNameError
 from lifl.superlink.holding import Holding
-from lifl.superlink.protocol import STALL_S, protocol_of
-from lifl.superlink.rounds import Rounds
-from lifl.superlink.signatures import hasten
 from lifl.superlink.store import ArenaStore, DurableStore
+
+if TYPE_CHECKING:
+    from lifl.superlink.agency import Agency
+    from lifl.superlink.rounds import Rounds
 
 
 class Plane:
@@ -34,6 +36,7 @@ class Plane:
     workers : int or None
         See :class:`lifl.Node`.
     max_object_bytes : int
+        A larger object is refused.
     hold_s : float
         See :class:`lifl.superlink.holding.Holding`.
 
@@ -41,32 +44,45 @@ class Plane:
     ----------
     app : fastapi.FastAPI
         Flower's app, its store replaced.
-    protocol : type
+    protocol : type or str
         For uvicorn.
+    left_out : list of str
+        What Flower does itself, and why.
+
+    Raises
+    ------
+    MissingNameError
+        If Flower has not even the names that the store needs.
+    ShmError
+        If the memory cannot be had.
     """
 
     def __init__(self, config: Any, memory: int, workers: int | None, max_object_bytes: int, hold_s: float) -> None:
-        names, stores = flower.part("server"), flower.part("store")
         # Before anything that starts a thread.
         self.node = Node(memory, workers)
+        self.left_out: list[str] = []
+        self.rounds: Rounds | None = None
+        self.agency: Agency | None = None
+        self.protocol: Any = "auto"
+        self._connections: Any = None
+        self._verifier = "Flower"
+        self._port = config.port
         try:
-            self._is_durable = config.database != stores.IN_MEMORY
-            self.store = DurableStore(config.database) if self._is_durable else ArenaStore()
+            is_durable = config.database != flower.part("store").IN_MEMORY
+            self.store = DurableStore(config.database) if is_durable else ArenaStore()
             self.holding = Holding(hold_s)
-            self.rounds = Rounds(self.node, self.store, self.holding)
-            self.agency = Agency(self.rounds, self.node.arena.fd)
-            self._port = config.port
-            self._verifier = hasten(flower.part("gateway").node_auth)
-            self.app = self._create_app(names, config)
-            self.rounds.attach(self.app.state.linkstate_factory.state())
-            gateway = Gateway(
-                self.app, self.store, self.node.arena, self.rounds, self.holding, max_object_bytes
-            )
-            self.gateway = gateway
-            self.protocol = protocol_of(gateway)
+            self.app = self._create_app(flower.part("server"), config)
+            self._try(self._add_rounds)
+            self._try(lambda: self._add_gateway(max_object_bytes))
         except BaseException:
             self.node.close()
             raise
+
+    def _try(self, add: Any) -> None:
+        try:
+            add()
+        except MissingNameError as error:
+            self.left_out.append(str(error))
 
     def _create_app(self, names: Any, config: Any) -> Any:
         plane = self
@@ -81,7 +97,8 @@ class Plane:
 
             def shutdown(self) -> None:
                 super().shutdown()
-                plane.agency.close()
+                if plane.agency is not None:
+                    plane.agency.close()
 
         module, original = names.main, names.main.get_objectstore_linkstate_factories
 
@@ -96,34 +113,79 @@ class Plane:
         finally:
             module.get_objectstore_linkstate_factories = original
 
+    def _add_rounds(self) -> None:
+        from lifl.superlink.agency import Agency
+        from lifl.superlink.rounds import Rounds
+
+        self.rounds = Rounds(self.node, self.store, self.holding)
+        self.rounds.attach(self.app.state.linkstate_factory.state())
+        self.agency = Agency(self.rounds, self.node.arena.fd)
+
+    def _add_gateway(self, max_object_bytes: int) -> None:
+        from lifl.superlink.checks import why_not
+        from lifl.superlink.gateway import Gateway
+        from lifl.superlink.protocol import protocol_of
+        from lifl.superlink.signatures import hasten
+
+        if (reason := why_not(self.app)) is not None:
+            self.left_out.append(reason)
+            return
+        self._verifier = hasten(flower.part("gateway").node_auth)
+        self.gateway = Gateway(self.app, self.store, self.node.arena, self.rounds, self.holding, max_object_bytes)
+        self.protocol = self._connections = protocol_of(self.gateway)
+
     def startup(self) -> None:
         """In the loop, before requests come."""
         loop = asyncio.get_running_loop()
         self.holding.loop = loop
-        path = wire.path_for(self._port)
-        self.agency.listen(path)
-        os.environ[wire.VARIABLE] = str(path)
-        self._sweep(loop)
+        if self.agency is not None:
+            try:
+                path = wire.path_for(self._port)
+                self.agency.listen(path)
+                os.environ[wire.VARIABLE] = str(path)
+            except OSError as error:
+                log = flower.part("server").log
+                log(WARNING, "ServerApps on this machine fold their rounds themselves: %s", error)
+        if self._connections is not None:
+            self._sweep(loop)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Looks for uploads that have stalled."""
+        from lifl.superlink.protocol import STALL_S
+
         now_s = time.monotonic()
-        for connection in list(self.protocol.busy):
+        for connection in list(self._connections.busy):
             connection.give_up_if_stalled(now_s)
         loop.call_later(STALL_S / 8, self._sweep, loop)
 
+    def count_bytes(self) -> dict[str, int]:
+        """What came in through the gateway, how much of it was copied once more in this process, and what went out."""
+        if self._connections is None:
+            return {}
+        gateway = self.gateway
+        counts = {"received": gateway.received_bytes, "copied": gateway.copied_bytes, "sent": gateway.sent_bytes}
+        if self.rounds is not None:
+            counts["copied"] += self.rounds.copied_bytes
+        return counts
+
     def close(self) -> None:
         """Ends the workers and gives the memory back."""
-        self.agency.close()
-        self.rounds.close()
+        if self.agency is not None:
+            self.agency.close()
+        if self.rounds is not None:
+            self.rounds.close()
         self.store.close()
         self.node.close()
 
     def __str__(self) -> str:
-        memory = self.node.arena.block_bytes
-        workers = cores() if self.node.workers is None else self.node.workers
-        kept = "kept in the database" if self._is_durable else "in memory"
-        return (
-            f"arena {memory / 2**20:,.0f} MiB, {workers} workers, transport rings; objects {kept}; signatures: {self._verifier}; "
-            f"ServerApps on this machine: {wire.path_for(self._port)}"
-        )
+        parts = [
+            f"arena {self.node.arena.block_bytes / 2**20:,.0f} MiB",
+            f"{self.node.workers} workers",
+            "transport rings",
+            "objects in the database" if self.store.is_durable else "objects in memory",
+        ]
+        if self._connections is not None:
+            parts.append(f"signatures checked by {self._verifier}")
+        if self.agency is not None:
+            parts.append(f"ServerApps on this machine at {wire.path_for(self._port)}")
+        return ", ".join(parts)

@@ -18,7 +18,7 @@ from lifl.superlink import flower
 _names = flower.part("gateway")
 
 READ_BYTES = 2**16
-WRITE_BYTES = 2**19
+WRITE_BYTES = 2**17
 """An answer is written in such pieces, so that asyncio, which copies what a socket does not take, copies little."""
 
 STALL_S = 30.0
@@ -67,7 +67,7 @@ class Desk(Protocol):
         """An :class:`Exchange` for a POST request of which the head has come, or None to leave it to Flower."""
 
 
-class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc]
+class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc,name-defined]
     """A connection. Made by a subclass of one server's own, see :func:`protocol_of`.
 
     Attributes
@@ -137,8 +137,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         if self._exchange is not None:  # pipelined behind one that is not answered: nobody does that with POST
             self.transport.close()
             return
-        is_free = self.cycle is None or self.cycle.response_complete
-        if is_free and self.parser.get_method() == b"POST" and (length := self._length()) is not None:
+        if self._is_free and self.parser.get_method() == b"POST" and (length := self._length()) is not None:
             exchange = self.desk.begin(self, self.url, self.headers, length)
             if exchange is not None:
                 self._exchange, self._left, self._is_ours = exchange, length, True
@@ -150,6 +149,26 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 return
         super().on_headers_complete()
+
+    @property
+    def _is_free(self) -> bool:
+        """True if the client has had all of the last answer that came through ASGI.
+
+        Flower's middlewares end an answer with an empty piece, a little after its last byte: a quick client's next
+        request comes in between. uvicorn would take it for pipelined, and so the one after it, and so on.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return True
+        is_whole = cycle.chunked_encoding is False and cycle.expected_content_length == 0
+        return bool(cycle.response_started and is_whole and cycle.keep_alive)
+
+    def on_response_complete(self) -> None:
+        """An answer has been sent: while an exchange goes on, the one before it, which ended with an empty piece."""
+        if self._exchange is None:
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
 
     def _length(self) -> int | None:
         """The declared length of the body, if there is one that can be relied on."""
@@ -228,13 +247,13 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         length = sum(map(len, parts))
         head.append(b"content-length: %d\r\n\r\n" % length)
         if status >= 400 and self.access_log:
-            client = "%s:%d" % self.client if self.client else ""
+            client = f"{self.client[0]}:{self.client[1]}" if self.client else ""
             self.access_logger.info('%s - "%s %s HTTP/%s" %d', client, "POST", self.url.decode("ascii"), "1.1", status)
         if length <= READ_BYTES:
             self.transport.write(b"".join((*head, *parts)))
             self._sent()
         else:
-            self._sending.extend((b"".join(head), *map(memoryview, parts)))
+            self._sending.extend((b"".join(head), *(memoryview(part) for part in parts)))
             self._send()
 
     def _send(self) -> None:

@@ -116,7 +116,8 @@ class Reception:
     ) -> None:
         self._round, self._geometry, self._weight_key = round_, geometry, weight_key
         self.client, self.message, self.missing = client, message, missing
-        self.is_forgotten = False
+        self.is_forgotten = self.is_settling = False
+        self.copied_bytes = 0  # from where they lay to where they belong
         self.object_ids = set(_ids(tree))
         self._chunks = [[c.object_id for c in array.children] for array in _arrays(tree)]
         self._counts = [len(chunks) for chunks in self._chunks]
@@ -239,6 +240,7 @@ class Reception:
                 raise AdmissionError(self.client, "format", f"{key!r} is {array.stype!r}, not {NUMPY!r}", array.stype)
         if not self._complete(store, arrays):
             views = {key: self._view(store, key, one) for key, one in arrays.items()}
+            self.copied_bytes += 3 * sum(view.nbytes for view in views.values())
             self.drop()
             release()
             self._round.submit(widened(views, self._round.spec), weight, self.client, timeout=LOAN_TIMEOUT_S)
@@ -260,7 +262,10 @@ class Reception:
                 return False
         if self._loan is None:
             with self._lock:
-                if not self._borrow(LOAN_TIMEOUT_S):
+                try:
+                    if not self._borrow(0.0):
+                        return False
+                except BlockingIOError:  # its objects are in the way themselves: they make room first
                     return False
         for j, tensor in enumerate(spec.tensors):
             for k, (object_id, piece) in enumerate(zip(arrays[tensor.name].chunks, pieces[j], strict=True)):
@@ -273,6 +278,7 @@ class Reception:
                 if len(whole) != piece.object_bytes or whole[: len(piece.head)] != piece.head:
                     return False
                 self._whole[piece.offset : piece.offset + piece.nbytes] = whole[len(piece.head) :]
+                self.copied_bytes += 2 * len(whole)
         # In reverse, so that of equal arrays the first counts: that is the one which a message names.
         first = {frozenset(arrays[t.name].chunks): j for j, t in reversed(list(enumerate(spec.tensors)))}
         known = [first.get(frozenset(chunks)) for chunks in self._chunks]
@@ -336,5 +342,3 @@ def _arrays(tree: Any) -> list[Any]:
             if record.children:
                 return list(record.children)
     return []
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ WATCH_S = 1.0
 """How often nodes that owe a reply are looked after: Flower makes an error reply for one that is gone."""
 
 OPEN_TIMEOUT_S = 60.0
+ASSEMBLERS = 4
+STALE_S = 200.0
 
 
 @attrs.frozen
@@ -70,6 +73,15 @@ class ServedRound:
         return str(node_id) if self.names[node_id] == 1 else f"{node_id}#{self.names[node_id]}"
 
 
+@attrs.define(eq=False)
+class _Coming:
+    """A message to a node of which objects have to come."""
+
+    node_id: int
+    missing: set[str]
+    since_s: float = attrs.field(factory=time.monotonic)
+
+
 class Rounds:
     """All of a server's; the gateway's ``Placer``."""
 
@@ -79,14 +91,18 @@ class Rounds:
         self._open: list[ServedRound] = []
         self._asked: dict[str, ServedRound] = {}
         self._wanted: dict[str, list[Reception]] = {}  # object -> who waits for it
-        self._coming: dict[str, tuple[int, set[str]]] = {}  # message to a node -> node, objects that have to come
+        self._sessions: dict[str, Reception] = {}  # push session -> the reply that it is of
+        self._coming: dict[str, _Coming] = {}  # message to a node -> what of it has to come
         self._awaited: dict[str, list[str]] = {}  # object -> messages that wait for it
         self._incoming: Counter[int] = Counter()
+        self._noting = 0  # messages that are being registered
+        self._came: set[str] = set()  # objects that have come meanwhile: who registers them may not know
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self.served = 0  # rounds so far
-        # One: replies are completed one after another, while the loop receives the next.
-        self._assembler = ThreadPoolExecutor(1, "lifl-assembler")
+        self.copied_bytes = 0  # of replies that did not land where they belong
+        # Replies are completed while the loop receives others; several at a time, since one may wait for room.
+        self._assembler = ThreadPoolExecutor(ASSEMBLERS, "lifl-assembler")
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="lifl-watch", daemon=True)
         store.on_available = self._available
@@ -97,15 +113,32 @@ class Rounds:
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
             known = self._store.offer(self._derive(message, object_tree))
+            with self._lock:
+                self._noting += 1
             try:
-                stored, missing = original(message, object_tree, session_id)
+                try:
+                    stored, missing = original(message, object_tree, session_id)
+                finally:
+                    self._store.withdraw(known)
+                if stored:
+                    self._stored(message, object_tree, set(missing), session_id)
             finally:
-                self._store.withdraw(known)
-            if stored:
-                self._stored(message, object_tree, set(missing))
+                with self._lock:
+                    self._noting -= 1
+                    if not self._noting:
+                        self._came.clear()
             return stored, missing
 
+        put = state.store_object
+
+        def put_and_note(run_id: int, session_id: str, object_id: str, object_content: Any) -> Any:
+            stored = put(run_id, session_id, object_id, object_content)
+            if stored:
+                self._pushed(session_id, object_id)
+            return stored
+
         state.store_message_and_object_tree = store_and_note
+        state.store_object = put_and_note
         self._watch.start()
 
     def close(self) -> None:
@@ -214,24 +247,33 @@ class Rounds:
 
     # ------------------------------------------------------------ what passes
 
-    def _stored(self, message: Any, tree: Any, missing: set[str]) -> None:
+    def _stored(self, message: Any, tree: Any, missing: set[str], session_id: str) -> None:
         meta = message.metadata
         if not meta.reply_to_message_id:
             self._asked_for(message, missing)
             return
         with self._lock:
             served = self._asked.get(meta.reply_to_message_id)
-            if served is None or meta.message_id in served.receptions or meta.reply_to_message_id in served.replied:
+            if served is None:
+                return
+            known = served.receptions.get(meta.message_id)
+            if known is None and meta.reply_to_message_id in served.replied:
                 return
             served.replied.add(meta.reply_to_message_id)
-            client = served.name(served.asked[meta.reply_to_message_id])
-            settings = (served.round, served.geometry, served.said.weight_key)
-            reception = Reception(*settings, client, message, tree, missing)
-            served.receptions[meta.message_id] = reception
+            if known is None:
+                client = served.name(served.asked[meta.reply_to_message_id])
+                settings = (served.round, served.geometry, served.said.weight_key)
+                known = Reception(*settings, client, message, tree, missing)
+                served.receptions[meta.message_id] = known
+            for object_id in known.missing - missing:  # announced again: others have brought these meanwhile
+                self._forget_wanted(known, object_id)
+            known.missing = missing
+            self._sessions[session_id] = known
             for object_id in missing:
-                self._wanted.setdefault(object_id, []).append(reception)
-        if not missing:
-            self._assembler.submit(self._settle, served, reception)
+                waiting = self._wanted.setdefault(object_id, [])
+                if known not in waiting:
+                    waiting.append(known)
+            self._settle_if_complete(served, known)
 
     def _derive(self, message: Any, tree: Any) -> dict[str, bytes]:
         """What of a reply's objects can be written here; see ``lifl.superlink.derived``."""
@@ -252,34 +294,51 @@ class Rounds:
                     served.asked[meta.message_id] = meta.dst_node_id
                     self._asked[meta.message_id] = served
                     break
+            missing -= self._came
             if missing:
-                self._coming[meta.message_id] = meta.dst_node_id, set(missing)
+                self._coming[meta.message_id] = _Coming(meta.dst_node_id, set(missing))
                 self._incoming[meta.dst_node_id] += 1
                 for object_id in missing:
                     self._awaited.setdefault(object_id, []).append(meta.message_id)
                 return
         self._holding.news(meta.dst_node_id)
 
+    def _pushed(self, session_id: str, object_id: str) -> None:
+        """A client has pushed an object; who has pushed all that it was asked for has replied.
+
+        Not sooner, if another client had the same object: a reply that is settled while its client still pushes
+        would have that push refused.
+        """
+        with self._lock:
+            # SuperNodes of before there were sessions name none.
+            of_session = [self._sessions[session_id]] if session_id in self._sessions else []
+            for reception in of_session if session_id else list(self._wanted.get(object_id, ())):
+                reception.missing.discard(object_id)
+                self._forget_wanted(reception, object_id)
+                served = self._asked.get(reception.message.metadata.reply_to_message_id)
+                if served is not None:
+                    self._settle_if_complete(served, reception)
+
+    def _settle_if_complete(self, served: ServedRound, reception: Reception) -> None:
+        if not reception.missing and not reception.is_settling:
+            reception.is_settling = True
+            self._assembler.submit(self._settle, served, reception)
+
     def _available(self, object_id: str) -> None:
-        """An object has come."""
-        complete: list[tuple[ServedRound, Reception]] = []
+        """An object is there, whoever brought it."""
         informed: list[int] = []
         with self._lock:
-            for reception in self._wanted.pop(object_id, ()):
-                reception.missing.discard(object_id)
-                if not reception.missing:
-                    served = self._asked.get(reception.message.metadata.reply_to_message_id)
-                    if served is not None:
-                        complete.append((served, reception))
+            if self._noting:
+                self._came.add(object_id)
             for message_id in self._awaited.pop(object_id, ()):
-                node_id, missing = self._coming[message_id]
-                missing.discard(object_id)
-                if not missing:
+                coming = self._coming.get(message_id)
+                if coming is None:
+                    continue
+                coming.missing.discard(object_id)
+                if not coming.missing:
                     del self._coming[message_id]
-                    self._incoming[node_id] -= 1
-                    informed.append(node_id)
-        for served, reception in complete:
-            self._assembler.submit(self._settle, served, reception)
+                    self._incoming[coming.node_id] -= 1
+                    informed.append(coming.node_id)
         for node_id in informed:
             self._holding.news(node_id)
 
@@ -287,6 +346,7 @@ class Rounds:
         try:
             settled = reception.settle(self._store, lambda: self._release(reception))
             self._release(reception)
+            self.copied_bytes += reception.copied_bytes
             with self._lock:
                 is_its = served.receptions.pop(reception.message.metadata.message_id, None) is not None
                 # Who replies before it can have read the message must not take it from the ServerApp that pushes it.
@@ -315,11 +375,16 @@ class Rounds:
             return
         reception.is_forgotten = True
         for object_id in reception.missing:
-            waiting = self._wanted.get(object_id)
-            if waiting is not None and reception in waiting:
-                waiting.remove(reception)
-                if not waiting:
-                    del self._wanted[object_id]
+            self._forget_wanted(reception, object_id)
+        for session_id in [s for s, known in self._sessions.items() if known is reception]:
+            del self._sessions[session_id]
+
+    def _forget_wanted(self, reception: Reception, object_id: str) -> None:
+        waiting = self._wanted.get(object_id)
+        if waiting is not None and reception in waiting:
+            waiting.remove(reception)
+            if not waiting:
+                del self._wanted[object_id]
 
     # ------------------------------------------------------------ what the gateway asks
 
@@ -340,7 +405,7 @@ class Rounds:
 
     def _look_after(self) -> None:
         while not self._stop.wait(WATCH_S):
-            self._look_for_gone()
+            self._forget_stale()
             for served in list(self._open):
                 with self._lock:
                     owed = {i for i in served.asked if i not in served.replied}
@@ -350,16 +415,14 @@ class Rounds:
                     except Exception as error:
                         _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
 
-    def _look_for_gone(self) -> None:
-        """Messages that were deleted before all of their objects had come are not on their way any more."""
-        for message_id in list(self._coming):
-            if message_id in self._store:
-                continue
-            with self._lock:
-                node_id, missing = self._coming.pop(message_id, (0, set[str]()))
-                if missing:
-                    self._incoming[node_id] -= 1
-                for object_id in missing:
+    def _forget_stale(self) -> None:
+        """Whose objects have not come in the time of a push session has been given up by its ServerApp."""
+        with self._lock:
+            before_s = time.monotonic() - STALE_S
+            for message_id in [m for m, coming in self._coming.items() if coming.since_s < before_s]:
+                coming = self._coming.pop(message_id)
+                self._incoming[coming.node_id] -= 1
+                for object_id in coming.missing:
                     waiting = self._awaited.get(object_id, [])
                     if message_id in waiting:
                         waiting.remove(message_id)

@@ -36,7 +36,9 @@ def hasten(node_auth: Any) -> str:
                 fast.clear()
             made = None  # for a curve that it does not have
             with contextlib.suppress(Exception):
-                made = EC.new_key_from_der_data(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+                made = EC.new_key_from_der_data(
+                    public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+                )
             known = fast[id(public_key)] = (public_key, made)
         return known[1]
 

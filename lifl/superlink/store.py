@@ -27,7 +27,7 @@ class _Entry:
     references: int = 0
 
 
-class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is found at run time
+class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a base that is found at run time
     """Flower's in-memory store, except that content may be a block of the arena and may be given up while registered.
 
     `on_available` is called, without the lock, with the id of each object that has come.
@@ -45,7 +45,9 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
 
     def preregister(self, run_id: int, object_tree: Any) -> list[str]:
         """Notes a tree's objects; the ids of those that have to be pushed, each once."""
-        nodes = [(node.object_id, tuple(c.object_id for c in node.children)) for node in _names.iterate_tree(object_tree)]
+        nodes = [
+            (node.object_id, tuple(c.object_id for c in node.children)) for node in _names.iterate_tree(object_tree)
+        ]
         for object_id, _ in nodes:
             if not _names.is_valid_id(object_id):
                 raise ValueError(f"Invalid object ID format: {object_id}")
@@ -212,7 +214,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc] # a base that is fou
             for object_id in object_ids:
                 entry = self._entries.get(object_id)
                 if entry is not None and isinstance(entry.content, Content) and not entry.content.is_lasting:
-                    content, entry.content = entry.content, bytes(entry.content)  # type: ignore[call-overload]
+                    content, entry.content = entry.content, bytes(entry.content)
                     content.release()
 
 
@@ -227,7 +229,7 @@ def _gone(object_id: str) -> Exception:
     return error
 
 
-class DurableStore(_names.SqlObjectStore):  # type: ignore[misc]
+class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
     """Flower's store in a database: what was acknowledged is there after a crash too.
 
     An object is landed and checked as with :class:`ArenaStore`, then written to the database, from which it is read.

@@ -9,13 +9,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import attrs
-
 from lifl.superlink.body import Cut, cut
 from lifl.superlink.content import Landed
-
-SINK_BYTES = 2**16
-_sink = memoryview(bytearray(SINK_BYTES))  # what nobody wants is written over itself
 
 
 class Target(Protocol):
@@ -30,26 +25,6 @@ class Target(Protocol):
 
     def drop(self) -> None:
         """It will not."""
-
-
-@attrs.define(eq=False)
-class Sink:
-    """For content that is not wanted: it is read and hashed, and forgotten."""
-
-    nbytes: int
-
-    @property
-    def pieces(self) -> list[Any]:
-        """The same memory, again and again."""
-        whole, rest = divmod(self.nbytes, SINK_BYTES)
-        return [_sink] * whole + ([_sink[:rest]] if rest else [])
-
-    def landed(self, digest: str) -> Landed:
-        """Nothing, with the hash of what came."""
-        return Landed(b"", self.nbytes, digest)
-
-    def drop(self) -> None:
-        """Nothing is held."""
 
 
 class Upload:

@@ -30,8 +30,10 @@ from lifl.superlink.prebuilt import Prebuilt
 AWAY_S, MOST_AWAY_S = 0.1, 1.0
 """The pauses before an object that is not there yet is asked for again, the first and the longest.
 
-A SuperNode's are 1 s and 10 s: most of a short measurement would consist of them.
+A SuperNode's are ten times as long: most of a short measurement would consist of them.
 """
+
+PATIENCE = 10
 
 OK, FORBIDDEN = 200, 403
 CONTENT_TAG = message_pb2.PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number << 3 | 2
@@ -109,12 +111,20 @@ class VirtualNode:
     """
 
     def __init__(
-        self, address: str, index: int, reply: Prebuilt, stop: threading.Event, *, is_checking: bool = False
+        self,
+        address: str,
+        index: int,
+        reply: Prebuilt,
+        stop: threading.Event,
+        *,
+        is_checking: bool = False,
+        is_patient: bool = False,
     ) -> None:
         self.index = index
         self.reply = reply
         self._stop = stop
         self._is_checking = is_checking
+        self._patience = PATIENCE if is_patient else 1
         self._identity = Identity()
         self._node = node_pb2.Node()
         # As many objects at a time as a SuperNode has on its way.
@@ -205,7 +215,7 @@ class VirtualNode:
 
         def pull(caller: Caller, object_id: str) -> None:
             request = message_pb2.PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
-            pause_s = AWAY_S
+            pause_s = AWAY_S * self._patience
             while True:
                 response = self._ask(caller, PULL_OBJECT, request)
                 if not response.object_found:
@@ -215,7 +225,7 @@ class VirtualNode:
                 self._waits.append(pause_s)
                 if self._stop.wait(pause_s):
                     raise PeerGoneError(f"object {object_id} had not come when the fleet was stopped")
-                pause_s = min(2 * pause_s, MOST_AWAY_S)
+                pause_s = min(2 * pause_s, MOST_AWAY_S * self._patience)
             if self._is_checking and sha256(response.object_content).hexdigest() != object_id:
                 raise PeerGoneError(f"the server sent something else for object {object_id}")
 

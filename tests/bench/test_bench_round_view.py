@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lifl import cli
 from lifl.bench import round as bench
 from lifl.bench.round import COMPARED, SIDES
-from lifl.bench.round_view import round_table, save_picture
+from lifl.bench.round_view import profile_table, round_table, save_picture
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.leaves("matplotlib keeps its fonts open")
@@ -48,11 +48,22 @@ def test_the_table_shows_every_side() -> None:
         console.print(round_table(FIGURES))
     text = console.export_text()
     assert "8 nodes, resnet18: 122 arrays, 46.8 MB (lazy, 2 cores)" in text
-    for side in SIDES.values():
-        assert side.title in text
+    for name in ("flower", "strategy", "server"):
+        assert SIDES[name].title in text
     assert text.count(" 80 x") == text.count(" 2 x") == len(COMPARED)
     assert "6.4" in text
     assert "1,300" in text
+
+
+def test_the_profile_is_given_per_round_request_and_byte() -> None:
+    """The shares are of all that was spent."""
+    profiled = {**row("server", 0.0125), "profile_s": {"hash": 0.3, "fold": 0.1}}
+    with open(os.devnull, "w") as nowhere:
+        console = Console(width=120, record=True, file=nowhere)
+        console.print(profile_table(FIGURES | {"rows": [{**row("flower", 1.0), "profile_s": None}, profiled]}))
+    text = console.export_text()
+    (line,) = [line for line in text.splitlines() if "hash" in line]
+    assert [cell.strip() for cell in line.split("│")[2:6]] == ["300", "75", "417", "75%"]
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
@@ -84,7 +95,8 @@ def test_the_command_writes_what_it_is_told_to(monkeypatch: pytest.MonkeyPatch, 
     assert result.exit_code == 0, result.output
     del asked["on_progress"]
     what = {"model": "small2000", "nodes": 3, "rounds": 4, "sides": ["flower", "server"]}
-    assert asked == what | {"timing": "lazy", "memory": "1GiB", "repetitions": 1}
+    options = {"timing": "lazy", "memory": "1GiB", "repetitions": 1, "is_patient": False, "has_profile": False}
+    assert asked == what | options
     assert "Flower" in result.stdout
     assert json.loads((tmp_path / "f.json").read_text()) == FIGURES
     assert (tmp_path / "f.svg").exists()

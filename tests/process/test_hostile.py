@@ -1,4 +1,8 @@
-"""Eight real SuperNodes, two of them hostile, over the real wire: every row of the table of bad clients."""
+"""Eight real SuperNodes, two of them hostile, over the real wire: every row of the table of bad clients.
+
+On a lifl-superlink, which takes the replies in; with LIFL_CRASH=all on Flower's SuperLink too, where the ServerApp does
+(three minutes more; the same rules in the same words, see tests/strategy/test_landing.py).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from lifl.deployment import Deployment
 APP = Path(__file__).parent / "app_hostile"
 FORGER = Path(__file__).parent / "forger"
 HONEST = range(6)
+SERVERS = ["lifl-superlink", *(["flower-superlink"] if os.environ.get("LIFL_CRASH") == "all" else [])]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,12 +54,12 @@ class Said:
             return dict(arrays)
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
+@pytest.fixture(scope="module", params=SERVERS)
+def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Said:
     """All the runs, one after another, on one deployment."""
     out, lines = tmp_path_factory.mktemp("hostile"), list[str]()
     path = os.pathsep.join(filter(None, [str(FORGER), os.environ.get("PYTHONPATH")]))
-    with Deployment(supernodes=8, env={"PYTHONPATH": path, "LIFL_FORGED": str(out / "forged")}) as deployment:
+    with Deployment(8, (request.param,), env={"PYTHONPATH": path, "LIFL_FORGED": str(out / "forged")}) as deployment:
         deployment.run(APP, {"out": str(out)}, lines.append, timeout=280)
     return Said(out, lines)
 

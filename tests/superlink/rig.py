@@ -30,8 +30,15 @@ class Rig:
     """One server. ``plane`` has its parts."""
 
     def __init__(
-        self, memory: str = "64MiB", workers: int = 1, *, database: str | None = None, hold_s: float = 0.0,
-        max_object: int = 2**26, arguments: tuple[str, ...] = ("--insecure",), port: int | None = None,
+        self,
+        memory: str = "64MiB",
+        workers: int = 1,
+        *,
+        database: str | None = None,
+        hold_s: float = 0.0,
+        max_object: int = 2**26,
+        arguments: tuple[str, ...] = ("--insecure",),
+        port: int | None = None,
     ) -> None:
         if port is None:
             with socket.socket() as probe:
@@ -53,8 +60,15 @@ class Rig:
         self.plane = Plane(config, parse_bytes(memory), workers, max_object, hold_s)
         self.config = config
         settings = uvicorn.Config(
-            self.plane.app, host=HOST, port=port, http=self.plane.protocol, loop="asyncio", log_level="warning",
-            ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile, timeout_graceful_shutdown=2,
+            self.plane.app,
+            host=HOST,
+            port=port,
+            http=self.plane.protocol,
+            loop="asyncio",
+            log_level="warning",
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+            timeout_graceful_shutdown=2,
         )
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), name="rig")
@@ -115,8 +129,9 @@ class Rig:
 
         content = b"no app: virtual nodes run none"
         fab_hash = self.state.store_fab(Fab(hashlib.sha256(content).hexdigest(), content, {}))
-        run_id = self.state.create_run("a/b", "1.0.0", fab_hash, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID,
-                                       TaskType.SERVER_APP)
+        run_id = self.state.create_run(
+            "a/b", "1.0.0", fab_hash, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
         task_id = self.state.get_run_info(run_ids=[run_id])[0].primary_task_id
         token = self.state.claim_task(task_id)
         assert token is not None
@@ -194,5 +209,3 @@ class Node:
         """Closes the connection."""
         self.stop.set()
         self.caller.close()
-
-

@@ -52,7 +52,9 @@ def check_mean(arrays: ArrayRecord, count: int, roundings: int = 1) -> None:
         if got.dtype.kind == "i":
             assert got == np.rint(exact)
         else:  # one rounding to the dtype, and what the reference's own sums lose
-            np.testing.assert_allclose(got.astype(np.float64), exact, rtol=roundings * np.finfo(got.dtype).eps, atol=1e-12)
+            np.testing.assert_allclose(
+                got.astype(np.float64), exact, rtol=roundings * np.finfo(got.dtype).eps, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("timing", ["eager", "lazy", "jit"])

@@ -1,0 +1,118 @@
+"""The arguments that lifl adds to Flower's strategies, and the signature that shows both."""
+
+from __future__ import annotations
+
+import inspect
+from os import PathLike
+from typing import Any, ClassVar
+
+from lifl.admission import Limits
+from lifl.runtime import Node
+from lifl.terms import Order, Timing
+
+
+def _show_flowers_arguments(cls: type[RoundOptions]) -> None:
+    """Gives a class the signature that its users see: Flower's arguments, then lifl's."""
+    own: list[list[inspect.Parameter]] = []
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            own.append(list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:])
+            if not any(p.kind is p.VAR_KEYWORD for p in own[-1]):
+                break  # Flower's: what the classes behind it take is its own affair
+    named = [p for parameters in reversed(own) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    ordered = sorted(named, key=lambda p: p.kind)
+    cls.__signature__ = inspect.Signature(ordered)
+
+
+class RoundOptions:
+    """lifl's own arguments, for any strategy whose mean is :class:`FedAvg`'s.
+
+    Parameters
+    ----------
+    quorum : float or int, optional
+        The least number of accepted updates for a round to count: a fraction of the sampled nodes (a
+        float up to 1.0) or a number (an int). Default: one update, as in Flower.
+    deadline : float, optional
+        Seconds after which a round, of training or of evaluation, goes on without the replies that are
+        still out. Default: Flower's ``timeout``.
+    timing : {"eager", "lazy", "jit"}
+        Fold each update when it is there, all when the last is, or so late that it ends when the last is expected.
+    order : {"any", "flower"}
+        ``"flower"``: Flower's result bit by bit, from the replies in their order of arrival. It keeps all
+        of them in memory, in the arena and as they came, until the round ends.
+    node : lifl.Node, optional
+        Where to fold. Default: the process's own, made on first use and closed at exit.
+    max_weight : float, optional
+        The largest weight that is accepted; a reply with a larger one is refused. Default: 2**100.
+    clipping_norm : float, optional
+        How far, in the L2 norm over all floating-point arrays together, a reply's model may be from the
+        model that was sent. One that is farther is moved onto that distance, as Flower's server-side
+        clipping does. Default: not bounded.
+    client_bytes, total_bytes : int, optional
+        Bytes of the arena that one client, and all clients of a round together, may hold at once; an update
+        takes whole units of 64 KiB. A reply that does not fit is refused; in the default order it first waits
+        until others have been folded. Default: not bounded.
+    checkpoint : str or path, optional
+        A file that is replaced after each round, atomically, by what a run needs to go on: the model, the
+        metrics, the reports, the state of ``random`` and ``numpy.random``, and those attributes of the
+        strategy that changed since the start (momentum, for example). It must not be there yet, unless
+        `resume` is set. If it cannot be written at the start :meth:`start` raises
+        :class:`lifl.errors.CheckpointError`; later, that is logged and the run goes on. While one
+        run has the file another one's :meth:`start` raises that error too.
+    resume : bool
+        Go on after the last round that is in `checkpoint`; from the beginning if there is no such file.
+        Arguments of :meth:`start` are given as for the whole run. Given the same replies, the end is that of
+        a run that was never interrupted: with ``order="flower"`` bit by bit, else as near as two such runs are.
+    """
+
+    __signature__: ClassVar[inspect.Signature]
+    quorum: float | int | None
+    deadline: float | None
+    timing: Timing
+    order: Order
+    node: Node | None
+    limits: Limits
+    checkpoint: str | PathLike[str] | None
+    resume: bool
+
+    def __init__(
+        self,
+        *args: Any,
+        quorum: float | int | None = None,
+        deadline: float | None = None,
+        timing: Timing = "eager",
+        order: Order = "any",
+        node: Node | None = None,
+        max_weight: float | None = None,
+        clipping_norm: float | None = None,
+        client_bytes: int | None = None,
+        total_bytes: int | None = None,
+        checkpoint: str | PathLike[str] | None = None,
+        resume: bool = False,
+        **flower: Any,
+    ) -> None:
+        super().__init__(*args, **flower)
+        if quorum is not None and (quorum <= 0 or (isinstance(quorum, float) and quorum > 1)):
+            raise ValueError(f"quorum={quorum!r}: give a fraction up to 1.0, or a number of updates as an int")
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline={deadline!r}: give seconds above 0")
+        if timing not in ("eager", "lazy", "jit"):
+            raise ValueError(f"timing={timing!r}: use 'eager', 'lazy' or 'jit'")
+        if order not in ("any", "flower"):
+            raise ValueError(f"order={order!r}: use 'any' or 'flower'")
+        self.quorum, self.deadline, self.timing, self.order, self.node = quorum, deadline, timing, order, node
+        max_weight = Limits().max_weight if max_weight is None else max_weight
+        self.limits = Limits(
+            max_weight=max_weight, clipping_norm=clipping_norm, client_bytes=client_bytes, total_bytes=total_bytes
+        )
+        if resume and checkpoint is None:
+            raise ValueError("resume=True: say from which file, with checkpoint=")
+        self.checkpoint, self.resume = checkpoint, resume
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):  # it shows its own arguments, not the ones inherited with __signature__
+            signature = inspect.signature(vars(cls)["__init__"])
+            cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        elif cls.__module__.startswith("lifl."):
+            _show_flowers_arguments(cls)
