@@ -437,4 +437,5 @@ class Rounds:
                     continue  # a reply that came this moment, and is received as any other
                 served.replied.add(asked)
                 served.name(served.asked[asked])
+                served.settled.append(message.metadata.message_id)  # Flower has stored it for who pulls replies
             served.tell(Settled(message, {}, None))
