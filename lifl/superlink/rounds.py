@@ -112,14 +112,17 @@ class Rounds:
         self._state, original = state, state.store_message_and_object_tree
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
-            known = self._store.offer(self._derive(message, object_tree))
+            known, stored = self._store.offer(self._derive(message, object_tree)), False
             with self._lock:
                 self._noting += 1
+                served = self._bind(message)  # before it is stored: a reply may come at once
             try:
                 try:
                     stored, missing = original(message, object_tree, session_id)
                 finally:
                     self._store.withdraw(known)
+                    if served is not None and not stored:
+                        self._unbind(served, message)
                 if stored:
                     self._stored(message, object_tree, set(missing), session_id)
             finally:
@@ -281,19 +284,32 @@ class Rounds:
             served = self._asked.get(message.metadata.reply_to_message_id)
         return {} if served is None else derive(served.geometry, tree)
 
+    def _bind(self, message: Any) -> ServedRound | None:
+        """The round that a message is of, if it is of one: replies to it are received there from now on."""
+        meta = message.metadata
+        if meta.reply_to_message_id:
+            return None
+        for served in self._open:
+            said = served.said
+            is_its = (meta.run_id, meta.message_type, meta.group_id) == (
+                *(said.run_id, said.message_type, said.group_id),
+            )
+            if is_its and served.expected[meta.dst_node_id] > 0:
+                served.expected[meta.dst_node_id] -= 1
+                served.asked[meta.message_id] = meta.dst_node_id
+                self._asked[meta.message_id] = served
+                return served
+        return None
+
+    def _unbind(self, served: ServedRound, message: Any) -> None:
+        with self._lock:
+            served.expected[message.metadata.dst_node_id] += 1
+            served.asked.pop(message.metadata.message_id, None)
+            self._asked.pop(message.metadata.message_id, None)
+
     def _asked_for(self, message: Any, missing: set[str]) -> None:
         meta = message.metadata
         with self._lock:
-            for served in self._open:
-                said = served.said
-                is_its = (meta.run_id, meta.message_type, meta.group_id) == (
-                    *(said.run_id, said.message_type, said.group_id),
-                )
-                if is_its and served.expected[meta.dst_node_id] > 0:
-                    served.expected[meta.dst_node_id] -= 1
-                    served.asked[meta.message_id] = meta.dst_node_id
-                    self._asked[meta.message_id] = served
-                    break
             missing -= self._came
             if missing:
                 self._coming[meta.message_id] = _Coming(meta.dst_node_id, set(missing))
