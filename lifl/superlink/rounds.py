@@ -209,7 +209,7 @@ class Rounds:
         for reception in receptions:
             reception.drop()
         if deletes:
-            replies = [r.message.metadata.message_id for r in receptions]
+            replies = [object_id for reception in receptions for object_id in reception.roots]
             self._delete(set(served.asked), [*replies, *served.settled])
         served.round.close()
 
@@ -383,7 +383,8 @@ class Rounds:
             self._forget(reception)
         if self._store.is_durable:
             return  # a ServerApp that starts anew after a crash pulls the reply as from Flower's server
-        self._store.delete(reception.message.metadata.message_id)
+        for object_id in reception.roots:
+            self._store.delete(object_id)
         self._store.keep(reception.object_ids)
 
     def _forget(self, reception: Reception) -> None:
