@@ -16,6 +16,8 @@ from logging import ERROR
 from typing import Any
 
 import attrs
+from flwr.app import Error
+from flwr.app.message import make_message
 
 from lifl.admission import Limits
 from lifl.errors import ShmError
@@ -34,6 +36,9 @@ _names, _server = flower.part("rounds"), flower.part("server")
 
 WATCH_S = 1.0
 """How often nodes that owe a reply are looked after: Flower makes an error reply for one that is gone."""
+
+IDLE_S = 10.0
+"""A reply of which nothing came for so long is looked after too: Flower gives its push session up at some time."""
 
 OPEN_TIMEOUT_S = 60.0
 ASSEMBLERS = 4
@@ -329,6 +334,7 @@ class Rounds:
             # SuperNodes of before there were sessions name none.
             of_session = [self._sessions[session_id]] if session_id in self._sessions else []
             for reception in of_session if session_id else list(self._wanted.get(object_id, ())):
+                reception.heard_s = time.monotonic()
                 reception.missing.discard(object_id)
                 self._forget_wanted(reception, object_id)
                 served = self._asked.get(reception.message.metadata.reply_to_message_id)
@@ -426,11 +432,12 @@ class Rounds:
             for served in list(self._open):
                 with self._lock:
                     owed = {i for i in served.asked if i not in served.replied}
-                if owed and not served.is_closed:
-                    try:
+                try:
+                    if owed and not served.is_closed:
                         self._look_for_errors(served, owed)
-                    except Exception as error:
-                        _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
+                    self._look_for_broken(served)
+                except Exception as error:
+                    _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
 
     def _forget_stale(self) -> None:
         """Whose objects have not come in the time of a push session has been given up by its ServerApp."""
@@ -456,3 +463,23 @@ class Rounds:
                 served.name(served.asked[asked])
                 served.settled.append(message.metadata.message_id)  # Flower has stored it for who pulls replies
             served.tell(Settled(message, {}, None))
+
+    def _look_for_broken(self, served: ServedRound) -> None:
+        """Replies whose push session is over before they had come whole: an error, as Flower's grid makes of them."""
+        now_s = time.monotonic()
+        with self._lock:
+            idle = [r for r in served.receptions.values() if r.missing and now_s - r.heard_s > IDLE_S]
+            awaited = [(reception, next(iter(reception.missing))) for reception in idle]
+        for reception, object_id in awaited:
+            # Who asks for an object of a session that is too old ends it, and the message with it.
+            if self._state.get_object(served.said.run_id, object_id) is not None:
+                continue
+            meta = reception.message.metadata
+            with self._lock:
+                if reception.is_settling or served.receptions.pop(meta.message_id, None) is None:
+                    continue
+                self._forget(reception)
+            reception.drop()
+            self._delete({meta.reply_to_message_id}, [*reception.roots])
+            error = Error(_names.ErrorCode.MESSAGE_UNAVAILABLE, "the reply was announced and has not come whole")
+            served.tell(Settled(make_message(metadata=meta, error=error), {}, None))
