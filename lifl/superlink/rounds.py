@@ -265,7 +265,7 @@ class Rounds:
             if served is None:
                 return
             known = served.receptions.get(meta.message_id)
-            if known is None and meta.reply_to_message_id in served.replied:
+            if meta.reply_to_message_id in served.replied if known is None else known.is_settling:
                 return
             served.replied.add(meta.reply_to_message_id)
             if known is None:
