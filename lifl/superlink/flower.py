@@ -62,6 +62,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "rounds": {
         "message_to_proto": "flwr.common.serde.message_to_proto",
+        "ErrorCode": "flwr.common.constant.ErrorCode",
         "MAX_CHUNK_BYTES": "flwr.common.constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE",
         "head_of": "flwr.supercore.inflatable.inflatable_object.get_object_head_values_from_object_content",
         "body_of": "flwr.supercore.inflatable.inflatable_object.get_object_body",

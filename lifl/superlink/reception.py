@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,6 +120,8 @@ class Reception:
         self.is_forgotten = self.is_settling = False
         self.copied_bytes = 0  # from where they lay to where they belong
         self.object_ids = set(_ids(tree))
+        # What to delete: the message, and the root of its tree, which is another object if the client lies.
+        self.roots = {message.metadata.message_id} | ({tree.object_id} & missing)
         self._chunks = [[c.object_id for c in array.children] for array in _arrays(tree)]
         self._counts = [len(chunks) for chunks in self._chunks]
         self._places: dict[str, tuple[int, int]] = {}

@@ -16,6 +16,8 @@ from logging import ERROR
 from typing import Any
 
 import attrs
+from flwr.app import Error
+from flwr.app.message import make_message
 
 from lifl.admission import Limits
 from lifl.errors import ShmError
@@ -34,6 +36,9 @@ _names, _server = flower.part("rounds"), flower.part("server")
 
 WATCH_S = 1.0
 """How often nodes that owe a reply are looked after: Flower makes an error reply for one that is gone."""
+
+IDLE_S = 10.0
+"""A reply of which nothing came for so long is looked after too: Flower gives its push session up at some time."""
 
 OPEN_TIMEOUT_S = 60.0
 ASSEMBLERS = 4
@@ -112,14 +117,17 @@ class Rounds:
         self._state, original = state, state.store_message_and_object_tree
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
-            known = self._store.offer(self._derive(message, object_tree))
+            known, stored = self._store.offer(self._derive(message, object_tree)), False
             with self._lock:
                 self._noting += 1
+                served = self._bind(message)  # before it is stored: a reply may come at once
             try:
                 try:
                     stored, missing = original(message, object_tree, session_id)
                 finally:
                     self._store.withdraw(known)
+                    if served is not None and not stored:
+                        self._unbind(served, message)
                 if stored:
                     self._stored(message, object_tree, set(missing), session_id)
             finally:
@@ -206,7 +214,7 @@ class Rounds:
         for reception in receptions:
             reception.drop()
         if deletes:
-            replies = [r.message.metadata.message_id for r in receptions]
+            replies = [object_id for reception in receptions for object_id in reception.roots]
             self._delete(set(served.asked), [*replies, *served.settled])
         served.round.close()
 
@@ -257,7 +265,7 @@ class Rounds:
             if served is None:
                 return
             known = served.receptions.get(meta.message_id)
-            if known is None and meta.reply_to_message_id in served.replied:
+            if meta.reply_to_message_id in served.replied if known is None else known.is_settling:
                 return
             served.replied.add(meta.reply_to_message_id)
             if known is None:
@@ -281,19 +289,32 @@ class Rounds:
             served = self._asked.get(message.metadata.reply_to_message_id)
         return {} if served is None else derive(served.geometry, tree)
 
+    def _bind(self, message: Any) -> ServedRound | None:
+        """The round that a message is of, if it is of one: replies to it are received there from now on."""
+        meta = message.metadata
+        if meta.reply_to_message_id:
+            return None
+        for served in self._open:
+            said = served.said
+            is_its = (meta.run_id, meta.message_type, meta.group_id) == (
+                *(said.run_id, said.message_type, said.group_id),
+            )
+            if is_its and served.expected[meta.dst_node_id] > 0:
+                served.expected[meta.dst_node_id] -= 1
+                served.asked[meta.message_id] = meta.dst_node_id
+                self._asked[meta.message_id] = served
+                return served
+        return None
+
+    def _unbind(self, served: ServedRound, message: Any) -> None:
+        with self._lock:
+            served.expected[message.metadata.dst_node_id] += 1
+            served.asked.pop(message.metadata.message_id, None)
+            self._asked.pop(message.metadata.message_id, None)
+
     def _asked_for(self, message: Any, missing: set[str]) -> None:
         meta = message.metadata
         with self._lock:
-            for served in self._open:
-                said = served.said
-                is_its = (meta.run_id, meta.message_type, meta.group_id) == (
-                    *(said.run_id, said.message_type, said.group_id),
-                )
-                if is_its and served.expected[meta.dst_node_id] > 0:
-                    served.expected[meta.dst_node_id] -= 1
-                    served.asked[meta.message_id] = meta.dst_node_id
-                    self._asked[meta.message_id] = served
-                    break
             missing -= self._came
             if missing:
                 self._coming[meta.message_id] = _Coming(meta.dst_node_id, set(missing))
@@ -313,6 +334,7 @@ class Rounds:
             # SuperNodes of before there were sessions name none.
             of_session = [self._sessions[session_id]] if session_id in self._sessions else []
             for reception in of_session if session_id else list(self._wanted.get(object_id, ())):
+                reception.heard_s = time.monotonic()
                 reception.missing.discard(object_id)
                 self._forget_wanted(reception, object_id)
                 served = self._asked.get(reception.message.metadata.reply_to_message_id)
@@ -367,7 +389,8 @@ class Rounds:
             self._forget(reception)
         if self._store.is_durable:
             return  # a ServerApp that starts anew after a crash pulls the reply as from Flower's server
-        self._store.delete(reception.message.metadata.message_id)
+        for object_id in reception.roots:
+            self._store.delete(object_id)
         self._store.keep(reception.object_ids)
 
     def _forget(self, reception: Reception) -> None:
@@ -409,11 +432,12 @@ class Rounds:
             for served in list(self._open):
                 with self._lock:
                     owed = {i for i in served.asked if i not in served.replied}
-                if owed and not served.is_closed:
-                    try:
+                try:
+                    if owed and not served.is_closed:
                         self._look_for_errors(served, owed)
-                    except Exception as error:
-                        _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
+                    self._look_for_broken(served)
+                except Exception as error:
+                    _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
 
     def _forget_stale(self) -> None:
         """Whose objects have not come in the time of a push session has been given up by its ServerApp."""
@@ -437,4 +461,25 @@ class Rounds:
                     continue  # a reply that came this moment, and is received as any other
                 served.replied.add(asked)
                 served.name(served.asked[asked])
+                served.settled.append(message.metadata.message_id)  # Flower has stored it for who pulls replies
             served.tell(Settled(message, {}, None))
+
+    def _look_for_broken(self, served: ServedRound) -> None:
+        """Replies whose push session is over before they had come whole: an error, as Flower's grid makes of them."""
+        now_s = time.monotonic()
+        with self._lock:
+            idle = [r for r in served.receptions.values() if r.missing and now_s - r.heard_s > IDLE_S]
+            awaited = [(reception, next(iter(reception.missing))) for reception in idle]
+        for reception, object_id in awaited:
+            # Who asks for an object of a session that is too old ends it, and the message with it.
+            if self._state.get_object(served.said.run_id, object_id) is not None:
+                continue
+            meta = reception.message.metadata
+            with self._lock:
+                if reception.is_settling or served.receptions.pop(meta.message_id, None) is None:
+                    continue
+                self._forget(reception)
+            reception.drop()
+            self._delete({meta.reply_to_message_id}, [*reception.roots])
+            error = Error(_names.ErrorCode.MESSAGE_UNAVAILABLE, "the reply was announced and has not come whole")
+            served.tell(Settled(make_message(metadata=meta, error=error), {}, None))

@@ -21,42 +21,13 @@ from flwr.superlink.config_loader import get_federation_manager, get_objectstore
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from things import Thing
 
 from lifl.shm import Arena
 from lifl.superlink.content import BlockContent, Content, Landed
 from lifl.superlink.store import ArenaStore, DurableStore
 
 UNIT = 65536
-
-
-@attrs.frozen
-class Thing:
-    """An object as Flower forms it: kind, children and body."""
-
-    kind: str
-    children: tuple[Thing, ...] = ()
-    body: bytes = b""
-
-    @property
-    def content(self) -> bytes:
-        """Deflated."""
-        ids = ",".join(dict.fromkeys(child.id for child in self.children))
-        return f"{self.kind} {ids} {len(self.body)}".encode() + b"\0" + self.body
-
-    @property
-    def id(self) -> str:
-        """The hash of its content."""
-        return hashlib.sha256(self.content).hexdigest()
-
-    @property
-    def tree(self) -> Any:
-        """Of it and all below."""
-        return ObjectTree(object_id=self.id, children=[child.tree for child in self.children])
-
-    def all(self) -> list[Thing]:
-        """It and all below, children first, each once."""
-        found = dict.fromkeys(below for child in self.children for below in child.all())
-        return [*found, self]
 
 
 CHUNKS = [Thing("ArrayChunk", body=bytes([n]) * size) for n, size in enumerate((0, 5, 1000, 70_000))]
