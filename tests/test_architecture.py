@@ -156,9 +156,11 @@ ALLOWED: dict[str, set[str]] = {
         *("superlink.geometry", "superlink.store"),
     },
     "superlink.rounds": {
-        *("admission", "errors", "round", "runtime", "superlink.content", "superlink.derived", "superlink.flower"),
-        *("superlink.geometry", "superlink.holding", "superlink.reception", "tensor", "terms"),
+        *("admission", "errors", "round", "runtime", "superlink.comings", "superlink.derived", "superlink.flower"),
+        *("superlink.geometry", "superlink.holding", "superlink.offering", "superlink.reception", "tensor", "terms"),
     },
+    "superlink.comings": {"superlink.holding"},
+    "superlink.offering": {"superlink.content", "superlink.derived", "superlink.geometry", "superlink.store"},
     "superlink.agency": {
         *("admission", "errors", "superlink.flower", "superlink.reception", "superlink.rounds", "tensor", "wire"),
     },
