@@ -149,7 +149,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "superlink.gateway": {
         *("superlink.checks", "superlink.content", "superlink.exchanges", "superlink.flower", "superlink.holding"),
-        *("superlink.protocol", "superlink.store", "superlink.targets", "superlink.upload"),
+        *("shm", "superlink.protocol", "superlink.store", "superlink.targets", "superlink.upload"),
     },
     "superlink.reception": {
         *("errors", "loan", "metrics", "npy", "round", "strategy.reading", "superlink.content", "superlink.flower"),

@@ -165,7 +165,7 @@ class Rounds:
                 break
             except ShmError:
                 # What is in the way may be objects of a round before, which go when the nodes have them.
-                if waits <= 0 or self._stop.wait(0.1):
+                if waits <= 0 or not self._node.used_bytes or self._stop.wait(0.1):
                     raise
                 waits -= 0.1
         with self._lock:
