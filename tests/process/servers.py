@@ -58,7 +58,10 @@ class Servers(Deployment):
         command += [argument.format(database=self.database) for argument in (*self._arguments, *arguments)]
         if self._is_secure:
             files = ("--ssl-ca-certfile", "ca.pem"), ("--ssl-certfile", "server.pem"), ("--ssl-keyfile", "server.key")
-            command += ["--enable-supernode-auth", *(part for flag, f in files for part in (flag, str(self.folder / f)))]
+            command += [
+                "--enable-supernode-auth",
+                *(part for flag, f in files for part in (flag, str(self.folder / f))),
+            ]
         else:
             command.append("--insecure")
         name = self._launch("server", command, self._home("superlink"))
@@ -155,7 +158,9 @@ def make_certificates(folder: Path) -> None:
     now = datetime.datetime.now(datetime.UTC)
     for i, file in enumerate(("ca.pem", "server.pem")):
         made = x509.CertificateBuilder(names[0], names[i], keys[i].public_key(), x509.random_serial_number())
-        made = made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(days=1))
+        made = made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(
+            now + datetime.timedelta(days=1)
+        )
         made = made.add_extension(x509.BasicConstraints(ca=i == 0, path_length=None), critical=True)
         made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(keys[i].public_key()), critical=False)
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key())

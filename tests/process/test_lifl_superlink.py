@@ -127,7 +127,7 @@ def runs(shared: Shared) -> Runs:
 
 @leaves_children
 def test_rounds_that_the_server_folds(runs: Runs, shared: Shared) -> None:
-    """With lifl's FedAvg the server makes the mean: the log says so, no Node is in the ServerApp, the model is right."""
+    """With lifl's FedAvg the server makes the mean: the log says so, the ServerApp has no Node, the model is right."""
     fedavg_runs.check_mean(runs)
     fedavg_runs.check_refusal(runs)
     assert [name for name in ("any", "lenient", "flower", "both") if runs.said[name]["embedded"]] == ["both"]
@@ -176,7 +176,7 @@ def test_a_supernode_is_killed_in_an_upload(shared: Shared) -> None:
     shared.check_nothing_held()
 
 
-# ---------------------------------------------------------------- certificates, keys, a database; killed and started again
+# ---------------------------------------------------------------- certificates, keys, a database; killed and back
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def lifl_processes(servers: Servers) -> list[int]:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_as_flowers_does(how: signal.Signals) -> None:
-    """Asked to end, it leaves no process and no socket, and has flower-superlink's exit status; in simulation mode too."""
+    """Asked to end, it leaves no process and no socket, and has Flower's exit status; in simulation mode too."""
     arguments = ("--simulation",) if how == signal.SIGINT else ()
     with Servers(arguments=arguments) as servers:
         wait_until(lambda: processes(servers, "flower-superexec"), "no SuperExec")
