@@ -142,7 +142,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             if exchange is not None:
                 self._exchange, self._left, self._is_ours = exchange, length, True
                 self._has_ended = self._is_answered = self._discarding = False
-                self._closes = self.parser.get_http_version() == "1.0" or (b"connection", b"close") in self.headers
+                self._closes = self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive()
                 self._last_s = time.monotonic()
                 self.busy.add(self)
                 if self.expect_100_continue:

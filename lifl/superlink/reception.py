@@ -72,6 +72,7 @@ class Place:
 
     def landed(self, digest: str) -> Landed:
         """The chunk, where it is."""
+        self._owner.written()
         head = bytes(self._head)
         content = PlacedContent(self._owner, self._at, head, self._numbers)
         return Landed(content, len(content), digest, head)
@@ -79,6 +80,7 @@ class Place:
     def drop(self) -> None:
         """Gives the place up."""
         self._numbers = None
+        self._owner.written()
         self._owner.vacate(self._at)
 
 
@@ -131,6 +133,7 @@ class Reception:
             for k, object_id in enumerate(chunks):
                 self._places.setdefault(object_id, (j, k))
         self._taken: set[tuple[int, int]] = set()
+        self._writing = 0  # uploads that may write into the update's block at any time
         self._loan: Loan | None = None
         self._whole: Any = None
         self._is_placing = bool(self._places)
@@ -150,12 +153,18 @@ class Reception:
         if nbytes != piece.object_bytes:
             return None
         with self._lock:
-            if at in self._taken:
+            if at in self._taken or not self._is_placing:
                 return None
             if self._loan is None and not self._borrow(0.0):
                 return None
             self._taken.add(at)
+            self._writing += 1
             return Place(self, at, piece, self._whole[piece.offset : piece.offset + piece.nbytes])
+
+    def written(self) -> None:
+        """An upload into the update's block has ended."""
+        with self._lock:
+            self._writing -= 1
 
     def vacate(self, at: tuple[int, int]) -> None:
         """A place is free again."""
@@ -190,7 +199,8 @@ class Reception:
 
         `release` makes the store let go of the message's objects, which it must before the block is folded.
         """
-        self._is_placing = False
+        with self._lock:
+            self._is_placing = False
         if self.message.has_error():
             return Settled(self.message, {}, None)
         records: dict[str, Any] = {}
@@ -257,8 +267,15 @@ class Reception:
         loan.send(weight)
 
     def _complete(self, store: Store, arrays: dict[str, _Described]) -> bool:
-        """Makes the loan hold exactly the update; false if its form is not that of the round's model."""
+        """Makes the loan hold exactly the update; false if its form is not that of the round's model.
+
+        False as well if an upload is still writing there, because the same object came another way meanwhile: what is
+        checked must not change any more.
+        """
         spec, pieces = self._geometry.spec, self._geometry.pieces
+        with self._lock:
+            if self._writing:
+                return False
         if list(arrays) != list(spec) and set(arrays) != set(spec):
             return False
         for j, tensor in enumerate(spec.tensors):
