@@ -153,10 +153,7 @@ class Rounds:
     ) -> ServedRound:
         """Opens a round for messages that will be sent; waits for room in the arena.
 
-        Raises
-        ------
-        ShmError
-            If there is none.
+        Raises :class:`ShmError` if there is none.
         """
         waits = OPEN_TIMEOUT_S
         while True:
@@ -253,9 +250,7 @@ class Rounds:
             return None
         for served in self._open:
             said = served.said
-            is_its = (meta.run_id, meta.message_type, meta.group_id) == (
-                *(said.run_id, said.message_type, said.group_id),
-            )
+            is_its = (meta.run_id, meta.message_type, meta.group_id) == (said.run_id, said.message_type, said.group_id)
             if is_its and served.expected[meta.dst_node_id] > 0:
                 served.expected[meta.dst_node_id] -= 1
                 served.asked[meta.message_id] = meta.dst_node_id
@@ -382,8 +377,14 @@ class Rounds:
         now_s = time.monotonic()
         with self._lock:
             idle = [r for r in served.receptions.values() if r.missing and now_s - r.heard_s > IDLE_S]
-            awaited = [(reception, next(iter(reception.missing))) for reception in idle]
-        for reception, object_id in awaited:
+            awaited = [(reception, list(reception.missing)) for reception in idle]
+        for reception, missing in awaited:
+            object_id = next((one for one in missing if self.store.is_wanted(one)), None)
+            if object_id is None:  # others have brought all of it
+                with self._lock:
+                    reception.missing.clear()
+                    self._settle_if_complete(served, reception)
+                continue
             # Who asks for an object of a session that is too old ends it, and the message with it.
             if self._state.get_object(served.said.run_id, object_id) is not None:
                 continue
