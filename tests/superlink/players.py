@@ -156,11 +156,13 @@ def play(
     *bad: Act,
     num_rounds: int = 1,
     beside: Callable[[list[Client]], None] | None = None,
+    is_alone: bool = True,
     **options: Any,
 ) -> tuple[Round, list[Client]]:
     """Runs a strategy with honest clients and with such that `act`; checks that nothing is left, and who counted.
 
     `beside` runs in this thread after the strategy. The clients that are returned are closed, the bad ones first.
+    Not `is_alone`: something else goes on at the server, which may stay.
     """
     clients = [Client(rig, act) for act in bad]
     good = [Client(rig, says(update(arrays, examples))) for arrays, examples in honest]
@@ -182,7 +184,8 @@ def play(
             if client.error is not None:
                 raise client.error
     assert rig.plane.rounds.served == served + num_rounds, "the server folded every round"
-    settled(rig)  # before the run ends, with which Flower clears what is left of it
+    if is_alone:
+        settled(rig)  # before the run ends, with which Flower clears what is left of it
     rig.state.stop_run(run_id)
     report = result.reports[num_rounds]
     arrays = {name: one.numpy() for name, one in result.arrays.items()}
