@@ -377,7 +377,7 @@ def test_pure_room_has_no_global_state(room: str) -> None:
 
 # ---------------------------------------------------------------- files
 
-LONGER = {"runtime": 409}
+LONGER = {"runtime": 409, "superlink.rounds": 412}
 """Rooms that are over the limit and wait to be split by noun; each at most so long."""
 
 

@@ -68,6 +68,7 @@ class ServedRound:
     receptions: dict[str, Reception] = attrs.field(factory=dict)  # reply -> its reception
     replied: set[str] = attrs.field(factory=set)  # messages with a reply
     names: Counter[int] = attrs.field(factory=Counter)
+    taken: set[str] = attrs.field(factory=set)  # replies that have come whole
     settled: list[str] = attrs.field(factory=list)  # replies that are kept until the round ends
     is_closed: bool = False
 
@@ -105,6 +106,9 @@ class Rounds:
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
             known, stored = self.store.offer(self._derive(message, object_tree)), False
             with self._lock:
+                if self._is_taken(message):  # said again, while it is folded and after: nothing of it is needed
+                    self.store.withdraw(known)
+                    return True, []
                 served = self._bind(message)  # before it is stored: a reply may come at once
             with self._comings.noting():
                 try:
@@ -281,9 +285,14 @@ class Rounds:
                 if served is not None:
                     self._settle_if_complete(served, reception)
 
+    def _is_taken(self, message: Any) -> bool:
+        served = self._asked.get(message.metadata.reply_to_message_id)
+        return served is not None and message.metadata.message_id in served.taken
+
     def _settle_if_complete(self, served: ServedRound, reception: Reception) -> None:
         if not reception.missing and not reception.is_settling:
             reception.is_settling = True
+            served.taken.add(reception.message.metadata.message_id)
             self._assembler.submit(self._settle, served, reception)
 
     def _settle(self, served: ServedRound, reception: Reception) -> None:

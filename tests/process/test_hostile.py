@@ -156,5 +156,7 @@ def test_stock_fedavg_fails(said: Said) -> None:
     np.testing.assert_allclose(said.model("weight 1e300", 1)["w"], attackers["w"])
     everyone = [module("client_app").honest(me, 1) for me in range(8)]
     fair = sum(w * u["w"].astype(np.float64) for u, w in everyone) / sum(w for _, w in everyone)
-    assert not np.allclose(said.model("shape (1,)", 1)["w"], fair, rtol=0.01)
+    # Whether Flower can add the arrays depends on which comes first.
+    is_over = said.runs["shape (1,)"]["error"] is not None
+    assert is_over or not np.allclose(said.model("shape (1,)", 1)["w"], fair, rtol=0.01)
     assert "InconsistentMessageReplies" in said.runs["one array too many"]["error"]
