@@ -1,17 +1,19 @@
-"""`lifl demo`: one Flower app, aggregated by lifl and then by Flower, side by side.
+"""`lifl demo`: one Flower app three ways, side by side: Flower, lifl's strategy on Flower's server, lifl's server.
 
-Owns: what the demo runs and how it is shown. Everything in it is real: a SuperLink, the
+Owns: what the demo runs and how it is shown. Everything in it is real: the SuperLinks, the
 SuperNodes and the training of examples/quickstart-digits. Never aggregates anything itself
 and never imports flwr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from rich.table import Table
 
 from lifl.deployment import Deployment
 
-NAMES = {"lifl": "lifl", "flower": "Flower"}
+NAMES = {"flower": "Flower", "lifl": "lifl's strategy", "server": "lifl-superlink"}
+STRATEGIES = {"flower": "flower", "lifl": "lifl", "server": "lifl"}
+SERVERS = {"flower-superlink": ("flower", "lifl"), "lifl-superlink": ("server",)}
+"""What each server runs, one after another."""
 # Both average the same updates; only the order of float32 additions may differ, which moves
 # one or two of the 359 test images at most.
 MAX_DIFFERENCE = 0.01
@@ -33,9 +38,9 @@ _ROUND_ENDED = re.compile(r"Round (\d+) of \d+: accuracy ([\d.]+)")
 
 
 def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: bool = False) -> dict[str, Any]:
-    """Run the app with both strategies on one deployment, show and return what came out.
+    """Run the app all three ways, each server with SuperNodes of its own, show and return what came out.
 
-    Returns the two runs under "lifl" and "flower" (each: "strategy", "rounds" with round,
+    Returns the runs under "flower", "lifl" and "server" (each: "strategy", "rounds" with round,
     accuracy, seconds and report, and the total "seconds", all on the ServerApp's clock),
     "accuracy_difference" of the last round, and "logs" (the folder, or None).
 
@@ -50,7 +55,7 @@ def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: 
         raise SystemExit(1)
     logs = Path(tempfile.mkdtemp(prefix="lifl-demo-logs-")) if keep_logs else None
     try:
-        results = _run_both(console, rounds, supernodes, logs)
+        results = _run_all(console, rounds, supernodes, logs)
     except KeyboardInterrupt:
         console.print("Stopped by Ctrl-C; nothing is left running.")
         raise SystemExit(130) from None
@@ -63,36 +68,38 @@ def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: 
             console.print(f"The logs are in {logs}", highlight=False)
 
     console.print(_comparison(results))
-    if any(_report(entry) for entry in results["lifl"]["rounds"]):
-        console.print(_contributions(results["lifl"]))
-        console.print(_times(results["lifl"]))
-    for note in _exceptions(results["lifl"]):
-        console.print(note, highlight=False, markup=False)
+    if any(_report(entry) for entry in results["server"]["rounds"]):
+        console.print(_contributions(results["server"]))
+    for side in ("lifl", "server"):
+        if any(_report(entry) for entry in results[side]["rounds"]):
+            console.print(_times(results[side], NAMES[side]))
+        for note in _exceptions(results[side]):
+            console.print(f"{NAMES[side]}: {note}", highlight=False, markup=False)
     last = {name: result["rounds"][-1]["accuracy"] for name, result in results.items()}
-    difference = abs(last["lifl"] - last["flower"])
-    seconds = {name: result["seconds"] for name, result in results.items()}
+    difference = max(last.values()) - min(last.values())
+    needed = ", ".join(f"{NAMES[name]} {result['seconds']:.1f} s" for name, result in results.items())
     console.print(
-        f"In all lifl needed {seconds['lifl']:.1f} s, Flower {seconds['flower']:.1f} s. Most of "
-        "that is the SuperNodes' own: they ask for work every 3 s and start a process for it.",
+        f"In all: {needed}. Most of that is the SuperNodes' own: they start a process for each task, and on Flower's "
+        "server they ask for work every 3 s.",
         highlight=False,
     )
+    ends = ", ".join(f"{NAMES[name]} {accuracy:.4f}" for name, accuracy in last.items())
     if difference > MAX_DIFFERENCE or min(last.values()) < MIN_ACCURACY:
         console.print(
-            f"[red]This is wrong:[/] lifl ends at accuracy {last['lifl']:.4f}, Flower at "
-            f"{last['flower']:.4f}. Both should reach {MIN_ACCURACY} and differ by no more than "
-            f"{MAX_DIFFERENCE}.",
+            f"[red]This is wrong:[/] the accuracies at the end are {ends}. All should reach {MIN_ACCURACY} and "
+            f"differ by no more than {MAX_DIFFERENCE}.",
             highlight=False,
         )
         raise SystemExit(1)
     verdict = "exactly the same" if difference == 0 else f"the same within {difference:.4f}"
     console.print(
-        f"[green]lifl and Flower end with {verdict} accuracy: {last['lifl']:.4f} and {last['flower']:.4f}.[/]",
+        f"[green]All three end with {verdict} accuracy: {ends}.[/]",
         highlight=False,
     )
     return {**results, "accuracy_difference": difference, "logs": str(logs) if logs else None}
 
 
-def _run_both(console: Console, rounds: int, supernodes: int, logs: Path | None) -> dict[str, dict[str, Any]]:
+def _run_all(console: Console, rounds: int, supernodes: int, logs: Path | None) -> dict[str, dict[str, Any]]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -103,27 +110,31 @@ def _run_both(console: Console, rounds: int, supernodes: int, logs: Path | None)
     # In a file or a CI log there is nothing to animate: the lines printed below are enough.
     still = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=still) as progress:
-        what = f"Starting a SuperLink and {supernodes} SuperNodes"
-        starting = progress.add_task(what, total=1 + supernodes)
-
-        def on_progress(news: str) -> None:
-            progress.update(starting, advance=1, description=f"Starting: {news}")
-
-        started = time.monotonic()
-        with Deployment(supernodes, log_dir=logs, on_progress=on_progress) as deployment:
-            progress.remove_task(starting)
-            seconds = time.monotonic() - started
-            progress.console.print(
-                f"1 SuperLink and {supernodes} SuperNodes are up after {seconds:.1f} s",
-                highlight=False,
-            )
-            for strategy in NAMES:
-                results[strategy] = _run_one(deployment, strategy, rounds, supernodes, progress)
+        for server, sides in SERVERS.items():
+            folder = None if logs is None else logs / server
+            with _deployment(progress, server, supernodes, folder) as deployment:
+                for side in sides:
+                    results[side] = _run_one(deployment, side, rounds, supernodes, progress)
     return results
 
 
-def _run_one(deployment: Deployment, strategy: str, rounds: int, supernodes: int, progress: Progress) -> dict[str, Any]:
-    name = NAMES[strategy]
+@contextlib.contextmanager
+def _deployment(progress: Progress, server: str, supernodes: int, logs: Path | None) -> Iterator[Deployment]:
+    starting = progress.add_task(f"Starting {server} and {supernodes} SuperNodes", total=1 + supernodes)
+
+    def on_progress(news: str) -> None:
+        progress.update(starting, advance=1, description=f"Starting: {news}")
+
+    started = time.monotonic()
+    with Deployment(supernodes, (server,), log_dir=logs, on_progress=on_progress) as deployment:
+        progress.remove_task(starting)
+        seconds = time.monotonic() - started
+        progress.console.print(f"{server} and {supernodes} SuperNodes are up after {seconds:.1f} s", highlight=False)
+        yield deployment
+
+
+def _run_one(deployment: Deployment, side: str, rounds: int, supernodes: int, progress: Progress) -> dict[str, Any]:
+    name = NAMES[side]
     running = progress.add_task(f"{name}: starting the ServerApp", total=rounds)
     started = time.monotonic()
 
@@ -140,9 +151,9 @@ def _run_one(deployment: Deployment, strategy: str, rounds: int, supernodes: int
             what = f"round {round_ + 1} of {rounds}" if round_ < rounds else "ending the ServerApp"
             progress.update(running, advance=1, description=f"{name}: {what}")
 
-    file = deployment.folder / f"{strategy}.json"
+    file = deployment.folder / f"{side}.json"
     config: dict[str, str | int | float | bool] = {
-        "strategy": strategy,
+        "strategy": STRATEGIES[side],
         "num-server-rounds": rounds,
         "num-nodes": supernodes,
         "results": str(file),
@@ -155,20 +166,20 @@ def _run_one(deployment: Deployment, strategy: str, rounds: int, supernodes: int
 
 
 def _comparison(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="The same rounds, both ways", title_justify="left")
+    table = Table(title="The same rounds, three ways", title_justify="left")
     table.add_column("round", justify="right")
     for what in ("accuracy", "seconds"):
         for name in NAMES.values():
             table.add_column(f"{name}\n{what}", justify="right")
-    for one, other in zip(results["lifl"]["rounds"], results["flower"]["rounds"], strict=True):
+    for entries in zip(*(results[side]["rounds"] for side in NAMES), strict=True):
         table.add_row(
-            str(one["round"]),
-            *(f"{entry['accuracy']:.4f}" for entry in (one, other)),
-            *(f"{entry['seconds']:.1f}" for entry in (one, other)),
+            str(entries[0]["round"]),
+            *(f"{entry['accuracy']:.4f}" for entry in entries),
+            *(f"{entry['seconds']:.1f}" for entry in entries),
         )
-    totals = (f"{results[strategy]['seconds']:.1f}" for strategy in NAMES)
+    totals = (f"{results[side]['seconds']:.1f}" for side in NAMES)
     table.add_section()
-    table.add_row("total", "", "", *totals)
+    table.add_row("total", *("" for _ in NAMES), *totals)
     return table
 
 
@@ -187,10 +198,10 @@ def _contributions(result: dict[str, Any]) -> Table:
     return table
 
 
-def _times(result: dict[str, Any]) -> Table:
+def _times(result: dict[str, Any], whose: str) -> Table:
     """Where the time of lifl's rounds went, by the stages that its reports name."""
     stages = list(dict.fromkeys(s for e in result["rounds"] for s in _report(e).get("stages", {})))
-    table = Table(title="Where the time of lifl's rounds went, in ms", title_justify="left")
+    table = Table(title=f"Where the time of the rounds went, in ms: {whose}", title_justify="left")
     for heading in ("round", "updates", *(stage.replace("_", " ") for stage in stages)):
         table.add_column(heading, justify="right")
     for entry in result["rounds"]:

@@ -128,7 +128,7 @@ class Deployment(Programs):
     def _has_registered(self, name: str) -> bool:
         return _REGISTERED in self.log(name)
 
-    def _flwr(self, *arguments: str) -> str:
+    def _flwr(self, *arguments: str, cwd: Path | None = None) -> str:
         """What a short `flwr` command prints; raises RuntimeError when it fails or takes a minute."""
         environment = self._environment() | self._home("cli")
         try:
@@ -139,6 +139,7 @@ class Deployment(Programs):
                 text=True,
                 start_new_session=True,
                 env=environment,
+                cwd=cwd,
                 timeout=60,
                 check=True,
             )

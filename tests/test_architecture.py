@@ -149,16 +149,18 @@ ALLOWED: dict[str, set[str]] = {
     },
     "superlink.gateway": {
         *("superlink.checks", "superlink.content", "superlink.exchanges", "superlink.flower", "superlink.holding"),
-        *("superlink.protocol", "superlink.store", "superlink.targets", "superlink.upload"),
+        *("shm", "superlink.protocol", "superlink.store", "superlink.targets", "superlink.upload"),
     },
     "superlink.reception": {
         *("errors", "loan", "metrics", "npy", "round", "strategy.reading", "superlink.content", "superlink.flower"),
         *("superlink.geometry", "superlink.store"),
     },
     "superlink.rounds": {
-        *("admission", "errors", "round", "runtime", "superlink.content", "superlink.derived", "superlink.flower"),
-        *("superlink.geometry", "superlink.holding", "superlink.reception", "tensor", "terms"),
+        *("admission", "errors", "round", "runtime", "superlink.comings", "superlink.derived", "superlink.flower"),
+        *("superlink.geometry", "superlink.holding", "superlink.offering", "superlink.reception", "tensor", "terms"),
     },
+    "superlink.comings": {"superlink.holding"},
+    "superlink.offering": {"superlink.content", "superlink.derived", "superlink.geometry", "superlink.store"},
     "superlink.agency": {
         *("admission", "errors", "superlink.flower", "superlink.reception", "superlink.rounds", "tensor", "wire"),
     },

@@ -171,7 +171,8 @@ class Mean(FlowerFedAvg):
             replies = exchange_served(grid, self._server, messages, timeout, landing.note, landing.mark_late)
         except LiflError as error:
             replies = None
-            log(WARNING, "lifl-superlink does not fold this run's rounds, the ServerApp does: %s", error)
+            # Its text alone: with the traceback whoever keeps the record would keep the model and the server's memory.
+            log(WARNING, "lifl-superlink does not fold this run's rounds, the ServerApp does: %s", str(error))
         if replies is None:
             self._server.close()
             self._server = None

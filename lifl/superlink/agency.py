@@ -208,7 +208,7 @@ class Connection:
 
     def _withdraw(self) -> None:
         offered, self._offered = self._offered, set()
-        self._rounds.withdraw(offered)
+        self._rounds.store.withdraw(offered)
 
     def _end_round(self, *, deletes: bool = True) -> None:
         self._result = None

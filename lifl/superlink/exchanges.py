@@ -95,12 +95,10 @@ class Exchange:
         """Only what is held open has to."""
 
     def room(self) -> Any:
-        """Never asked for: it is not aimed."""
-        raise NotImplementedError
+        """Not asked for before it is aimed."""
 
     def advance(self, nbytes: int) -> None:
-        """Never called."""
-        raise NotImplementedError
+        """Not called before it is aimed."""
 
 
 class Unary(Exchange):

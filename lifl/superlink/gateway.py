@@ -8,10 +8,13 @@ Flower's own handlers. Only the bytes go another way.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
+from logging import WARNING
 from typing import Any, Protocol
 
+from lifl.shm import available_bytes
 from lifl.superlink import flower
 from lifl.superlink.checks import Checks
 from lifl.superlink.content import SMALL_BYTES, BlockContent
@@ -22,10 +25,19 @@ from lifl.superlink.store import ArenaStore, DurableStore
 from lifl.superlink.targets import Large, Small
 from lifl.superlink.upload import Target
 
-_names = flower.part("gateway")
+_names, _server = flower.part("gateway"), flower.part("server")
 
 RETRY_S = 0.005
 """While somebody waits for room in the arena it is looked for so often."""
+
+FULL_S = 4.0
+"""When there was none for so long, half of many messages may hold it all: then objects are kept as Flower keeps them.
+
+More than the pause after which a ServerApp pulls what is complete, less than the time-out of a client.
+"""
+
+SPARE_BYTES = 2**28
+"""So much of the machine's memory is left alone then."""
 
 
 class Placer(Protocol):
@@ -75,6 +87,8 @@ class Gateway:
         self.copied_bytes = 0
         self.sent_bytes = 0
         self._waiting: deque[Callable[[], bool]] = deque()
+        self._full_since_s = 0.0  # while somebody waits
+        self._has_warned = False
         self._routes: dict[bytes, Callable[..., Any]] = {}
         for name in ("fleet", "runtime"):
             self._routes[b"/v1/%s/push-object" % name.encode()] = _of(PushObject, name)
@@ -138,17 +152,32 @@ class Gateway:
         if nbytes <= SMALL_BYTES:
             return Small(nbytes)
         content = BlockContent.make(self._arena, nbytes)
-        if content is None:
+        if content is not None:
+            self._full_since_s = time.monotonic()
+            return Large(content)
+        if not self._is_stuck and nbytes < self._arena.block_bytes:
             raise BlockingIOError("the arena is full")
-        return Large(content)
+        if available_bytes() < 2 * nbytes + SPARE_BYTES:
+            raise BlockingIOError("the arena is full, and so is the machine")
+        if not self._has_warned:
+            self._has_warned = True
+            _server.log(WARNING, "lifl's arena is full: objects are kept beside it now; give the server --lifl-memory")
+        return Small(nbytes)
+
+    @property
+    def _is_stuck(self) -> bool:
+        return bool(self._waiting) and time.monotonic() - self._full_since_s > FULL_S
 
     def wait_for_room(self, ask: Callable[[], bool]) -> None:
         """Asks for the one who has waited longest, until there is no room again; see ``exchanges.Server``."""
         self._waiting.append(ask)
         if len(self._waiting) == 1:
+            self._full_since_s = time.monotonic()
             asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
 
     def _ask_again(self) -> None:
+        if self._is_stuck:  # the first may wait for what the others hold
+            self._waiting = deque([ask for ask in self._waiting if not ask()])
         while self._waiting and self._waiting[0]():
             self._waiting.popleft()
         if self._waiting:

@@ -120,7 +120,7 @@ class Reception:
         self._round, self._geometry, self._weight_key = round_, geometry, weight_key
         self.client, self.message, self.missing = client, message, missing
         self.is_forgotten = self.is_settling = False
-        self.heard_s = time.monotonic()
+        self.heard_s = time.monotonic()  # when its client last pushed a part of it
         self.copied_bytes = 0  # from where they lay to where they belong
         self.object_ids = set(_ids(tree))
         # What to delete: the message, and the root of its tree, which is another object if the client lies.

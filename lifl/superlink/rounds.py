@@ -6,7 +6,6 @@ pass, their ids are noted; replies to them are received into the round. Everythi
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import Counter
@@ -24,10 +23,11 @@ from lifl.errors import ShmError
 from lifl.round import Round
 from lifl.runtime import Node
 from lifl.superlink import flower
-from lifl.superlink.content import PartContent
-from lifl.superlink.derived import array_object, derive, id_of, record_object
+from lifl.superlink.comings import Comings
+from lifl.superlink.derived import derive
 from lifl.superlink.geometry import Geometry
 from lifl.superlink.holding import Holding
+from lifl.superlink.offering import offer_model
 from lifl.superlink.reception import Place, Reception, Settled, Store
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing
@@ -42,7 +42,6 @@ IDLE_S = 10.0
 
 OPEN_TIMEOUT_S = 60.0
 ASSEMBLERS = 4
-STALE_S = 200.0
 
 
 @attrs.frozen
@@ -78,30 +77,17 @@ class ServedRound:
         return str(node_id) if self.names[node_id] == 1 else f"{node_id}#{self.names[node_id]}"
 
 
-@attrs.define(eq=False)
-class _Coming:
-    """A message to a node of which objects have to come."""
-
-    node_id: int
-    missing: set[str]
-    since_s: float = attrs.field(factory=time.monotonic)
-
-
 class Rounds:
     """All of a server's; the gateway's ``Placer``."""
 
     def __init__(self, node: Node, store: Store, holding: Holding) -> None:
-        self._node, self._store, self._holding = node, store, holding
+        self._node, self.store = node, store
         self._lock = threading.RLock()
         self._open: list[ServedRound] = []
         self._asked: dict[str, ServedRound] = {}
         self._wanted: dict[str, list[Reception]] = {}  # object -> who waits for it
         self._sessions: dict[str, Reception] = {}  # push session -> the reply that it is of
-        self._coming: dict[str, _Coming] = {}  # message to a node -> what of it has to come
-        self._awaited: dict[str, list[str]] = {}  # object -> messages that wait for it
-        self._incoming: Counter[int] = Counter()
-        self._noting = 0  # messages that are being registered
-        self._came: set[str] = set()  # objects that have come meanwhile: who registers them may not know
+        self._comings = Comings(holding)
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self.served = 0  # rounds so far
@@ -110,31 +96,25 @@ class Rounds:
         self._assembler = ThreadPoolExecutor(ASSEMBLERS, "lifl-assembler")
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="lifl-watch", daemon=True)
-        store.on_available = self._available
+        store.on_available = self._comings.available
 
     def attach(self, state: Any) -> None:
         """Listens to what a LinkState stores."""
         self._state, original = state, state.store_message_and_object_tree
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
-            known, stored = self._store.offer(self._derive(message, object_tree)), False
+            known, stored = self.store.offer(self._derive(message, object_tree)), False
             with self._lock:
-                self._noting += 1
                 served = self._bind(message)  # before it is stored: a reply may come at once
-            try:
+            with self._comings.noting():
                 try:
                     stored, missing = original(message, object_tree, session_id)
                 finally:
-                    self._store.withdraw(known)
+                    self.store.withdraw(known)
                     if served is not None and not stored:
                         self._unbind(served, message)
                 if stored:
                     self._stored(message, object_tree, set(missing), session_id)
-            finally:
-                with self._lock:
-                    self._noting -= 1
-                    if not self._noting:
-                        self._came.clear()
             return stored, missing
 
         put = state.store_object
@@ -173,10 +153,7 @@ class Rounds:
     ) -> ServedRound:
         """Opens a round for messages that will be sent; waits for room in the arena.
 
-        Raises
-        ------
-        ShmError
-            If there is none.
+        Raises :class:`ShmError` if there is none.
         """
         waits = OPEN_TIMEOUT_S
         while True:
@@ -185,7 +162,7 @@ class Rounds:
                 break
             except ShmError:
                 # What is in the way may be objects of a round before, which go when the nodes have them.
-                if waits <= 0 or self._stop.wait(0.1):
+                if waits <= 0 or not self._node.used_bytes or self._stop.wait(0.1):
                     raise
                 waits -= 0.1
         with self._lock:
@@ -222,43 +199,20 @@ class Rounds:
         try:
             self._state.delete_messages(message_ins_ids=asked)
             for object_id in (*replies, *asked):
-                self._store.delete(object_id)
+                self.store.delete(object_id)
         except Exception as error:  # Flower cleans up when the run ends
             _server.log(ERROR, "messages of a round could not be deleted: %s", error)
 
     def offer_model(self, served: ServedRound, mean: Any) -> set[str]:
-        """Has a mean's objects in the store, so that who sends it on need not push it; the ids of those held.
-
-        `mean` is the block's memory. It stays in the arena as long as one of them does.
-        """
-        geometry, held = served.geometry, set[str]()
-        ids: dict[str, str] = {}
-        for tensor, pieces in zip(geometry.spec.tensors, geometry.pieces, strict=True):
-            chunks: dict[str, PartContent] = {}
-            for piece in pieces:
-                numbers = mean[piece.offset : piece.offset + piece.nbytes]
-                digest = hashlib.sha256(piece.head)
-                digest.update(numbers)
-                chunks[digest.hexdigest()] = PartContent(piece.head, numbers)
-            if len(chunks) < len(pieces):
-                return held  # equal chunks in one array are described in another way
-            held |= self._store.offer(chunks)
-            described = array_object(list(chunks), tensor.dtype, tensor.shape)
-            ids[tensor.name] = id_of(described)
-            held |= self._store.offer({ids[tensor.name]: described})
-        record = record_object(ids)
-        return held | self._store.offer({id_of(record): record})
-
-    def withdraw(self, object_ids: set[str]) -> None:
-        """A model that was offered has been sent on, or will not be."""
-        self._store.withdraw(object_ids)
+        """Has a mean's objects in the store; the ids of those that the store holds until they are withdrawn."""
+        return offer_model(self.store, served.geometry, mean)
 
     # ------------------------------------------------------------ what passes
 
     def _stored(self, message: Any, tree: Any, missing: set[str], session_id: str) -> None:
         meta = message.metadata
         if not meta.reply_to_message_id:
-            self._asked_for(message, missing)
+            self._comings.add(meta.message_id, meta.dst_node_id, missing)
             return
         with self._lock:
             served = self._asked.get(meta.reply_to_message_id)
@@ -296,9 +250,7 @@ class Rounds:
             return None
         for served in self._open:
             said = served.said
-            is_its = (meta.run_id, meta.message_type, meta.group_id) == (
-                *(said.run_id, said.message_type, said.group_id),
-            )
+            is_its = (meta.run_id, meta.message_type, meta.group_id) == (said.run_id, said.message_type, said.group_id)
             if is_its and served.expected[meta.dst_node_id] > 0:
                 served.expected[meta.dst_node_id] -= 1
                 served.asked[meta.message_id] = meta.dst_node_id
@@ -311,18 +263,6 @@ class Rounds:
             served.expected[message.metadata.dst_node_id] += 1
             served.asked.pop(message.metadata.message_id, None)
             self._asked.pop(message.metadata.message_id, None)
-
-    def _asked_for(self, message: Any, missing: set[str]) -> None:
-        meta = message.metadata
-        with self._lock:
-            missing -= self._came
-            if missing:
-                self._coming[meta.message_id] = _Coming(meta.dst_node_id, set(missing))
-                self._incoming[meta.dst_node_id] += 1
-                for object_id in missing:
-                    self._awaited.setdefault(object_id, []).append(meta.message_id)
-                return
-        self._holding.news(meta.dst_node_id)
 
     def _pushed(self, session_id: str, object_id: str) -> None:
         """A client has pushed an object; who has pushed all that it was asked for has replied.
@@ -346,36 +286,18 @@ class Rounds:
             reception.is_settling = True
             self._assembler.submit(self._settle, served, reception)
 
-    def _available(self, object_id: str) -> None:
-        """An object is there, whoever brought it."""
-        informed: list[int] = []
-        with self._lock:
-            if self._noting:
-                self._came.add(object_id)
-            for message_id in self._awaited.pop(object_id, ()):
-                coming = self._coming.get(message_id)
-                if coming is None:
-                    continue
-                coming.missing.discard(object_id)
-                if not coming.missing:
-                    del self._coming[message_id]
-                    self._incoming[coming.node_id] -= 1
-                    informed.append(coming.node_id)
-        for node_id in informed:
-            self._holding.news(node_id)
-
     def _settle(self, served: ServedRound, reception: Reception) -> None:
         try:
-            settled = reception.settle(self._store, lambda: self._release(reception))
+            settled = reception.settle(self.store, lambda: self._release(reception))
             self._release(reception)
             self.copied_bytes += reception.copied_bytes
             with self._lock:
                 is_its = served.receptions.pop(reception.message.metadata.message_id, None) is not None
                 # Who replies before it can have read the message must not take it from the ServerApp that pushes it.
-                is_pushed = reception.message.metadata.reply_to_message_id not in self._coming
+                is_pushed = reception.message.metadata.reply_to_message_id not in self._comings
             if is_its:
                 meta = reception.message.metadata
-                if self._store.is_durable or not is_pushed:
+                if self.store.is_durable or not is_pushed:
                     served.settled.append(meta.message_id)
                 else:
                     self._delete({meta.reply_to_message_id}, [meta.message_id])
@@ -387,11 +309,11 @@ class Rounds:
         """The store lets go of a reply's objects; what others refer to as well, a model or another reply, stays."""
         with self._lock:
             self._forget(reception)
-        if self._store.is_durable:
+        if self.store.is_durable:
             return  # a ServerApp that starts anew after a crash pulls the reply as from Flower's server
         for object_id in reception.roots:
-            self._store.delete(object_id)
-        self._store.keep(reception.object_ids)
+            self.store.delete(object_id)
+        self.store.keep(reception.object_ids)
 
     def _forget(self, reception: Reception) -> None:
         if reception.is_forgotten:
@@ -422,13 +344,13 @@ class Rounds:
 
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""
-        return self._incoming[node_id] > 0
+        return self._comings.is_incoming(node_id)
 
     # ------------------------------------------------------------ nodes that are gone
 
     def _look_after(self) -> None:
         while not self._stop.wait(WATCH_S):
-            self._forget_stale()
+            self._comings.forget_stale()
             for served in list(self._open):
                 with self._lock:
                     owed = {i for i in served.asked if i not in served.replied}
@@ -438,20 +360,6 @@ class Rounds:
                     self._look_for_broken(served)
                 except Exception as error:
                     _server.log(ERROR, "nodes of a round could not be looked after: %r", error)
-
-    def _forget_stale(self) -> None:
-        """Whose objects have not come in the time of a push session has been given up by its ServerApp."""
-        with self._lock:
-            before_s = time.monotonic() - STALE_S
-            for message_id in [m for m, coming in self._coming.items() if coming.since_s < before_s]:
-                coming = self._coming.pop(message_id)
-                self._incoming[coming.node_id] -= 1
-                for object_id in coming.missing:
-                    waiting = self._awaited.get(object_id, [])
-                    if message_id in waiting:
-                        waiting.remove(message_id)
-                    if not waiting:
-                        self._awaited.pop(object_id, None)
 
     def _look_for_errors(self, served: ServedRound, owed: set[str]) -> None:
         for message in self._state.get_message_res(message_ids=owed, run_id=served.said.run_id):
@@ -469,8 +377,14 @@ class Rounds:
         now_s = time.monotonic()
         with self._lock:
             idle = [r for r in served.receptions.values() if r.missing and now_s - r.heard_s > IDLE_S]
-            awaited = [(reception, next(iter(reception.missing))) for reception in idle]
-        for reception, object_id in awaited:
+            awaited = [(reception, list(reception.missing)) for reception in idle]
+        for reception, missing in awaited:
+            object_id = next((one for one in missing if self.store.is_wanted(one)), None)
+            if object_id is None:  # others have brought all of it
+                with self._lock:
+                    reception.missing.clear()
+                    self._settle_if_complete(served, reception)
+                continue
             # Who asks for an object of a session that is too old ends it, and the message with it.
             if self._state.get_object(served.said.run_id, object_id) is not None:
                 continue

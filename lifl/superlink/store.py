@@ -275,4 +275,6 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         """Nothing was offered."""
 
     def close(self) -> None:
-        """The database is closed with the process."""
+        """Lets go of the database."""
+        if self._engine is not None:
+            self._engine.dispose()

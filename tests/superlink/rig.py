@@ -85,7 +85,10 @@ class Rig:
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join(20)
+        engine = getattr(self.state, "_engine", None)  # Flower closes it with the process
         self.plane.close()
+        if engine is not None:
+            engine.dispose()
         if self._variable is None:
             os.environ.pop(wire.VARIABLE, None)
         else:

