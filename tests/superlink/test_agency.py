@@ -53,8 +53,8 @@ class Peer:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.socket.connect(str(path))  # which waits while many do
         self.socket.settimeout(10)
-        self.socket.connect(str(path))
         self._reader, self._frames = wire.Reader(), list[wire.Frame]()
         data, self.fds, _, _ = socket.recv_fds(self.socket, 2**16, 4)
         self._frames += self._reader.feed(data)
