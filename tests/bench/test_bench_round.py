@@ -51,6 +51,7 @@ def test_every_side_has_its_figures(measured: dict[str, Any]) -> None:
     assert json.loads(json.dumps(measured)) == measured
     assert set(measured) == {
         *("model", "arrays", "update_bytes", "nodes", "rounds", "repetitions", "timing", "memory", "cores", "rows"),
+        "is_patient",
     }
     assert [row["side"] for row in measured["rows"]] == ["flower", "strategy"]
     for row in measured["rows"]:
@@ -88,7 +89,9 @@ def test_every_model_is_the_mean(measured: dict[str, Any]) -> None:
 
 def test_wrong_arguments_are_told_before_anything_is_started() -> None:
     """A name or a number that cannot be."""
-    with pytest.raises(ValueError, match="side 'mine' is not known: choose of flower, strategy, server, nvflare"):
+    with pytest.raises(
+        ValueError, match="side 'mine' is not known: choose of flower, strategy, server, unheld, nvflare"
+    ):
         measure_round(sides=("mine",))
     with pytest.raises(ValueError, match="nodes=0"):
         measure_round(nodes=0)

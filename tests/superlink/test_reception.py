@@ -455,7 +455,7 @@ def test_a_reply_that_is_announced_twice_counts_once(rig: Rig) -> None:
         assert set(again.missing) <= set(first.missing) - {large}
         assert not any(client.push(asked, first, again.missing[0])), "its session has been replaced"
         assert all(client.push(asked, again))
-        wait_until(lambda: client.rig.store.get(first.message.id) is None)
+        wait_until(lambda: asked.metadata.message_id not in client.rig.state.message_ins_store)
         assert client.announce_again(first).missing == []
 
     round_, _ = play(rig, model(), HONEST, twice)
