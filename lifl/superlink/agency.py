@@ -41,11 +41,11 @@ class Agency:
 
     def listen(self, path: Path) -> None:
         """Makes the socket; raises ``OSError`` if another server has it."""
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
                 raise OSError(f"{path}: another lifl-superlink listens there")
             path.unlink()
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         before = os.umask(0o177)
         try:
             listening.bind(str(path))
@@ -107,12 +107,12 @@ class Connection:
     def serve(self) -> None:
         """Answers until the other end is gone."""
         reader = wire.Reader()
-        socket.send_fds(self._peer, [wire.encode({"event": "welcome", "pid": os.getpid()})], [self._fd])
         try:
+            socket.send_fds(self._peer, [wire.encode({"event": "welcome", "pid": os.getpid()})], [self._fd])
             while data := self._peer.recv(2**16):
                 for said, _ in reader.feed(data):
                     self._handle(said)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever it says, it is this ServerApp that is let go of
             _server.log(WARNING, "A ServerApp at lifl's socket is let go of: %r", error)
 
     def close(self) -> None:
@@ -142,7 +142,9 @@ class Connection:
         if not self._rounds.is_running(announced.run_id):
             self._say({"event": "failed", "kind": "RoundError", "reason": f"no run {announced.run_id} here"})
             return
-        spec = TensorSpec(tuple(Tensor(name, dtype, tuple(shape)) for name, dtype, shape in said["spec"]))
+        spec = TensorSpec(tuple(Tensor(str(name), dtype, tuple(shape)) for name, dtype, shape in said["spec"]))
+        if len({*spec}) < len(spec) or any(n < 0 for tensor in spec.tensors for n in tensor.shape):
+            raise ValueError("a spec with a tensor twice, or with one of less than nothing")
         limits = Limits(**said["limits"])
         self._served = self._rounds.open(announced, spec, said["timing"], said["order"], limits, self._settled)
         self._say({"event": "opened", "round": self._served.round.number})

@@ -205,7 +205,7 @@ def settled(rig: Rig) -> None:
         books = [rounds._open, rounds._asked, rounds._wanted, rounds._sessions]
         return [*books, rig.plane.protocol.busy, rig.plane.gateway.uploads, state.num_message_ins(), len(rig.store)]
 
-    assert soon(lambda: not any(left())), f"left: {left()}, {[rig.store.get(i)[:60] for i in list(rig.store._entries)]}"
+    assert soon(lambda: not any(left()), 10.0), f"left: {left()}"
     rig.settle()
 
 

@@ -8,6 +8,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,19 @@ def test_the_servers_bound_on_weights_holds(rig: Rig) -> None:
     round_, clients = play(rig, model(), HONEST, says(update(RIGHT, 2**62)), says(update(RIGHT, 10)), max_weight=10)
     assert round_.refused == {clients[0].name: "weight"}
     check_mean(round_, [*HONEST, (THEIRS, 10.0)])
+
+
+def test_rules_hold_with_a_database_too(tmp_path: Path) -> None:
+    """Objects are read from it, and nothing of a round stays in it."""
+    names = ["NaN", "a torn stream"]
+    with Rig("32MiB", database=str(tmp_path / "state.db")) as rig:
+        round_, clients = play(rig, model(), HONEST, *(says(REFUSED[name][0]) for name in names))
+        engines = [rig.state._engine, rig.store._engine]
+    for engine in engines:
+        engine.dispose()
+    check_mean(round_, HONEST)
+    said = {client.name: name for client, name in zip(clients, names, strict=True)}
+    assert {said[who]: rule for who, rule in round_.refused.items()} == {name: REFUSED[name][1] for name in names}
 
 
 # ---------------------------------------------------------------- what replies share
