@@ -27,7 +27,7 @@ from lifl.admission import Limits
 from lifl.errors import RoundError
 from lifl.strategy.landing import spec_of
 from lifl.strategy.served import Server
-from lifl.superlink import rounds
+from lifl.superlink import reception, rounds
 from lifl.superlink.prebuilt import Placeholder
 
 
@@ -255,6 +255,16 @@ def test_the_servers_bound_on_weights_holds(rig: Rig) -> None:
     round_, clients = play(rig, model(), HONEST, says(update(RIGHT, 2**62)), says(update(RIGHT, 10)), max_weight=10)
     assert round_.refused == {clients[0].name: "weight"}
     check_mean(round_, [*HONEST, (THEIRS, 10.0)])
+
+
+def test_what_a_serverapp_is_told_of_a_reply_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records that are not arrays go to it in one frame; a reply with more is refused, and ends nothing."""
+    monkeypatch.setattr(reception, "MAX_BESIDE_BYTES", 10_000)
+    beside = metrics(**{"num-examples": 1, "more": [0.5] * 2_000})
+    round_, clients = play(rig, model(), HONEST, says(reply(arrays=RECORD, metrics=beside)), says(update(RIGHT)))
+    assert round_.refused == {clients[0].name: "format"}
+    assert "more than 10,000 bytes beside its arrays" in round_.reasons[clients[0].name]
+    check_mean(round_, [*HONEST, (THEIRS, 1.0)])
 
 
 def test_rules_hold_with_a_database_too(tmp_path: Path) -> None:

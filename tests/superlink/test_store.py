@@ -333,7 +333,7 @@ def test_any_sequence_of_operations_is_answered_as_by_flower(stores: Stores) -> 
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         SameAnswers,
         settings=settings(
-            max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
