@@ -1,4 +1,4 @@
-"""Read by every program of the hostile deployment: SuperNodes 6 and 7 push more than they were asked for.
+"""Read by every program of the hostile deployment: SuperNodes 3 to 7 push more than they were asked for.
 
 After each reply they push, over their own authenticated connection, replies that Flower's own client code would never
 send. What was answered is a line of JSON in the file $LIFL_FORGED.
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-HOSTILE = ("partition-id=6", "partition-id=7")
+HOSTILE = [f"partition-id={me}" for me in range(3, 8)]
 
 
 def forge() -> None:

@@ -1,4 +1,4 @@
-"""Nodes 0 to 5 are honest; 6 and 7 do what the run's config tells them."""
+"""Nodes 0 to 2 are honest; 3 to 7 do what the run's config tells them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from hostile_app.nonsense import EVALUATIONS, FAR, ROWS, Update, pair, sends
+from hostile_app.nonsense import EVALUATIONS, FAR, HOSTILE, ROWS, Update, row_of, sends
 
 app = ClientApp()
 
@@ -28,8 +28,8 @@ def train(message: Message, context: Context) -> Message:
     me, server_round = int(context.node_config["partition-id"]), int(config["server-round"])
     update, weight = honest(me, server_round)
     what, said = config["what"], sends(update, weight)
-    if what == "table" and me > 5:
-        said = ROWS[pair(ROWS, server_round, me)].make(update, str(config["out"]))
+    if what == "table" and me in HOSTILE:
+        said = ROWS[row_of(ROWS, server_round, me)].make(update, str(config["out"]))
     elif what in ROWS and me == 7:
         said = ROWS[str(what)].make(update, str(config["out"]))
     elif what == "far" and me == 6:
@@ -45,6 +45,6 @@ def evaluate(message: Message, context: Context) -> Message:
     config = message.content["config"]
     me, server_round = int(context.node_config["partition-id"]), int(config["server-round"])
     said = RecordDict({"m": MetricRecord({"num-examples": 3 + 2 * me, "norm": float(me)})})
-    if config["what"] == "evaluations" and me > 5:
-        said = EVALUATIONS[pair(EVALUATIONS, server_round, me)]()
+    if config["what"] == "evaluations" and me in HOSTILE:
+        said = EVALUATIONS[row_of(EVALUATIONS, server_round, me)]()
     return Message(said, reply_to=message)

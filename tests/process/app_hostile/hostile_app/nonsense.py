@@ -121,6 +121,16 @@ FAR = 1e200
 """So far that its square is no float64."""
 
 
-def pair(rows: dict, server_round: int, me: int) -> str:
-    """Which row node 6 or 7 is at, two in each round."""
-    return list(rows)[2 * (server_round - 1) + me - 6]
+HOSTILE = range(3, 8)
+"""These nodes send nonsense: more than there are honest ones, so that the table takes few rounds."""
+
+
+def rounds(rows: dict) -> int:
+    """How many it takes until each row was sent."""
+    return math.ceil(len(rows) / len(HOSTILE))
+
+
+def row_of(rows: dict, server_round: int, me: int) -> str:
+    """Which row a hostile node is at: the next one for each, and from the top again when all were sent."""
+    number = len(HOSTILE) * (server_round - 1) + HOSTILE.index(me)
+    return list(rows)[number % len(rows)]

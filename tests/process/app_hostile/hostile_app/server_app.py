@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from hostile_app.nonsense import EVALUATIONS, ROWS
+from hostile_app.nonsense import EVALUATIONS, ROWS, rounds
 from lifl.strategy import FedAvg
 
 app = ServerApp()
@@ -32,15 +32,15 @@ def main(grid: Grid, context: Context) -> None:
     """Writes NAME-ROUND.npz for the model after each round, and results.json."""
     out = Path(str(context.run_config["out"]))
     blind = {**NODES, "fraction_evaluate": 0.0}
-    lifl = FedAvg(max_weight=2**40, quorum=6, **blind)
+    lifl = FedAvg(max_weight=2**40, quorum=3, **blind)
     runs: list[tuple[str, Any, int]] = [
-        ("table", lifl, len(ROWS) // 2),
-        ("evaluations", FedAvg(fraction_train=0.0, **NODES), len(EVALUATIONS) // 2),
+        ("table", lifl, rounds(ROWS)),
+        ("evaluations", FedAvg(fraction_train=0.0, **NODES), rounds(EVALUATIONS)),
         ("far", FedAvg(clipping_norm=CLIPPING_NORM, **blind), 1),
         *((row, FlowerFedAvg(**blind), 1) for row in STOCK),
     ]
     said: dict[str, Any] = {}
-    for name, strategy, rounds in runs:
+    for name, strategy, number_of_rounds in runs:
         said[name] = {}
 
         def save(number: int, arrays: ArrayRecord, name: str = name) -> MetricRecord | None:
@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
             result = strategy.start(
                 grid,
                 first_model(),
-                rounds,
+                number_of_rounds,
                 timeout=120,
                 train_config=ConfigRecord(told),
                 evaluate_config=ConfigRecord(told),
