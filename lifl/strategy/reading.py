@@ -31,13 +31,19 @@ def widened(views: Mapping[str, Any], spec: TensorSpec) -> Mapping[str, Any]:
     """Arrays whose dtype the model's holds without loss are converted, as Flower's clients expect.
 
     A model that has become float64 on the server (Flower's adaptive strategies do that) still gets
-    float32 replies from PyTorch. Everything else is left to admission.
+    float32 replies from PyTorch. Everything else is left to admission, whole numbers beyond 2**53 too, of which
+    float64 has not all: NumPy calls that conversion safe.
     """
     wide = dict(views)
     for name, view in views.items():
         wanted = spec.get(name)
         if wanted is None or view.dtype.name == wanted.dtype or wanted.dtype == "bfloat16":
             continue
-        if np.can_cast(view.dtype, wanted.dtype, "safe"):
+        if np.can_cast(view.dtype, wanted.dtype, "safe") and (view.dtype.itemsize < 8 or _are_exact(view)):
             wide[name] = view.astype(wanted.dtype)
     return wide
+
+
+def _are_exact(whole: Any) -> bool:
+    """True for 64-bit whole numbers that are all in float64."""
+    return bool(whole.size == 0 or (whole.min() >= -(2**53) and whole.max() <= 2**53))
