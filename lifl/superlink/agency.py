@@ -1,14 +1,17 @@
 """The socket at which ServerApps on this machine find the server: rounds are announced, replies and means go back.
 
-Owns the socket and a thread for each connection. Only the same user may connect; what is in the arena is given as a
-file descriptor that cannot be written through; nothing is opened by a path that a client names.
+Owns the socket and two threads for each connection, one that listens and one that speaks, so that a ServerApp which
+does not read holds nobody else up. Only the same user may connect; what is in the arena is given as a file descriptor
+that cannot be written through; nothing is opened by a path that a client names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
+import struct
 import threading
 from logging import WARNING
 from pathlib import Path
@@ -19,13 +22,17 @@ from lifl.admission import Limits
 from lifl.errors import LiflError, PeerGoneError, RoundError
 from lifl.superlink import flower
 from lifl.superlink.reception import Settled
-from lifl.superlink.rounds import Announced, Rounds, ServedRound
+from lifl.superlink.rounds import Rounds
+from lifl.superlink.served_round import Announced, ServedRound
 from lifl.tensor import Tensor, TensorSpec
 
 _names, _server = flower.part("rounds"), flower.part("server")
 
-SEND_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 30
+"""A ServerApp that has taken nothing for so long is let go of."""
+
 RESULT_TIMEOUT_S = 600.0
+LAST_WORDS_S = 1.0
 
 
 class Agency:
@@ -33,7 +40,8 @@ class Agency:
 
     def __init__(self, rounds: Rounds, arena_fd: int) -> None:
         self._rounds = rounds
-        # A new description of the same memory: what is read-only here cannot be made writable by who gets it.
+        # A new description of the same memory, so that no ServerApp writes there by mistake. It is no wall: processes
+        # of one user can look into each other anyway, and this one could open it anew through /proc.
         self._fd = os.open(f"/proc/self/fd/{arena_fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._listening: socket.socket | None = None
         self._path: Path | None = None
@@ -99,7 +107,9 @@ class Connection:
     def __init__(self, peer: socket.socket, rounds: Rounds, fd: int) -> None:
         self._peer, self._rounds, self._fd = peer, rounds, fd
         peer.settimeout(None)
-        self._sending = threading.Lock()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._speaker = threading.Thread(target=self._speak, name="lifl-to-serverapp", daemon=True)
         self._served: ServedRound | None = None
         self._result: Any = None
         self._offered: set[str] = set()  # objects of the last mean
@@ -109,6 +119,7 @@ class Connection:
         reader = wire.Reader()
         try:
             socket.send_fds(self._peer, [wire.encode({"event": "welcome", "pid": os.getpid()})], [self._fd])
+            self._speaker.start()
             while data := self._peer.recv(2**16):
                 for said, _ in reader.feed(data):
                     self._handle(said)
@@ -119,13 +130,25 @@ class Connection:
         """Lets go of its round and of the connection."""
         self._end_round()
         self._withdraw()
+        self._outbox.put(None)
+        if self._speaker.is_alive():
+            self._speaker.join(LAST_WORDS_S)
         with contextlib.suppress(OSError):
             self._peer.shutdown(socket.SHUT_RDWR)
         self._peer.close()
 
     def _say(self, said: dict[str, Any], blobs: list[bytes] | None = None) -> None:
-        with self._sending, contextlib.suppress(OSError):  # who is gone is seen by who reads
-            self._peer.sendall(wire.encode(said, blobs or []))
+        self._outbox.put(wire.encode(said, blobs or []))
+
+    def _speak(self) -> None:
+        try:
+            while (frame := self._outbox.get()) is not None:
+                self._peer.sendall(frame)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                _server.log(WARNING, "A ServerApp at lifl's socket has read nothing for %d s", SEND_TIMEOUT_S)
+            with contextlib.suppress(OSError):
+                self._peer.shutdown(socket.SHUT_RDWR)  # who listens sees it, and lets go
 
     def _handle(self, said: dict[str, Any]) -> None:
         try:

@@ -14,21 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from logging import ERROR
 from typing import Any
 
-import attrs
 from flwr.app import Error
 from flwr.app.message import make_message
 
 from lifl.admission import Limits
 from lifl.errors import ShmError
-from lifl.round import Round
 from lifl.runtime import Node
 from lifl.superlink import flower
+from lifl.superlink.awaited import Awaited
 from lifl.superlink.comings import Comings
 from lifl.superlink.derived import derive
 from lifl.superlink.geometry import Geometry
 from lifl.superlink.holding import Holding
 from lifl.superlink.offering import offer_model
 from lifl.superlink.reception import Place, Reception, Settled, Store
+from lifl.superlink.served_round import Announced, ServedRound
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing
 
@@ -44,40 +44,6 @@ OPEN_TIMEOUT_S = 60.0
 ASSEMBLERS = 4
 
 
-@attrs.frozen
-class Announced:
-    """What a strategy says of a round: to whom it will send which messages, and what it does with replies."""
-
-    run_id: int
-    message_type: str
-    group_id: str
-    nodes: list[int]
-    weight_key: str
-
-
-@attrs.define(eq=False)
-class ServedRound:
-    """One open round. `tell` is called with each reply that is settled, from any thread."""
-
-    said: Announced
-    round: Round
-    geometry: Geometry
-    tell: Callable[[Settled], None]
-    expected: Counter[int]
-    asked: dict[str, int] = attrs.field(factory=dict)  # message -> node
-    receptions: dict[str, Reception] = attrs.field(factory=dict)  # reply -> its reception
-    replied: set[str] = attrs.field(factory=set)  # messages with a reply
-    names: Counter[int] = attrs.field(factory=Counter)
-    taken: set[str] = attrs.field(factory=set)  # replies that have come whole
-    settled: list[str] = attrs.field(factory=list)  # replies that are kept until the round ends
-    is_closed: bool = False
-
-    def name(self, node_id: int) -> str:
-        """A node that was sent two messages counts twice, as in Flower."""
-        self.names[node_id] += 1
-        return str(node_id) if self.names[node_id] == 1 else f"{node_id}#{self.names[node_id]}"
-
-
 class Rounds:
     """All of a server's; the gateway's ``Placer``."""
 
@@ -86,8 +52,7 @@ class Rounds:
         self._lock = threading.RLock()
         self._open: list[ServedRound] = []
         self._asked: dict[str, ServedRound] = {}
-        self._wanted: dict[str, list[Reception]] = {}  # object -> who waits for it
-        self._sessions: dict[str, Reception] = {}  # push session -> the reply that it is of
+        self._awaited = Awaited()
         self._comings = Comings(holding)
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
@@ -191,7 +156,7 @@ class Rounds:
             receptions = list(served.receptions.values())
             served.receptions.clear()
             for reception in receptions:
-                self._forget(reception)
+                self._awaited.forget(reception)
         for reception in receptions:
             reception.drop()
         if deletes:
@@ -231,14 +196,7 @@ class Rounds:
                 settings = (served.round, served.geometry, served.said.weight_key)
                 known = Reception(*settings, client, message, tree, missing)
                 served.receptions[meta.message_id] = known
-            for object_id in known.missing - missing:  # announced again: others have brought these meanwhile
-                self._forget_wanted(known, object_id)
-            known.missing = missing
-            self._sessions[session_id] = known
-            for object_id in missing:
-                waiting = self._wanted.setdefault(object_id, [])
-                if known not in waiting:
-                    waiting.append(known)
+            self._awaited.expect(known, missing, session_id)
             self._settle_if_complete(served, known)
 
     def _derive(self, message: Any, tree: Any) -> dict[str, bytes]:
@@ -269,18 +227,9 @@ class Rounds:
             self._asked.pop(message.metadata.message_id, None)
 
     def _pushed(self, session_id: str, object_id: str) -> None:
-        """A client has pushed an object; who has pushed all that it was asked for has replied.
-
-        Not sooner, if another client had the same object: a reply that is settled while its client still pushes
-        would have that push refused.
-        """
+        """A client has pushed an object; who has pushed all that it was asked for has replied."""
         with self._lock:
-            # SuperNodes of before there were sessions name none.
-            of_session = [self._sessions[session_id]] if session_id in self._sessions else []
-            for reception in of_session if session_id else list(self._wanted.get(object_id, ())):
-                reception.heard_s = time.monotonic()
-                reception.missing.discard(object_id)
-                self._forget_wanted(reception, object_id)
+            for reception in self._awaited.pushed(session_id, object_id):
                 served = self._asked.get(reception.message.metadata.reply_to_message_id)
                 if served is not None:
                     self._settle_if_complete(served, reception)
@@ -317,35 +266,19 @@ class Rounds:
     def _release(self, reception: Reception) -> None:
         """The store lets go of a reply's objects; what others refer to as well, a model or another reply, stays."""
         with self._lock:
-            self._forget(reception)
+            self._awaited.forget(reception)
         if self.store.is_durable:
             return  # a ServerApp that starts anew after a crash pulls the reply as from Flower's server
         for object_id in reception.roots:
             self.store.delete(object_id)
         self.store.keep(reception.object_ids)
 
-    def _forget(self, reception: Reception) -> None:
-        if reception.is_forgotten:
-            return
-        reception.is_forgotten = True
-        for object_id in reception.missing:
-            self._forget_wanted(reception, object_id)
-        for session_id in [s for s, known in self._sessions.items() if known is reception]:
-            del self._sessions[session_id]
-
-    def _forget_wanted(self, reception: Reception, object_id: str) -> None:
-        waiting = self._wanted.get(object_id)
-        if waiting is not None and reception in waiting:
-            waiting.remove(reception)
-            if not waiting:
-                del self._wanted[object_id]
-
     # ------------------------------------------------------------ what the gateway asks
 
     def place(self, object_id: str, node_id: int, nbytes: int) -> Place | None:
         """A target in the block of an update that the object is a part of; see ``Placer``."""
         with self._lock:
-            waiting = list(self._wanted.get(object_id, ()))
+            waiting = self._awaited.waiting(object_id)
         for reception in waiting:
             if reception.message.metadata.src_node_id == node_id:
                 return reception.place(object_id, nbytes)
@@ -401,7 +334,7 @@ class Rounds:
             with self._lock:
                 if reception.is_settling or served.receptions.pop(meta.message_id, None) is None:
                     continue
-                self._forget(reception)
+                self._awaited.forget(reception)
             reception.drop()
             self._delete({meta.reply_to_message_id}, [*reception.roots])
             error = Error(_names.ErrorCode.MESSAGE_UNAVAILABLE, "the reply was announced and has not come whole")

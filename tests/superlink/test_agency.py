@@ -404,6 +404,19 @@ def test_a_round_that_is_left_leaves_its_messages_to_the_serverapp(rig: Rig) -> 
     rig.settle()
 
 
+def test_who_does_not_read_holds_nobody_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is told waits for it; others' replies are settled meanwhile, and at some time it is let go of."""
+    monkeypatch.setattr("lifl.superlink.agency.SEND_TIMEOUT_S", 2)
+    wait_until(lambda: not rig.plane.agency._connections)
+    with Peer(path_of(rig)):
+        (connection,) = rig.plane.agency._connections
+        for _ in range(16):  # more than a socket holds: this thread would not come back
+            connection._say({"event": "reply"}, [bytes(2**20)])
+        round_, _ = play(rig, MODEL, HONEST)
+        check_mean(round_, HONEST)
+        wait_until(lambda: not rig.plane.agency._connections)
+
+
 def test_a_server_that_ends_is_told() -> None:
     """A strategy that is connected hears of it at once."""
     with Rig("4MiB") as rig:
