@@ -566,6 +566,69 @@ int lifl_ring_reset(lifl_arena *a, uint32_t producer, uint32_t consumer) {
   return LIFL_OK;
 }
 
+/* ---------------------------------------------------------------- credits
+ * When descriptors travel through sockets, the words of the rings bound what is in flight, as if the ring held it:
+ * sockets take any number, at a kilobyte of kernel memory each. */
+
+/* Room for one more; its number on this line. */
+int lifl_credit_take(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32_t *number) {
+  uint32_t p = a->h.participants;
+  if (producer >= p || consumer >= p) return LIFL_EINVAL;
+  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
+  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
+  if (me->mine - me->cached >= RING_SLOTS) {
+    /* SYNC: ring-head. Acquire, as in push, though nothing is written over here. */
+    me->cached = atomic_load_explicit(&r->head, memory_order_acquire);
+    if (me->mine - me->cached >= RING_SLOTS) return LIFL_FULL;
+  }
+  *number = (uint32_t)me->mine++;
+  /* SYNC: ring-tail. Release, as in push: whoever takes this participant's place begins here. */
+  atomic_store_explicit(&r->tail, me->mine, memory_order_release);
+  STEP();
+  return LIFL_OK;
+}
+
+/* It was not sent after all: the last one that was taken is given back by who took it. */
+int lifl_credit_untake(lifl_arena *a, uint32_t producer, uint32_t consumer) {
+  uint32_t p = a->h.participants;
+  if (producer >= p || consumer >= p) return LIFL_EINVAL;
+  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
+  /* SYNC: ring-tail. Release, as above. */
+  atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].tail, --me->mine, memory_order_release);
+  return LIFL_OK;
+}
+
+/* A head only rises: who drains and who buries may both say how far the other has come. */
+static void raise_head(struct ring *r, uint64_t to) {
+  uint64_t seen = atomic_load_explicit(&r->head, memory_order_relaxed);
+  /* SYNC: ring-head. Release, as in pop. */
+  while ((int64_t)(to - seen) > 0 &&
+         !atomic_compare_exchange_weak_explicit(&r->head, &seen, to, memory_order_release, memory_order_relaxed)) {
+  }
+}
+
+/* Descriptor `number` of a line has been drained, and what was sent before it will not come any more. */
+int lifl_credit_give(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32_t number) {
+  uint32_t p = a->h.participants;
+  if (producer >= p || consumer >= p) return LIFL_EINVAL;
+  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
+  uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
+  int32_t ahead = (int32_t)(number + 1 - (uint32_t)head);
+  if (ahead > 0) raise_head(r, head + (uint32_t)ahead);
+  return LIFL_OK;
+}
+
+/* The consumer is proven dead, and its socket with all that it had not drained: every line to it is empty. */
+int lifl_credit_reset(lifl_arena *a, uint32_t consumer) {
+  uint32_t p = a->h.participants;
+  if (consumer >= p) return LIFL_EINVAL;
+  for (uint32_t from = 0; from < p; from++) {
+    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
+    raise_head(r, atomic_load_explicit(&r->tail, memory_order_acquire));
+  }
+  return LIFL_OK;
+}
+
 int lifl_inbox_pop(lifl_arena *a, uint32_t consumer, lifl_desc *desc, uint32_t *producer) {
   uint32_t p = a->h.participants;
   if (consumer >= p) return LIFL_EINVAL;

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lifl.crew import Crew
 from lifl.errors import PeerGoneError
-from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.ring import Bell, Descriptor, Kind, Outbox, Receiver
 
 log = logging.getLogger("lifl.agent")
 
@@ -57,9 +57,11 @@ class Employer(Protocol):
 class Agent:
     """A Node's, started at once; it ends after ``is_closed`` and a ring of its bell."""
 
-    def __init__(self, node: Employer, crew: Crew, inbox: Inbox, bell: Bell, idle_timeout: float | None) -> None:
+    def __init__(self, node: Employer, crew: Crew, inbox: Receiver, bell: Bell, idle_timeout: float | None) -> None:
         self._node, self._crew, self._inbox, self._bell = node, crew, inbox, bell
         self._idle_timeout = idle_timeout
+        if inbox.fd is not None:
+            crew.listen(inbox.fd)
         self._is_dozing = False  # it sleeps until it is rung, and watches nobody
         # A daemon: a Node that is never closed must not keep the interpreter from ending.
         self._thread = threading.Thread(target=self._hear, name="lifl-agent", daemon=True)

@@ -28,7 +28,7 @@ import attrs
 
 from lifl import fold, order
 from lifl.order import BATCH_SHIFT, FLOWER
-from lifl.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
+from lifl.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Receiver, ring_for
 from lifl.shm import AGENT, Arena, Block, Mapping, State, lib
 from lifl.tensor import Layout
 
@@ -78,11 +78,15 @@ class _Shard:
 
 
 class Aggregator:
-    """One runtime: participant `me` of the arena, in each round what it is asked to be."""
+    """One runtime: participant `me` of the arena, in each round what it is asked to be.
 
-    def __init__(self, arena: Arena, me: int) -> None:
+    It hears and speaks through rings, or through what it is given.
+    """
+
+    def __init__(self, arena: Arena, me: int, inbox: Receiver | None = None, outbox: Outbox | None = None) -> None:
         self._arena, self._me = arena, me
-        self._inbox, self._outbox = Inbox(arena, me), Outbox(arena, me)
+        self._inbox: Receiver = Inbox(arena, me) if inbox is None else inbox
+        self._outbox = Outbox.of_rings(arena, me) if outbox is None else outbox
         self._tasks: dict[int, _Task] = {}
         self._shards: list[_Shard] = []
         self._turns = 0
@@ -276,6 +280,7 @@ class Aggregator:
         for _ in told:
             task.pending.popleft()
         end = lib.lifl_now_ns()
+        self._outbox.spent.ns += end - begin
         for block, mapping, note in zip(batch, inputs, notes, strict=True):
             note.begin_ns, note.end_ns = begin, end
             mapping.close()
@@ -324,6 +329,7 @@ class Aggregator:
         note.weight = weight[0] if finite else math.inf
         note.tag = sum(m.num_updates for m in manifests)
         note.begin_ns, note.end_ns = begin, lib.lifl_now_ns()
+        self._outbox.spent.ns += note.end_ns - begin
         for mapping in (*sums, mean):
             mapping.close()
         # The commit: from here on nothing of the round is needed but the mean.
@@ -352,7 +358,9 @@ class Aggregator:
             at = self._manifest_bytes
             totals = [s.address + at for s in sums]
             finite = fold.finish_at(layout, mean.address, totals, what.weight, inputs, weights, part)
-        times = order.times_of(begin, lib.lifl_now_ns())
+        end = lib.lifl_now_ns()
+        self._outbox.spent.ns += end - begin
+        times = order.times_of(begin, end)
         ctypes.memmove(control.address + order.times_offset(layout, part[0]), times, len(times))
         for mapping in (*sums, *updates, mean, control):
             mapping.close()
@@ -360,8 +368,11 @@ class Aggregator:
         return True
 
 
-def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int) -> None:
-    """A worker process's life, after the fork of the clean process that makes workers, `parent`."""
+def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int, socket_fd: int | None = None) -> None:
+    """A worker process's life, after the fork of the clean process that makes workers, `parent`.
+
+    With a socket it hears and speaks through that, else through rings.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then ends its workers
     die_with(parent)
     # Who wakes a worker goes on, and wakes the next one: a batch task does not preempt it.
@@ -369,8 +380,14 @@ def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int) -> No
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     arena = Arena.attach(arena_fd)
     ring_for(arena, AGENT, bell_fd)
-    Producer(arena, me, AGENT).try_push(Descriptor(Kind.HELLO, 0))
-    Aggregator(arena, me).run(spin_s)
+    inbox: Receiver = Inbox(arena, me)
+    outbox = Outbox.of_rings(arena, me)
+    if socket_fd is not None:
+        from lifl.ebpf.links import ends_of  # late: with rings nobody needs it
+
+        inbox, outbox = ends_of(arena, socket_fd, me)
+    outbox.push(AGENT, Descriptor(Kind.HELLO, 0))
+    Aggregator(arena, me, inbox, outbox).run(spin_s)
 
 
 def die_with(parent: int) -> None:

@@ -143,6 +143,7 @@ class Assignment:
         else:
             self.give()
             self.top = self._choose_top()
+            self._host.transport.route_top(self._number, self.top)
             self._host.arena.move(self.mean, (AGENT, State.WRITING), (self.top, State.WRITING))
             block = (self.mean.index, self.mean.generation)
         self._flushed = Descriptor(Kind.FLUSH, self._number, *block, self.top << 8 | len(self._sums))

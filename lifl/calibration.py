@@ -97,7 +97,7 @@ class _Workers:
             arena, bell = Arena.create(1, 1 + 1 + STARTS), Bell()
             stack.callback(arena.close)
             stack.callback(bell.close)
-            self._inbox, self._outbox = Inbox(arena, AGENT), Outbox(arena, AGENT)
+            self._inbox, self._outbox = Inbox(arena, AGENT), Outbox.of_rings(arena, AGENT)
             self._nursery = Nursery(arena.fd, bell.fd, 0.0)
             stack.callback(self._nursery.close)
             self._end = stack.pop_all()

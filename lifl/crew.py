@@ -12,7 +12,7 @@ import math
 import os
 import select
 import signal
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 import attrs
 
@@ -50,13 +50,21 @@ class Dead:
 class Crew:
     """The nursery and its workers, at first 1 to `count`; raises :class:`PeerGoneError` if they cannot be started.
 
-    It has an epoll descriptor, `fd`, that is readable when a worker is dead (or `bell_fd` has rung).
+    `admit` is asked for the descriptor that a worker is given when it starts, which is closed here.
     """
 
-    def __init__(self, arena_fd: int, bell_fd: int, spin_s: float, count: int, stall_timeout: float) -> None:
+    def __init__(
+        self,
+        arena_fd: int,
+        bell_fd: int,
+        spin_s: float,
+        count: int,
+        stall_timeout: float,
+        admit: Callable[[int], int | None] = lambda me: None,
+    ) -> None:
         self._workers: dict[int, _Worker] = {}  # by pidfd
         self._deaths: dict[int, int] = {}  # worker -> since it was last heard
-        self._stall_timeout = stall_timeout
+        self._stall_timeout, self._admit = stall_timeout, admit
         self._last_tick_s: float | None = None
         self.tick_s = min(LONGEST_TICK_S, stall_timeout / TICKS_PER_STALL)
         self._vacant: set[int] = set()  # buried, and not decided yet whether they have a successor
@@ -69,6 +77,10 @@ class Crew:
         except BaseException:
             self.close()
             raise
+
+    def listen(self, fd: int) -> None:
+        """:meth:`wait` returns when this is readable too."""
+        self._poll.register(fd, select.EPOLLIN)
 
     def wait(self, timeout_s: float | None) -> list[int]:
         """Waits until the bell rings, a worker is dead, or the time is over; the pidfds of the dead.
@@ -97,7 +109,12 @@ class Crew:
         """Starts worker `me`."""
         if self._deaths.get(me, 0) > MOST_DEATHS_IN_A_ROW:
             raise PeerGoneError(f"worker {me} died {MOST_DEATHS_IN_A_ROW} times before it had started")
-        pid, pidfd = self.nursery.start_worker(me)
+        given = self._admit(me)
+        try:
+            pid, pidfd = self.nursery.start_worker(me, given)
+        finally:
+            if given is not None:
+                os.close(given)
         self._workers[pidfd] = _Worker(me, pid)
         self._vacant.discard(me)
         self._poll.register(pidfd, select.EPOLLIN)

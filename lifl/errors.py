@@ -75,4 +75,16 @@ class PlanError(LiflError, ValueError):
 
 
 class EbpfUnavailableError(LiflError):
-    """The eBPF sidecar cannot run here: the reason, and what to enable."""
+    """The eBPF sidecar cannot run here.
+
+    Attributes
+    ----------
+    reason : str
+    remedy : str
+        What to do; empty if there is nothing.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"eBPF cannot be used: {reason}" + (f"; {remedy}" if remedy else ""))
+        self.reason = reason
+        self.remedy = remedy

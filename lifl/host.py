@@ -14,6 +14,7 @@ from lifl.shm import Arena, Block
 if TYPE_CHECKING:
     from lifl.forecast import Forecast
     from lifl.pool import Pool
+    from lifl.transport import Transport
 
 WAIT_CAP_S = 0.1
 """No wait is longer in one piece: signals and lost peers are noticed within it."""
@@ -24,6 +25,7 @@ class Host(Protocol):
 
     arena: Arena
     outbox: Outbox
+    transport: Transport
     changed: threading.Condition
     pool: Pool
     forecast: Forecast

@@ -57,13 +57,15 @@ class Nursery:
                 self._socket.close()
                 raise PeerGoneError(f"{sys.executable!r} cannot be run to start workers: {error}") from error
 
-    def start_worker(self, me: int) -> tuple[int, int]:
+    def start_worker(self, me: int, socket_fd: int | None = None) -> tuple[int, int]:
         """Forks the worker that is participant `me`; its pid and a pidfd of it, which the caller closes.
 
-        Raises :class:`PeerGoneError` if the nursery cannot.
+        It gets a copy of the socket, if there is one, and nobody else keeps one but the caller. Raises
+        :class:`PeerGoneError` if the nursery cannot.
         """
         try:
-            self._socket.send(json.dumps({"start": me}).encode())
+            given = [] if socket_fd is None else [socket_fd]
+            socket.send_fds(self._socket, [json.dumps({"start": me}).encode()], given)
             data, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
         except OSError as error:
             raise PeerGoneError(f"the process that starts workers is gone: {error}") from error
@@ -109,9 +111,9 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
     workers: list[Any] = []
     parent = os.getpid()
 
-    def child(me: int) -> None:
+    def child(me: int, given: list[int]) -> None:
         control.close()  # else the agent's death would go unnoticed while a worker lives
-        aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9, parent)
+        aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9, parent, *given)
 
     try:
         agent = os.pidfd_open(agent_pid)
@@ -132,13 +134,17 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
                     key.data.close()  # its descriptors: there may be thousands of workers, one after another
                     workers.remove(key.data)
                     continue
-                request = control.recv(256)
+                request, given, _, _ = socket.recv_fds(control, 256, 1)
                 if not request:
                     end(workers)
                     return
-                worker = context.Process(target=child, args=(json.loads(request)["start"],), daemon=True)
+                worker = context.Process(target=child, args=(json.loads(request)["start"], given), daemon=True)
                 try:
-                    worker.start()
+                    try:
+                        worker.start()
+                    finally:
+                        for fd in given:  # its socket is to be gone when it is
+                            os.close(fd)
                     workers.append(worker)
                     selector.register(worker.sentinel, selectors.EVENT_READ, worker)
                     pidfd = os.pidfd_open(worker.pid)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lifl.shm import Arena, check, ffi, lib
 
@@ -92,8 +92,28 @@ class Consumer:
         return Descriptor(d.kind, d.round, d.block, d.generation, d.arg)
 
 
+class Receiver(Protocol):
+    """One participant's incoming descriptors. One process, one thread at a time."""
+
+    @property
+    def fd(self) -> int | None:
+        """What an event loop waits on, beside the Node's bell; None if that rings for this too."""
+
+    def try_pop(self) -> tuple[int, Descriptor] | None:
+        """The next descriptor and who sent it, or ``None``; in order per sender."""
+
+    def wait(self, spin_s: float, timeout_s: float) -> bool:
+        """Waits until there is something; false at the time-out or when a signal came."""
+
+    def arm(self) -> bool:
+        """Asks for ``fd`` (or the bell) to be readable at the next arrival; false if there is one already."""
+
+
 class Inbox:
     """All the rings that end at one participant: fan-in by scanning, round robin."""
+
+    fd = None
+    """The Node's bell rings for it."""
 
     def __init__(self, arena: Arena, me: int) -> None:
         self._arena, self._me = arena, me
@@ -122,16 +142,41 @@ class Inbox:
         return bool(lib.lifl_inbox_arm(self._arena.handle, self._me) == lib.LIFL_EMPTY)
 
 
+class End(Protocol):
+    """The way to one participant: a ring, or something that is as bounded."""
+
+    def try_push(self, descriptor: Descriptor) -> bool:
+        """Sends a descriptor and wakes who gets it; false if there is no room."""
+
+    def reset(self) -> None:
+        """Forgets what is on the way. Only when the receiver is proven dead and before the next one starts."""
+
+
+class Spent:
+    """Execution time of this participant that nobody has been told yet, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+
 class Outbox:
-    """Rings from one participant to all, with what did not fit kept in order until it does.
+    """The ways from one participant to all, with what did not fit kept in order until it does.
 
     `on_backlog` is called when something has to wait, so that somebody calls ``flush`` soon.
     """
 
-    def __init__(self, arena: Arena, me: int, on_backlog: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, ends: Sequence[End], on_backlog: Callable[[], None] | None = None, spent: Spent | None = None
+    ) -> None:
         self._on_backlog = on_backlog
-        self._ends = [Producer(arena, me, target) for target in range(arena.participants)]
+        self._ends = list(ends)
+        self.spent = Spent() if spent is None else spent
         self._backlog: list[deque[Descriptor]] = [deque() for _ in self._ends]
+
+    @classmethod
+    def of_rings(cls, arena: Arena, me: int, on_backlog: Callable[[], None] | None = None) -> Outbox:
+        """Through the rings from `me`."""
+        return cls([Producer(arena, me, target) for target in range(arena.participants)], on_backlog)
 
     def push(self, target: int, descriptor: Descriptor) -> None:
         """Sends now if the ring has room and nothing waits before it, else at a later ``flush``."""

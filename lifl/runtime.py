@@ -19,30 +19,25 @@ from typing import Any
 from lifl import shm
 from lifl.admission import Limits
 from lifl.agent import Agent
-from lifl.aggregator import Aggregator
 from lifl.assignment import Assignment
-from lifl.crew import Crew
 from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
 from lifl.forecast import Forecast
 from lifl.planner.shape import Shape
 from lifl.pool import Pool
-from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.ring import Descriptor, Kind
 from lifl.round import Round
-from lifl.shm import AGENT, Arena
+from lifl.shm import Arena
 from lifl.sizes import parse_bytes, sum_bytes_of, units_of
+from lifl.staff import Staff
+from lifl.staff import cores as cores
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Terms, Timing
+from lifl.transport import Name as TransportName
 
 DEFAULT_MEMORY = 2 * 2**30
 MAX_WORKERS = 255
-SPIN_S = 50e-6
 STALL_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 60.0
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 class Node:
@@ -65,6 +60,10 @@ class Node:
         Seconds after which a worker that has work and gives no sign of life, because it is stopped or
         stuck, is killed and replaced; added to them is the time that folding what is in the arena may
         take (a second per 100 MB).
+    transport : {"rings", "ebpf", "auto"}, optional
+        How descriptors travel: through rings in shared memory, or through sockets that an eBPF program in the kernel
+        routes and counts (see docs/ebpf.md). "auto": eBPF where it can be had, else rings. Default: the environment
+        variable LIFL_TRANSPORT, or "rings".
     debug : bool
         Overwrite freed blocks with 0xA5, so that a stale view shows itself.
 
@@ -74,6 +73,8 @@ class Node:
         If the memory cannot be had, or the machine is not Linux.
     PeerGoneError
         If the workers cannot be started.
+    EbpfUnavailableError
+        With ``transport="ebpf"`` where it cannot be had: the reason, and what to do.
 
     Examples
     --------
@@ -92,6 +93,7 @@ class Node:
         warm: int | None = None,
         idle_timeout: float | None = IDLE_TIMEOUT_S,
         stall_timeout: float = STALL_TIMEOUT_S,
+        transport: TransportName | None = None,
         debug: bool = False,
     ) -> None:
         from lifl import calibration  # late: `import lifl` is quick
@@ -118,28 +120,14 @@ class Node:
         self._is_closed = False
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
-        self._crew: Crew | None = None
         self._agent: Agent | None = None
-        self._inline: Aggregator | None = None
         self.forecast = Forecast(calibration.costs(), max(workers, 1))
-        self._bell = Bell()
-        try:
-            self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
-            # The agent's thread sends what did not fit; it may be asleep.
-            self.outbox = Outbox(self.arena, AGENT, on_backlog=self._bell.ring)
-            self._inbox = Inbox(self.arena, AGENT)
-            if workers:
-                spin_s = SPIN_S if cores() > 1 else 0.0
-                self._crew = Crew(self.arena.fd, self._bell.fd, spin_s, warm, stall_timeout)
-            else:
-                self._inline = Aggregator(self.arena, 1)
-            self.pool = Pool(max(workers, 1), self._crew, self.engaged)
-            if self._crew is not None:
-                self._agent = Agent(self, self._crew, self._inbox, self._bell, idle_timeout)
-        except BaseException:
-            self._end_workers()
-            self._bell.close()
-            raise
+        self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
+        self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
+        self.transport, self.outbox, self._crew = staff.transport, staff.outbox, staff.crew
+        self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
+        if staff.crew is not None:
+            self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
         _nodes.add(self)
 
     # ------------------------------------------------------------ workers
@@ -166,7 +154,7 @@ class Node:
     def drain(self) -> bool:
         """Takes what workers have said into the books; false if they were silent. The caller holds the lock."""
         worked = False
-        while (item := self._inbox.try_pop()) is not None:
+        while (item := self._staff.inbox.try_pop()) is not None:
             worked = True
             sender, descriptor = item
             if self._crew is not None:
@@ -192,6 +180,7 @@ class Node:
             if self._is_closed:
                 return
             try:
+                self.transport.bury(me)
                 self.outbox.reset(me)
                 told = [d for round_ in list(self._rounds.values()) for d in round_.course.recover(me, dead.was_heard)]
                 if told or not dead.was_leaving or self.engaged()[me]:
@@ -223,9 +212,9 @@ class Node:
         """Gets the work going: in the calling thread, without workers; else the agent's begins to watch them."""
         if self._agent is not None:
             self._agent.wake()
-        if self._inline is not None:
+        if (inline := self._staff.inline) is not None:
             with self.changed:
-                while self._inline.step() or self.drain():
+                while inline.step() or self.drain():
                     self.outbox.flush()
 
     @property
@@ -259,6 +248,7 @@ class Node:
     def forget(self, number: int) -> None:
         """Takes a closed round out of the books."""
         self._rounds.pop(number, None)
+        self.transport.route_top(number, None)
 
     # ------------------------------------------------------------ rounds
 
@@ -368,17 +358,11 @@ class Node:
             for me in self.pool.present:
                 self.outbox.push(me, Descriptor(Kind.STOP, 0))
             self.changed.notify_all()
-        self._bell.ring()
+        self._staff.bell.ring()
         if self._agent is not None:
             self._agent.join()
-        self._end_workers()
-        self._bell.close()
+        self._staff.close()
         self.arena.close()
-
-    def _end_workers(self) -> None:
-        if self._crew is not None:
-            self._crew.close()
-            self._crew = None
 
     def __enter__(self) -> Node:
         return self

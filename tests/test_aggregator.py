@@ -81,7 +81,7 @@ class Agent:
 def agent() -> Iterator[Agent]:
     """An agent with one worker in this process."""
     arena = Arena.create(64 * 65536, 3, debug=True)
-    agent = Agent(arena, Outbox(arena, AGENT), Inbox(arena, AGENT), Aggregator(arena, ME))
+    agent = Agent(arena, Outbox.of_rings(arena, AGENT), Inbox(arena, AGENT), Aggregator(arena, ME))
     yield agent
     agent.worker = Aggregator(arena, ME)  # the old one may be in the middle of a round, with blocks mapped
     arena.close()

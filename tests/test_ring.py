@@ -165,7 +165,7 @@ def test_inbox_says_who_sent_and_starves_nobody(arena: Arena) -> None:
 
 def test_outbox_keeps_what_does_not_fit_in_order(arena: Arena) -> None:
     """What is pushed to a full ring comes later, in order, and other targets are not held up."""
-    outbox, first, second = Outbox(arena, 0), Consumer(arena, 0, 1), Consumer(arena, 0, 2)
+    outbox, first, second = Outbox.of_rings(arena, 0), Consumer(arena, 0, 1), Consumer(arena, 0, 2)
     for i in range(1000):
         outbox.push(1, numbered(i))
     outbox.push(2, numbered(5))

@@ -158,7 +158,7 @@ def _node_cold_s() -> float:
 def start_workers() -> dict[str, float]:
     """Seconds until a worker answers: the first (with the process that forks them), one more, one that is there."""
     arena, bell = Arena.create(1, 3), Bell()
-    inbox, outbox = Inbox(arena, AGENT), Outbox(arena, AGENT)
+    inbox, outbox = Inbox(arena, AGENT), Outbox.of_rings(arena, AGENT)
 
     def ask(worker: int) -> None:
         # A worker answers so for every round, also for one that it has never heard of.

@@ -1,0 +1,139 @@
+"""The loader that compiles: the BPF Compiler Collection (bcc) of the distribution makes the same source at load time.
+
+For machines for which the bytecode that ships with lifl is wrong, and for who wants to change the program. Debian and
+Ubuntu have it as python3-bpfcc. The PyPI project named bcc is another thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from lifl.ebpf import bpf
+from lifl.ebpf.prebuilt import Program
+from lifl.ebpf.record import METRICS_BYTES
+from lifl.errors import EbpfUnavailableError
+
+REMEDY = "apt-get install --no-install-recommends python3-bpfcc"
+DISTRIBUTION = Path("/usr/lib/python3/dist-packages")
+
+_TYPES = """
+typedef unsigned char u8, __u8; typedef unsigned short u16, __u16, __be16, __le16, __sum16;
+typedef unsigned int u32, __u32, __be32, __le32, __wsum; typedef unsigned long long u64, __u64, __be64, __le64;
+typedef signed char s8, __s8; typedef short s16, __s16; typedef int s32, __s32; typedef long long s64, __s64;
+typedef __u64 __aligned_u64 __attribute__((aligned(8)));
+typedef _Bool bool; typedef unsigned long size_t, uintptr_t; typedef int pid_t;
+"""
+STUBS = {
+    "include/linux/kconfig.h": "#define CONFIG_BPF_SYSCALL 1\n",
+    "include/linux/types.h": _TYPES,
+    "include/linux/version.h": "#define KERNEL_VERSION(a, b, c) ((a) << 16 | (b) << 8 | (c))\n"
+    "#define LINUX_VERSION_CODE KERNEL_VERSION(5, 15, 0)\n",
+    **dict.fromkeys(
+        (
+            *("include/linux/bpf_common.h", "include/linux/log2.h", "include/asm/page.h"),
+            *("include/uapi/linux/types.h", "include/uapi/linux/bpf.h", "include/uapi/linux/if_packet.h"),
+        ),
+        "",
+    ),
+}
+"""What bcc includes of a kernel's source by itself; the program needs no more of it than the types."""
+
+
+def load() -> Program:
+    """Compiles the program, loads it and attaches it.
+
+    Raises :class:`EbpfUnavailableError` without bcc, ``OSError`` if the kernel refuses it.
+    """
+    module = find()
+    # Without capabilities bcc says that it failed to compile: what is refused is to be seen before.
+    bpf.Map.create(bpf.SOCKHASH, 4, 4, 1, "lifl_probe").close()
+    with _sources() as (text, flags), _quiet() as said:
+        try:
+            made = module.BPF(text=text, cflags=flags)
+            function = made.load_func("lifl_route", module.BPF.SK_MSG)
+        except Exception as error:
+            raise EbpfUnavailableError(f"bcc does not compile the program: {said() or error}", REMEDY) from error
+    maps = {name: _map(module, made, name) for name in ("socks", "routes", "metrics")}
+    program = os.dup(function.fd)
+    os.set_inheritable(program, False)
+    bpf.attach_sk_msg(program, maps["socks"])
+    made.cleanup()
+    return Program("bcc", maps["socks"], maps["routes"], maps["metrics"], program)
+
+
+def find() -> ModuleType:
+    """The distribution's bcc, which a virtual environment does not see; raises :class:`EbpfUnavailableError`."""
+    wrong = ""
+    with contextlib.suppress(ImportError):
+        import bcc
+
+        if hasattr(bcc, "BPF"):
+            return cast(ModuleType, bcc)
+        wrong = f"; the package bcc at {getattr(bcc, '__file__', '?')} is another project of that name"
+        del sys.modules["bcc"]
+    if (DISTRIBUTION / "bcc" / "__init__.py").is_file():
+        # Only this package: the others of the distribution would hide the environment's.
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "bcc").symlink_to(DISTRIBUTION / "bcc")
+            sys.path.insert(0, folder)
+            try:
+                import bcc
+            finally:
+                sys.path.remove(folder)
+        return cast(ModuleType, bcc)
+    raise EbpfUnavailableError(f"bcc, the BPF Compiler Collection, is not installed{wrong}", REMEDY)
+
+
+@contextlib.contextmanager
+def _sources() -> Iterator[tuple[str, list[str]]]:
+    """The program's text and flags; while it is compiled, a stub of a kernel's source, if the headers are missing."""
+    folder = resources.files("lifl.ebpf")
+    header = (folder / "record.h").read_text()
+    text = (folder / "lifl.bpf.c").read_text().replace('#include "record.h"', header)
+    with tempfile.TemporaryDirectory(prefix="lifl-bcc-") as stub:
+        before = os.environ.get("BCC_KERNEL_SOURCE")
+        if before is None and not (Path("/lib/modules") / os.uname().release / "build").exists():
+            for name, content in STUBS.items():
+                (path := Path(stub) / name).parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content)
+            os.environ["BCC_KERNEL_SOURCE"] = stub
+        try:
+            yield text, ["-DLIFL_BCC"]
+        finally:
+            if before is None:
+                os.environ.pop("BCC_KERNEL_SOURCE", None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[Callable[[], str]]:
+    """The compiler writes to the process's standard error itself: that is caught, for the error's text."""
+    with tempfile.TemporaryFile() as caught:
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+
+            def said() -> str:
+                caught.seek(0)
+                return " / ".join(caught.read().decode(errors="replace").split("\n")[:24]).strip(" /")
+
+            yield said
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def _map(module: ModuleType, made: Any, name: str) -> bpf.Map:
+    """A table of bcc's, as a descriptor of our own: of a SOCKHASH it makes no object."""
+    fd = os.dup(module.lib.bpf_table_fd(made.module, name.encode()))
+    os.set_inheritable(fd, False)
+    sizes = {"metrics": METRICS_BYTES * bpf.possible_cpus()}
+    return bpf.Map(fd, sizes.get(name, 4))

@@ -1,0 +1,53 @@
+"""The loader that needs nothing: bytecode that ships with lifl, and bpf(2) itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import resources
+
+import attrs
+
+from lifl.ebpf import bpf
+
+
+@attrs.define
+class Program:
+    """The program with its maps, loaded and attached. Owns their descriptors."""
+
+    loader: str
+    socks: bpf.Map
+    routes: bpf.Map
+    metrics: bpf.Map
+    fd: int
+
+    def close(self) -> None:
+        """Lets go of all of it."""
+        for one in (self.socks, self.routes, self.metrics):
+            one.close()
+        os.close(self.fd)
+
+
+def load() -> Program:
+    """Makes the maps, loads the program and attaches it; raises ``OSError`` as the kernel gives it."""
+    if sys.byteorder != "little":
+        raise OSError(95, "the bytecode that ships with lifl is for little-endian machines")
+    said = json.loads((resources.files("lifl.ebpf") / "prebuilt.json").read_text())
+    maps: dict[str, bpf.Map] = {}
+    try:
+        for name, what in said["maps"].items():
+            sizes = what["key_bytes"], what["value_bytes"], what["max_entries"]
+            maps[name] = bpf.Map.create(what["type"], *sizes, f"lifl_{name}")
+        uses = [(index, maps[name].fd) for index, name in said["uses"]]
+        program = bpf.load_sk_msg(bpf.linked(bytes.fromhex(said["instructions"]), uses))
+        try:
+            bpf.attach_sk_msg(program, maps["socks"])
+        except OSError:
+            os.close(program)
+            raise
+    except BaseException:
+        for made in maps.values():
+            made.close()
+        raise
+    return Program("prebuilt", maps["socks"], maps["routes"], maps["metrics"], program)

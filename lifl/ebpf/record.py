@@ -1,0 +1,65 @@
+"""The bytes of a record, as record.h has them: a descriptor, where it is to go, and whose room it takes up."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple, TypeAlias
+
+RECORD_BYTES = 32
+LAUNCHER = 0xFFFFFFFF
+"""The key of the launcher's own socket."""
+MOST_SOCKETS = 1024
+MOST_ROUTES = 4096
+
+_RECORD = struct.Struct("=IHHII" + "IIIHH")
+_METRICS = struct.Struct("=8Q")
+METRICS_BYTES = _METRICS.size
+
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+
+class Record(NamedTuple):
+    """One record; see record.h."""
+
+    dst: int
+    src: int
+    line: int
+    seq: int
+    busy_us: int
+    block: int
+    generation: int
+    round: int
+    kind: int
+    arg: int
+
+    def pack(self) -> bytes:
+        """Its 32 bytes."""
+        return _RECORD.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: Buffer, offset: int = 0) -> Record:
+        """The record that begins at an offset."""
+        return cls(*_RECORD.unpack_from(data, offset))
+
+
+class Metrics(NamedTuple):
+    """What the kernel knows of one aggregator; see record.h. Times are nanoseconds of the monotonic clock."""
+
+    records: int = 0
+    bytes: int = 0
+    updates: int = 0
+    first_ns: int = 0
+    last_ns: int = 0
+    folded: int = 0
+    busy_ns: int = 0
+    missed: int = 0
+
+    @classmethod
+    def merged(cls, of_cpus: Buffer) -> Metrics:
+        """What each CPU has counted, together."""
+        parts = [cls(*fields) for fields in _METRICS.iter_unpack(of_cpus)]
+        sums = [sum(column) for column in zip(*parts, strict=True)]
+        firsts = [part.first_ns for part in parts if part.first_ns]
+        whole = cls(*sums)
+        return whole._replace(first_ns=min(firsts, default=0), last_ns=max(part.last_ns for part in parts))

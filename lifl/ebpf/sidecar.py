@@ -1,0 +1,155 @@
+"""The launcher's side: a program with its maps, the sockets of all participants, and the routes between them.
+
+Owns all of these. Only this process needs capabilities; a worker gets its socket and nothing else. The kernel lets go
+of everything when this process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable
+
+from lifl.ebpf import probe
+from lifl.ebpf.links import Receiver, outbox_of, sent_on, top_of
+from lifl.ebpf.pairs import pair
+from lifl.ebpf.record import LAUNCHER, Metrics, Record
+from lifl.errors import EbpfUnavailableError, PeerGoneError
+from lifl.ring import Descriptor, Outbox
+from lifl.shm import AGENT, Arena, check, lib
+
+
+class Sidecar:
+    """One Node's; the transport "ebpf".
+
+    Raises :class:`EbpfUnavailableError` where it cannot be had, with the reason and what to do.
+
+    Attributes
+    ----------
+    loader : str
+        "prebuilt" or "bcc".
+    """
+
+    name = "ebpf"
+
+    def __init__(self, arena: Arena, loader: str | None = None) -> None:
+        self._arena = arena
+        self._program = probe.load(loader)
+        self.loader = self._program.loader
+        self._anchors: dict[int, socket.socket] = {}
+        self._sockets: dict[int, socket.socket] = {}  # of participants in this process, or that are to start
+        self._is_closed = False
+        self._outbox: Outbox | None = None
+        self._routes: set[int] = set()
+        try:
+            self._sockets[AGENT] = self.enter(AGENT, *pair())
+        except OSError as error:
+            self.close()
+            raise EbpfUnavailableError(
+                f"no TCP sockets over the loopback device: {error}", "ip link set lo up"
+            ) from error
+
+    # ------------------------------------------------------------ who is there
+
+    def enter(self, me: int, own: socket.socket, anchor: socket.socket) -> socket.socket:
+        """Puts a participant's socket into the map, and keeps its anchor: while that is open, so is the socket.
+
+        The socket may have been made in another network namespace.
+        """
+        if (old := self._anchors.pop(me, None)) is not None:
+            old.close()
+        self._anchors[me] = anchor
+        key = LAUNCHER if me == AGENT else me
+        with contextlib.suppress(FileNotFoundError):
+            self._program.socks.delete(key)  # to put a living one in again is refused
+        self._program.socks.update(key, own.fileno())
+        self.route(me, me)
+        return own
+
+    def admit(self, me: int) -> int:
+        """A socket for worker `me`, in the map; the descriptor is the caller's to close.
+
+        Raises :class:`PeerGoneError` if there can be none.
+        """
+        return (self._sockets.pop(me, None) or self._enter_new(me)).detach()
+
+    def bury(self, me: int) -> None:
+        """Worker `me` is proven dead: its socket is gone, with all that it had not read.
+
+        Its successor's takes its place at once, and keeps what is sent until that starts.
+        """
+        check(lib.lifl_credit_reset(self._arena.handle, me), f"credits of participant {me}")
+        self._sockets[me] = self._enter_new(me)
+
+    def _enter_new(self, me: int) -> socket.socket:
+        try:
+            return self.enter(me, *pair())
+        except OSError as error:
+            raise PeerGoneError(f"no socket for worker {me}: {error}") from error
+
+    # ------------------------------------------------------------ routes
+
+    def route(self, aggregator: int, me: int | None) -> None:
+        """What is sent to an aggregator goes to participant `me` from now on; None: to nobody, so to the launcher.
+
+        One update of a map: a record takes the old way or the new one.
+        """
+        if me is not None:
+            self._program.routes.update(aggregator, LAUNCHER if me == AGENT else me)
+            self._routes.add(aggregator)
+        elif aggregator in self._routes:
+            self._routes.discard(aggregator)
+            self._program.routes.delete(aggregator)
+
+    def route_top(self, number: int, me: int | None) -> None:
+        """Who adds up the sums of a round."""
+        self.route(top_of(number), me)
+
+    # ------------------------------------------------------------ participants of this process
+
+    def inbox(self, me: int = AGENT) -> Receiver:
+        """What a participant of this process receives."""
+        own = self._own(me)
+        return Receiver(self._arena, own, me, self._stray if me == AGENT else sent_on(own))
+
+    def outbox(self, me: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+        """What a participant of this process sends."""
+        outbox = outbox_of(self._arena, self._own(me), me, on_backlog)
+        if me == AGENT:
+            self._outbox = outbox
+        return outbox
+
+    def _own(self, me: int) -> socket.socket:
+        if me not in self._sockets:
+            self._sockets[me] = self._enter_new(me)
+        return self._sockets[me]
+
+    def _stray(self, record: Record) -> None:
+        """It came to the launcher because who should have it had no socket.
+
+        What the agent itself has sent is told again when a successor is there. Another's is sent on, once more to the
+        aggregator that it names: its successor has a socket, or the agent hears of it again.
+        """
+        if record.src != AGENT and self._outbox is not None:
+            d = Descriptor(record.kind, record.round, record.block, record.generation, record.arg)
+            self._outbox.push(record.line, d)
+
+    # ------------------------------------------------------------ what passed
+
+    def metrics(self) -> dict[int, Metrics]:
+        """What the kernel has counted so far, of each participant."""
+        found: dict[int, Metrics] = {}
+        for key in self._program.metrics:
+            if (counted := self._program.metrics.lookup(key)) is not None:
+                found[AGENT if key == LAUNCHER else key] = Metrics.merged(counted)
+        return found
+
+    def close(self) -> None:
+        """Lets go of everything; harmless when closed."""
+        sockets = [*self._sockets.values(), *self._anchors.values()]
+        self._sockets, self._anchors, self._outbox = {}, {}, None
+        for one in sockets:
+            one.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._program.close()

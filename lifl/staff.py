@@ -1,0 +1,63 @@
+"""Who does a Node's work and how it is reached: the workers, or one in this process, and the transport to them.
+
+Owns the bell, the transport and the processes; knows no rounds.
+"""
+
+from __future__ import annotations
+
+import os
+
+from lifl.aggregator import Aggregator
+from lifl.crew import Crew
+from lifl.ring import Bell
+from lifl.shm import Arena
+from lifl.transport import Name, open_transport
+
+SPIN_S = 50e-6
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+class Staff:
+    """One Node's.
+
+    Raises :class:`PeerGoneError` if workers cannot be started, :class:`EbpfUnavailableError` for a transport that
+    cannot be had.
+
+    Attributes
+    ----------
+    crew : Crew or None
+        The worker processes; None: there is one worker, `inline`, in the calling process.
+    """
+
+    def __init__(self, arena: Arena, workers: int, warm: int, stall_timeout: float, transport: Name | None) -> None:
+        self.crew: Crew | None = None
+        self.inline: Aggregator | None = None
+        self.bell = Bell()
+        try:
+            self.transport = open_transport(transport, arena)
+        except BaseException:
+            self.bell.close()
+            raise
+        try:
+            # The agent's thread sends what did not fit; it may be asleep.
+            self.outbox = self.transport.outbox(on_backlog=self.bell.ring)
+            self.inbox = self.transport.inbox()
+            if workers:
+                spin_s = SPIN_S if cores() > 1 else 0.0
+                self.crew = Crew(arena.fd, self.bell.fd, spin_s, warm, stall_timeout, self.transport.admit)
+            else:
+                self.inline = Aggregator(arena, 1, self.transport.inbox(1), self.transport.outbox(1))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends every process; nobody may wait for them any more."""
+        if self.crew is not None:
+            self.crew.close()
+        self.transport.close()
+        self.bell.close()
