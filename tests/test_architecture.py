@@ -180,7 +180,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "superlink.sampler": set(),
     "superlink.command": {
-        *("", "errors", "shm", "sizes", "superlink.flower", "superlink.plane", "superlink.sampler"),
+        *("", "errors", "runtime", "shm", "sizes", "superlink.flower", "superlink.plane", "superlink.sampler"),
     },
     "superlink.__main__": {"superlink.command"},
     # programs

@@ -15,6 +15,7 @@ from typing import Any
 
 from lifl import shm
 from lifl.errors import LiflError
+from lifl.runtime import Node
 from lifl.sizes import parse_bytes
 from lifl.superlink import flower
 from lifl.superlink.sampler import Sampler
@@ -37,9 +38,9 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lifl-workers", type=int, metavar="N", help="Worker processes that fold. Default: one a core.")
     group.add_argument(
         "--lifl-transport",
-        choices=["auto", "rings"],
-        default="auto",
-        help="How workers are told of updates. Default: auto.",
+        choices=["rings", "ebpf", "auto"],
+        help="How workers are told of updates: through shared memory, or through sockets that an eBPF program routes "
+        "and counts (auto: where it can be had). Default: what LIFL_TRANSPORT says, else rings.",
     )
     group.add_argument(
         "--lifl-max-object",
@@ -116,9 +117,12 @@ def serve(config: Any, own: argparse.Namespace) -> None:
 
         shm.require()
         memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4) if own.lifl_memory is None else own.lifl_memory
-        plane = Plane(config, parse_bytes(memory), own.lifl_workers, parse_bytes(own.lifl_max_object), own.lifl_hold)
+        # Before anything that starts a thread.
+        node = Node(memory, own.lifl_workers, transport=own.lifl_transport)
+        plane = Plane(config, node, parse_bytes(own.lifl_max_object), own.lifl_hold)
     except (flower.MissingNameError, LiflError) as error:
-        if isinstance(error, LiflError) and own.lifl_memory is not None:  # asked for, and cannot be had
+        is_asked_for = own.lifl_memory is not None or own.lifl_transport == "ebpf"
+        if isinstance(error, LiflError) and is_asked_for:  # and cannot be had
             sys.exit(f"lifl-superlink: {error}")
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
     sampler = None

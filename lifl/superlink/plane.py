@@ -31,10 +31,8 @@ class Plane:
     ----------
     config : SuperLinkLifespanConfig
         Flower's.
-    memory : int
-        Bytes of the arena.
-    workers : int or None
-        See :class:`lifl.Node`.
+    node : Node
+        Closed with the plane, and if it cannot be made.
     max_object_bytes : int
         A larger object is refused.
     hold_s : float
@@ -53,13 +51,10 @@ class Plane:
     ------
     MissingNameError
         If Flower has not even the names that the store needs.
-    ShmError
-        If the memory cannot be had.
     """
 
-    def __init__(self, config: Any, memory: int, workers: int | None, max_object_bytes: int, hold_s: float) -> None:
-        # Before anything that starts a thread.
-        self.node = Node(memory, workers)
+    def __init__(self, config: Any, node: Node, max_object_bytes: int, hold_s: float) -> None:
+        self.node = node
         self.left_out: list[str] = []
         self.rounds: Rounds | None = None
         self.agency: Agency | None = None
@@ -181,7 +176,7 @@ class Plane:
         parts = [
             f"arena {self.node.arena.block_bytes / 2**20:,.0f} MiB",
             f"{self.node.workers} workers",
-            "transport rings",
+            f"transport {self.node.transport.name}",
             "objects in the database" if self.store.is_durable else "objects in memory",
         ]
         if self._connections is not None:
