@@ -79,6 +79,22 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
+def are_others(names: set[str]) -> set[str]:
+    """Of these, what processes that are not of this run have open: other tests run at the same time."""
+    mine, found = processes().keys() | {os.getpid()}, set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        if pid in mine:
+            continue
+        try:
+            with open(f"/proc/{pid}/maps") as file:
+                text = file.read()
+            text += " ".join(os.readlink(one.path) for one in os.scandir(f"/proc/{pid}/fd"))
+        except OSError:  # it ended meanwhile, or is another user's
+            continue
+        found |= {name for name in names if f"/dev/shm/{name}" in text}
+    return found
+
+
 def left_behind(before: tuple[dict[int, str], dict[int, str], set[str]]) -> list[str]:
     """What is there now and was not there before, in words."""
     children, fds, files = before
@@ -86,7 +102,9 @@ def left_behind(before: tuple[dict[int, str], dict[int, str], set[str]]) -> list
     now = descriptors()
     if len(now) > len(fds):
         left += [f"descriptor {fd}: {to}" for fd, to in now.items() if fds.get(fd) != to]
-    return left + [f"/dev/shm/{name}" for name in shared_memory() - files]
+    if names := shared_memory() - files:
+        left += [f"/dev/shm/{name}" for name in names - are_others(names)]
+    return left
 
 
 def close_embedded() -> None:
