@@ -618,6 +618,19 @@ int lifl_credit_give(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32
   return LIFL_OK;
 }
 
+/* How many descriptors were ever sent to a participant, and how many of them it has taken: through either transport. */
+int lifl_inbox_counts(lifl_arena *a, uint32_t consumer, uint64_t *sent, uint64_t *taken) {
+  uint32_t p = a->h.participants;
+  if (consumer >= p) return LIFL_EINVAL;
+  *sent = *taken = 0;
+  for (uint32_t from = 0; from < p; from++) {
+    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
+    *taken += atomic_load_explicit(&r->head, memory_order_relaxed); /* first: so that it is not beyond the other */
+    *sent += atomic_load_explicit(&r->tail, memory_order_relaxed);
+  }
+  return LIFL_OK;
+}
+
 /* The consumer is proven dead, and its socket with all that it had not drained: every line to it is empty. */
 int lifl_credit_reset(lifl_arena *a, uint32_t consumer) {
   uint32_t p = a->h.participants;

@@ -114,6 +114,7 @@ int lifl_credit_take(lifl_arena *arena, uint32_t producer, uint32_t consumer, ui
 int lifl_credit_untake(lifl_arena *arena, uint32_t producer, uint32_t consumer);
 int lifl_credit_give(lifl_arena *arena, uint32_t producer, uint32_t consumer, uint32_t number);
 int lifl_credit_reset(lifl_arena *arena, uint32_t consumer);
+int lifl_inbox_counts(lifl_arena *arena, uint32_t consumer, uint64_t *sent, uint64_t *taken);
 int lifl_inbox_pop(lifl_arena *arena, uint32_t consumer, lifl_desc *desc, uint32_t *producer);
 int lifl_inbox_wait(lifl_arena *arena, uint32_t consumer, uint64_t spin_ns, uint64_t timeout_ns);
 int lifl_inbox_arm(lifl_arena *arena, uint32_t consumer);

@@ -219,6 +219,13 @@ class Bell:
         os.close(self.fd)
 
 
+def counts_of(arena: Arena, me: int) -> tuple[int, int]:
+    """How many descriptors were ever sent to a participant, and how many of them it has taken, by either transport."""
+    sent, taken = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    check(lib.lifl_inbox_counts(arena.handle, me, sent, taken), f"counts of participant {me}")
+    return sent[0], taken[0]
+
+
 def ring_for(arena: Arena, target: int, fd: int) -> None:
     """Makes pushes from this process to an armed `target` write to the eventfd `fd`."""
     check(lib.lifl_peer_eventfd(arena.handle, target, fd), f"eventfd of participant {target}")

@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from lifl.errors import EbpfUnavailableError
 from lifl.ring import Inbox, Outbox, Receiver
 from lifl.shm import AGENT, Arena
+
+if TYPE_CHECKING:
+    from lifl.ebpf.record import Metrics
 
 log = logging.getLogger("lifl.transport")
 
@@ -40,6 +43,9 @@ class Transport(Protocol):
 
     def route_top(self, number: int, me: int | None) -> None:
         """Who adds up the sums of a round; None: it is over."""
+
+    def metrics(self) -> dict[int, Metrics]:
+        """What the kernel has counted so far, of each participant; nothing if it counts nothing."""
 
     def close(self) -> None:
         """Lets go of everything; harmless when closed."""
@@ -69,6 +75,10 @@ class Rings:
 
     def route_top(self, number: int, me: int | None) -> None:
         """A leaf is told with its last order."""
+
+    def metrics(self) -> dict[int, Metrics]:
+        """The kernel sees nothing of rings."""
+        return {}
 
     def close(self) -> None:
         """The rings are the arena's."""
