@@ -207,7 +207,7 @@ def test_certificates_keys_and_a_database(secure: Servers, tmp_path: Path) -> No
     secure.run(fedavg_runs.APP, config_of(tmp_path / "out"), timeout=120)
     check_single(tmp_path / "out", 1, is_served=True)
     assert "objects in the database" in secure.log(secure.server)
-    assert HAS_EBPF == ("transport ebpf" in secure.log(secure.server))
+    assert ("transport ebpf" in secure.log(secure.server)) == HAS_EBPF
     assert secure.database.read_bytes()[:15] == b"SQLite format 3"
 
 
