@@ -10,9 +10,11 @@ import atexit
 import errno
 import os
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +26,7 @@ from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
 from lifl.forecast import Forecast
 from lifl.planner.shape import Shape
 from lifl.pool import Pool
-from lifl.ring import Descriptor, Kind
+from lifl.ring import Descriptor, Kind, queued
 from lifl.round import Round
 from lifl.shm import Arena
 from lifl.sizes import parse_bytes, sum_bytes_of, units_of
@@ -32,6 +34,7 @@ from lifl.staff import Staff
 from lifl.staff import cores as cores
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Terms, Timing
+from lifl.traffic import Traffic
 from lifl.transport import Name as TransportName
 
 DEFAULT_MEMORY = 2 * 2**30
@@ -121,10 +124,11 @@ class Node:
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
         self._agent: Agent | None = None
-        self.forecast = Forecast(calibration.costs(), max(workers, 1))
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
         self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
         self.transport, self.outbox, self._crew = staff.transport, staff.outbox, staff.crew
+        self.traffic = Traffic(staff.transport.metrics, partial(queued, self.arena), time.monotonic)
+        self.forecast = Forecast(calibration.costs(), max(workers, 1), self.traffic.take)
         self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
         if staff.crew is not None:
             self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
@@ -303,6 +307,8 @@ class Node:
         with self.changed:
             self.check_workers()
             self._wait_for_room(terms)
+            if not self._rounds:
+                self.traffic.begin()
             self._number = number = self._number + 1
             work = Assignment.reserve(self, number, terms.layout, terms.flags, terms.expected)
             round_ = Round(self, number, terms, work, self.forecast.pace(terms))

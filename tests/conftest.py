@@ -170,6 +170,17 @@ def node(warm_node: lifl.Node, request: pytest.FixtureRequest) -> Iterator[lifl.
     assert not warm_node.has_rounds
 
 
+@pytest.fixture(scope="session")
+def ebpf() -> None:
+    """The eBPF sidecar can be had; in CI it must be."""
+    from lifl.ebpf.probe import support
+
+    found = support()
+    if not found.available and os.environ.get("CI") != "true":
+        pytest.skip(f"no eBPF here: {found.reason}; {found.remedy}")
+    assert found.available, found
+
+
 @pytest.fixture
 def in_fork() -> Callable[[Callable[[], None]], int]:
     """Runs a function in a fork of this process and gives its exit status: 0 if it returned."""

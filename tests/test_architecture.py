@@ -102,13 +102,15 @@ ALLOWED: dict[str, set[str]] = {
     "crew": {"errors", "nursery"},
     "pool": {"crew", "errors"},
     "staff": {"aggregator", "crew", "ring", "shm", "transport"},
-    "agent": {"crew", "errors", "ring"},
+    "agent": {"crew", "errors", "ring", "traffic"},
+    "traffic": {"shm"},
     "forecast": {
         *("metrics", "pace", "planner.choose", "planner.costs", "planner.load", "planner.shape", "terms"),
+        "traffic",
     },
     "runtime": {
         *("admission", "agent", "assignment", "calibration", "errors", "forecast", "planner.shape"),
-        *("pool", "ring", "round", "shm", "sizes", "staff", "tensor", "terms", "transport"),
+        *("pool", "ring", "round", "shm", "sizes", "staff", "tensor", "terms", "traffic", "transport"),
     },
     "embedded": {"calibration", "errors", "runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
