@@ -191,8 +191,10 @@ ALLOWED: dict[str, set[str]] = {
     "deployment": {"programs"},
     "demo": {"deployment"},
     "bench.shapes": {"tensor"},
-    "bench.pair": {"aggregator", "errors", "ring", "shm"},
-    "bench.handoff": {"bench.pair", "runtime"},
+    "bench.echo": {"aggregator"},
+    "bench.sockets": {"bench.echo", "ebpf.links", "ebpf.sidecar", "ring", "shm"},
+    "bench.pair": {"aggregator", "bench.echo", "bench.sockets", "errors", "ring", "shm"},
+    "bench.handoff": {"bench.pair", "ebpf.probe", "runtime"},
     "bench.limits": {
         *("bench.handoff", "bench.pair", "calibration", "errors", "kernels", "nursery", "ring", "runtime", "shm"),
         "tensor",
@@ -200,7 +202,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench.fold": {
         *("bench.limits", "bench.shapes", "fold", "planner.shape", "runtime", "sizes", "strategy.reference", "tensor"),
     },
-    "bench.idle": {"errors", "runtime", "tensor"},
+    "bench.idle": {"errors", "runtime", "tensor", "transport"},
     "bench.roles": {"bench.limits", "metrics", "planner.shape", "runtime", "tensor"},
     "bench.trickle": {
         *("bench.idle", "bench.limits", "bench.shapes", "errors", "fold", "metrics", "runtime", "shm", "sizes"),
