@@ -7,7 +7,6 @@ no arithmetic and reads no update.
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import threading
 import weakref
@@ -20,22 +19,22 @@ from lifl import shm
 from lifl.admission import Limits
 from lifl.agent import Agent
 from lifl.assignment import Assignment
-from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
+from lifl.errors import LeaseError, LiflError, PeerGoneError
 from lifl.forecast import Forecast
 from lifl.planner.shape import Shape
 from lifl.pool import Pool
 from lifl.ring import Descriptor, Kind
 from lifl.round import Round
 from lifl.shm import Arena
-from lifl.sizes import parse_bytes, sum_bytes_of, units_of
-from lifl.staff import Staff
+from lifl.sizes import parse_bytes
+from lifl.staff import Staff, headcount
 from lifl.staff import cores as cores
+from lifl.tally import Tally
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Terms, Timing
 from lifl.transport import Name as TransportName
 
 DEFAULT_MEMORY = 2 * 2**30
-MAX_WORKERS = 255
 STALL_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 60.0
 
@@ -99,17 +98,7 @@ class Node:
         from lifl import calibration  # late: `import lifl` is quick
 
         shm.require()
-        if not stall_timeout > 0:
-            raise ValueError(f"stall_timeout={stall_timeout!r}: give seconds above 0")
-        if idle_timeout is not None and not idle_timeout > 0:
-            raise ValueError(f"idle_timeout={idle_timeout!r}: give seconds above 0, or None for never")
-        if warm is None:
-            warm = 1 if workers is None else workers
-        workers = cores() if workers is None else workers
-        if not 0 <= workers <= MAX_WORKERS:
-            raise ValueError(f"workers={workers}: give 0 (fold in this process) to {MAX_WORKERS}")
-        if not 0 <= warm <= workers:
-            raise ValueError(f"warm={warm}: give 0 to workers={workers}")
+        workers, warm = headcount(workers, warm, idle_timeout, stall_timeout)
         if memory is None:
             memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4)
         self._pid = os.getpid()
@@ -121,6 +110,7 @@ class Node:
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
         self._agent: Agent | None = None
+        self.tally = Tally()
         self.forecast = Forecast(calibration.costs(), max(workers, 1))
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
         self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
@@ -177,6 +167,7 @@ class Node:
             self.drain()  # what it said before it died counts
             dead = crew.bury(pidfd)
             me = dead.me
+            self.tally.deaths[me] += not dead.was_leaving
             if self._is_closed:
                 return
             try:
@@ -302,30 +293,14 @@ class Node:
         self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
         with self.changed:
             self.check_workers()
-            self._wait_for_room(terms)
+            largest = max((r.spec.layout.update_bytes for r in self._rounds.values()), default=0)
+            Assignment.wait_for_room(self, terms, largest)
             self._number = number = self._number + 1
             work = Assignment.reserve(self, number, terms.layout, terms.flags, terms.expected)
             round_ = Round(self, number, terms, work, self.forecast.pace(terms))
             self._rounds[number] = round_
             round_.course.enlist(0 if shape is None else shape.leaves)
         return round_
-
-    def _wait_for_room(self, terms: Terms) -> None:
-        """Waits until memory is free for what the round needs beside all but one of its updates."""
-        layout = terms.layout
-        updates = [r.spec.layout.update_bytes for r in self._rounds.values()]
-        needed = units_of(Assignment.control_bytes(self, layout, terms.expected))
-        needed += units_of(layout.mean_bytes) + units_of(max([layout.update_bytes, *updates]))
-        needed += 0 if terms.order == "flower" else 2 * units_of(sum_bytes_of(layout))
-        while self.arena.free_bytes < needed:
-            if not self.relieve():
-                raise ShmError(
-                    errno.ENOSPC,
-                    f"no room for a round of {terms.spec.nbytes:,} bytes per update: {needed:,} bytes are needed (two "
-                    f"sums, the mean, one update), {self.arena.free_bytes:,} of {self.arena.block_bytes:,} are free; "
-                    f"give the Node at least memory={needed}, close rounds, or drop old results",
-                )
-            self.changed.wait(0.1)
 
     # ------------------------------------------------------------ the end
 

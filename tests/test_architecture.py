@@ -38,14 +38,15 @@ ALLOWED: dict[str, set[str]] = {
     "order": {"tensor"},
     "pace": {"planner.load", "planner.shape", "terms"},
     "loan": {"kernels", "shm", "tensor"},
-    "books": {"metrics", "shm"},
+    "tally": set(),
+    "books": {"metrics", "shm", "tally"},
     "result": {"metrics", "tensor"},
     "roster": set(),
     "terms": {"admission", "clip", "intake", "order", "planner.shape", "shm", "tensor"},
     "recovery": {"books", "shm"},
     "assignment": {
         *("books", "errors", "host", "order", "planner.hierarchy", "planner.shape", "recovery", "ring", "shm", "sizes"),
-        "tensor",
+        *("tensor", "terms"),
     },
     "finish": {"assignment", "books", "fold", "host", "order", "ring", "shm"},
     "course": {
@@ -108,7 +109,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runtime": {
         *("admission", "agent", "assignment", "calibration", "errors", "forecast", "planner.shape"),
-        *("pool", "ring", "round", "shm", "sizes", "staff", "tensor", "terms", "transport"),
+        *("pool", "ring", "round", "shm", "sizes", "staff", "tally", "tensor", "terms", "transport"),
     },
     "embedded": {"calibration", "errors", "runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
@@ -257,6 +258,7 @@ PURE = {
     "superlink.derived": {"collections", "hashlib", "json", "typing"},
     "pace": {"collections", "math"},
     "metrics": {"attrs", "typing"},
+    "tally": {"attrs", "collections"},
     "scene": {"attrs", "collections", "math", "typing"},
     "errors": set(),
     "planner.load": {"attrs", "math"},
