@@ -29,10 +29,12 @@ from lifl.shm import Arena
 from lifl.sizes import parse_bytes
 from lifl.staff import Staff, headcount
 from lifl.staff import cores as cores
+from lifl.stats import NodeStats
 from lifl.tally import Tally
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Terms, Timing
 from lifl.transport import Name as TransportName
+from lifl.watch import Watch
 
 DEFAULT_MEMORY = 2 * 2**30
 STALL_TIMEOUT_S = 10.0
@@ -63,6 +65,9 @@ class Node:
         How descriptors travel: through rings in shared memory, or through sockets that an eBPF program in the kernel
         routes and counts (see docs/ebpf.md). "auto": eBPF where it can be had, else rings. Default: the environment
         variable LIFL_TRANSPORT, or "rings".
+    metrics_port : int, optional
+        Serve :meth:`stats` to Prometheus at this port of `metrics_host` (0: at any that is free, see
+        ``metrics_address``). Needs ``pip install 'lifl[metrics]'``.
     debug : bool
         Overwrite freed blocks with 0xA5, so that a stale view shows itself.
 
@@ -74,6 +79,8 @@ class Node:
         If the workers cannot be started.
     EbpfUnavailableError
         With ``transport="ebpf"`` where it cannot be had: the reason, and what to do.
+    OSError
+        If the metrics' port cannot be had.
 
     Examples
     --------
@@ -93,6 +100,8 @@ class Node:
         idle_timeout: float | None = IDLE_TIMEOUT_S,
         stall_timeout: float = STALL_TIMEOUT_S,
         transport: TransportName | None = None,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
         debug: bool = False,
     ) -> None:
         from lifl import calibration  # late: `import lifl` is quick
@@ -116,9 +125,16 @@ class Node:
         self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
         self.transport, self.outbox, self._crew = staff.transport, staff.outbox, staff.crew
         self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
+        self.watch = Watch(self, self._rounds, staff)
         if staff.crew is not None:
             self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
         _nodes.add(self)
+        if metrics_port is not None:
+            try:
+                self.watch.export(metrics_port, metrics_host)
+            except BaseException:
+                self.close()
+                raise
 
     # ------------------------------------------------------------ workers
 
@@ -196,6 +212,19 @@ class Node:
         """The workers' process ids."""
         with self.changed:
             return () if self._crew is None else self._crew.pids
+
+    def stats(self) -> NodeStats:
+        """What the Node is doing now, and what it has done; see :mod:`lifl.stats`.
+
+        Works at any time and waits for no worker; with ``workers=0``, for the fold that goes on. Raises
+        :class:`LeaseError` if the Node is closed.
+        """
+        return self.watch.stats()
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Host and port of the metrics, as "127.0.0.1:9400"; None without ``metrics_port``."""
+        return self.watch.metrics_address
 
     # ------------------------------------------------------------ what a round needs
 
@@ -336,6 +365,7 @@ class Node:
         self._staff.bell.ring()
         if self._agent is not None:
             self._agent.join()
+        self.watch.close()
         self._staff.close()
         self.arena.close()
 

@@ -107,9 +107,14 @@ ALLOWED: dict[str, set[str]] = {
     "forecast": {
         *("metrics", "pace", "planner.choose", "planner.costs", "planner.load", "planner.shape", "terms"),
     },
+    "stats": set(),
+    "forks": set(),
+    "beacon": {"errors", "forks", "wire"},
+    "exporter": {"errors", "forks", "stats"},
+    "watch": {"beacon", "errors", "exporter", "ring", "stats"},
     "runtime": {
         *("admission", "agent", "assignment", "calibration", "errors", "forecast", "planner.shape"),
-        *("pool", "ring", "round", "shm", "sizes", "staff", "tally", "tensor", "terms", "transport"),
+        *("pool", "ring", "round", "shm", "sizes", "staff", "stats", "tally", "tensor", "terms", "transport", "watch"),
     },
     "embedded": {"calibration", "errors", "runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
@@ -175,7 +180,7 @@ ALLOWED: dict[str, set[str]] = {
         *("superlink.served_round", "tensor", "wire"),
     },
     "superlink.plane": {
-        *("runtime", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
+        *("runtime", "stats", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
         *("superlink.holding", "superlink.protocol", "superlink.rounds", "superlink.signatures", "superlink.store"),
         "wire",
     },
@@ -229,6 +234,8 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "sizes", "tensor", "terms"),
     },
     "bench.round_view": {"bench.ablation_view"},
+    "top": {"beacon", "errors", "stats", "wire"},
+    "top_view": {"stats", "top"},
     "console": {"errors"},
     "bench.commands": {
         *("bench.ablation", "bench.ablation_view"),
@@ -237,7 +244,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("bench.commands", "bench.planning", "console", "demo", ""),
-        *("planner.hierarchy", "planner.load", "planner.placement"),
+        *("planner.hierarchy", "planner.load", "planner.placement", "top", "top_view"),
     },
     # the public names ("" is the package itself)
     "": {"admission", "errors", "loan", "metrics", "planner.shape", "result", "round", "runtime", "tensor"},
@@ -258,6 +265,7 @@ PURE = {
     "superlink.derived": {"collections", "hashlib", "json", "typing"},
     "pace": {"collections", "math"},
     "metrics": {"attrs", "typing"},
+    "stats": {"attrs", "collections", "typing"},
     "tally": {"attrs", "collections"},
     "scene": {"attrs", "collections", "math", "typing"},
     "errors": set(),
@@ -285,6 +293,7 @@ OWNERS = {
     "_shm_ffi": ("shm",),
     "multiprocess": ("nursery",),
     "bcc": ("ebpf.",),
+    "prometheus_client": ("exporter",),
 }
 
 
