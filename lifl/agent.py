@@ -14,6 +14,7 @@ from typing import Protocol
 from lifl.crew import Crew
 from lifl.errors import PeerGoneError
 from lifl.ring import Bell, Descriptor, Kind, Outbox, Receiver
+from lifl.traffic import Traffic
 
 log = logging.getLogger("lifl.agent")
 
@@ -28,6 +29,7 @@ class Employer(Protocol):
 
     outbox: Outbox
     changed: threading.Condition
+    traffic: Traffic
 
     @property
     def is_closed(self) -> bool:
@@ -116,6 +118,7 @@ class Agent:
         if self._is_dozing:
             crew.rest()
             return left_s
+        self._node.traffic.look()
         for me in crew.tick(now, self._node.used_bytes / SLOWEST_FOLD):
             outbox.push(me, Descriptor(Kind.PING, 0))
         return crew.tick_s

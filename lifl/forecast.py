@@ -7,7 +7,7 @@ Node's lock held.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lifl.metrics import RoundReport
 from lifl.pace import Pace
@@ -16,6 +16,7 @@ from lifl.planner.costs import Costs, Sizes, predict
 from lifl.planner.load import Load, observe
 from lifl.planner.shape import Shape
 from lifl.terms import Terms
+from lifl.traffic import Interval
 
 MOST_PREDICTED = 4096
 """Updates of a round for which the cost model is asked afterwards; it takes some microseconds for each."""
@@ -34,8 +35,8 @@ class Forecast:
         Arrival rate and execution time, smoothed; None before the first round.
     """
 
-    def __init__(self, costs: Costs, workers: int) -> None:
-        self.costs, self._workers = costs, workers
+    def __init__(self, costs: Costs, workers: int, passed: Callable[[], Interval | None] = lambda: None) -> None:
+        self.costs, self._workers, self._passed = costs, workers, passed
         self.load: Load | None = None
         self._shapes: dict[tuple[object, ...], Shape] = {}
 
@@ -76,13 +77,19 @@ class Forecast:
         }
 
     def learn(self, report: RoundReport) -> None:
-        """Takes a round that is over into account: its arrivals, and how wrong its prediction was."""
+        """Takes a round that is over into account: its arrivals, and how wrong its prediction was.
+
+        What the kernel has counted goes before what workers have noted, where it has seen all of it.
+        """
         arrivals = [update.arrived_s for update in report.accepted]
         busy_s = sum(s.end_s - s.begin_s for s in report.spans if s.role in ("leaf", "shard"))
         if len(arrivals) > 1 and busy_s > 0:
             # What comes faster than it can be folded is as good as all at once.
             seconds = max(max(arrivals) - min(arrivals), busy_s / (4 * self._workers))
-            self.load = observe(self.load, len(arrivals), seconds, busy_s)
+            updates, seen = len(arrivals), self._passed()
+            if seen is not None and seen.updates >= updates:  # else some of them were no worker's until the end
+                updates, seconds, busy_s = seen.updates, seen.seconds, seen.busy_s
+            self.load = observe(self.load, updates, seconds, busy_s)
         said, real_s = report.predicted, report.stages["last_to_result"]
         if said is not None and not report.deaths and min(said["last_to_result_s"], real_s) > LEAST_TELLING_S:
             self.costs = self.costs.corrected(said["last_to_result_s"], real_s)

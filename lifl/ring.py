@@ -226,6 +226,12 @@ def counts_of(arena: Arena, me: int) -> tuple[int, int]:
     return sent[0], taken[0]
 
 
+def queued(arena: Arena, me: int) -> int:
+    """How many descriptors a participant has not taken."""
+    sent, taken = counts_of(arena, me)
+    return max(sent - taken, 0)  # the two are read one after another
+
+
 def ring_for(arena: Arena, target: int, fd: int) -> None:
     """Makes pushes from this process to an armed `target` write to the eventfd `fd`."""
     check(lib.lifl_peer_eventfd(arena.handle, target, fd), f"eventfd of participant {target}")

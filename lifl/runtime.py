@@ -120,21 +120,18 @@ class Node:
         self._gone: PeerGoneError | None = None
         self._agent: Agent | None = None
         self.tally = Tally()
-        self.forecast = Forecast(calibration.costs(), max(workers, 1))
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
         self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
         self.transport, self.outbox, self._crew = staff.transport, staff.outbox, staff.crew
+        self.traffic = staff.traffic
+        self.forecast = Forecast(calibration.costs(), max(workers, 1), self.traffic.take)
         self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
         self.watch = Watch(self, self._rounds, staff)
         if staff.crew is not None:
             self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
         _nodes.add(self)
         if metrics_port is not None:
-            try:
-                self.watch.export(metrics_port, metrics_host)
-            except BaseException:
-                self.close()
-                raise
+            self.watch.export(metrics_port, metrics_host)
 
     # ------------------------------------------------------------ workers
 
@@ -324,6 +321,8 @@ class Node:
             self.check_workers()
             largest = max((r.spec.layout.update_bytes for r in self._rounds.values()), default=0)
             Assignment.wait_for_room(self, terms, largest)
+            if not self._rounds:
+                self.traffic.begin()
             self._number = number = self._number + 1
             work = Assignment.reserve(self, number, terms.layout, terms.flags, terms.expected)
             round_ = Round(self, number, terms, work, self.forecast.pace(terms))

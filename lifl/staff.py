@@ -6,11 +6,14 @@ Owns the bell, the transport and the processes; knows no rounds.
 from __future__ import annotations
 
 import os
+import time
+from functools import partial
 
 from lifl.aggregator import Aggregator
 from lifl.crew import Crew
-from lifl.ring import Bell
+from lifl.ring import Bell, queued
 from lifl.shm import Arena
+from lifl.traffic import Traffic
 from lifl.transport import Name, open_transport
 
 SPIN_S = 50e-6
@@ -61,6 +64,7 @@ class Staff:
         except BaseException:
             self.bell.close()
             raise
+        self.traffic = Traffic(self.transport.metrics, partial(queued, arena), time.monotonic)
         try:
             # The agent's thread sends what did not fit; it may be asleep.
             self.outbox = self.transport.outbox(on_backlog=self.bell.ring)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lifl.beacon import Beacon
 from lifl.errors import LeaseError
-from lifl.ring import counts_of
+from lifl.ring import counts_of, queued
 from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
 
 if TYPE_CHECKING:
@@ -59,13 +59,18 @@ class Watch:
     # ------------------------------------------------------------ who is told
 
     def export(self, port: int, host: str) -> None:
-        """Serves the figures to Prometheus; see :class:`lifl.exporter.Exporter`."""
+        """Serves the figures to Prometheus; see :class:`lifl.exporter.Exporter`. Closes the Node if that cannot be."""
         try:
             from lifl.exporter import Exporter  # late: it needs an extra
+
+            self._exporter = Exporter(self.stats, port, host)
         except ModuleNotFoundError as error:
+            self._node.close()
             why = f"metrics_port={port} needs {error.name}, which is not installed: pip install 'lifl[metrics]'"
             raise ModuleNotFoundError(why, name=error.name) from error
-        self._exporter = Exporter(self.stats, port, host)
+        except BaseException:
+            self._node.close()
+            raise
 
     @property
     def metrics_address(self) -> str | None:
@@ -120,7 +125,6 @@ class Watch:
         kernel = self._staff.transport.metrics()
         found = []
         for me in ids:
-            sent, taken = counts_of(node.arena, me)
             # Of sockets the kernel keeps its own books, which no worker can get wrong.
             counted = kernel.get(me)
             busy_ns, folded = tally.busy_ns[me], tally.folded[me]
@@ -133,8 +137,8 @@ class Watch:
                     pid=pids.get(me),
                     roles=tuple(roles or ["idle" if me in pids else "off"]),
                     rounds=tuple(number for number, has in parts if me in has),
-                    arrivals=sent if counted is None else counted.records,
-                    queued=sent - taken,
+                    arrivals=counts_of(node.arena, me)[0] if counted is None else counted.records,
+                    queued=queued(node.arena, me),
                     folded=folded,
                     busy_s=busy_ns / 1e9,
                     deaths=tally.deaths[me],

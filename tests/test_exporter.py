@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import prometheus_client
@@ -19,23 +19,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import lifl
 from lifl import exporter
-from lifl.ebpf import probe
 from lifl.errors import AdmissionError
 from lifl.stats import MemoryStats, NodeStats, SuperlinkStats, Totals
 
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}
 SPEC = lifl.TensorSpec.from_arrays(MODEL)
-SUPPORT = probe.support()
 
 
-@pytest.fixture(params=["rings", "ebpf"])
-def node(request: pytest.FixtureRequest) -> Iterator[lifl.Node]:
-    """With metrics at any port, and either transport."""
-    if request.param == "ebpf" and not SUPPORT.available:
-        pytest.skip(f"no eBPF here: {SUPPORT.reason}")
-    transport: Literal["rings", "ebpf"] = request.param
-    with lifl.Node("8MiB", workers=2, transport=transport, metrics_port=0) as node:
+@pytest.fixture
+def node() -> Iterator[lifl.Node]:
+    """With metrics at any port."""
+    with lifl.Node("8MiB", workers=2, metrics_port=0) as node:
         yield node
 
 
@@ -75,6 +70,7 @@ def one_round(node: lifl.Node) -> None:
         round_.result(WAIT_S)
 
 
+@pytest.mark.transports
 def test_scrape_is_what_the_node_says(node: lifl.Node) -> None:
     """Every figure, with an open round, after one that is over and one that failed."""
     one_round(node)
@@ -130,6 +126,7 @@ def test_names_are_prometheus_conventions() -> None:
     assert list(values.values()) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.transports
 def test_counters_only_rise(node: lifl.Node) -> None:
     """From scrape to scrape, over rounds and the death of a worker."""
     before = samples(scrape(node.metrics_address))
@@ -235,6 +232,7 @@ def test_fork_does_not_keep_the_port() -> None:
         os.waitpid(pid, 0)
 
 
+@pytest.mark.transports
 def test_silent_and_rude_connections_hold_nobody_up(node: lifl.Node) -> None:
     """Some say nothing, some nonsense, some leave in the middle: others are answered, and the Node works."""
     host, _, port = str(node.metrics_address).rpartition(":")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import numpy as np
@@ -25,8 +25,6 @@ from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Total
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}
 SPEC = lifl.TensorSpec.from_arrays(MODEL)
-SUPPORT = probe.support()
-Transport = Literal["rings", "ebpf"]
 
 STATS = NodeStats(
     *(7, 1, "ebpf", "prebuilt", 2.5),
@@ -37,15 +35,6 @@ STATS = NodeStats(
     (WorkerStats(1, 11, ("leaf", "top"), (3,), 12, 1, 7, 0.25, 0), WorkerStats(2, None, ("off",), (), 0, 0, 0, 0.0, 1)),
     SuperlinkStats(1, 2, 3, 4, None, 5, 6, 7),
 )
-
-
-@pytest.fixture(params=["rings", "ebpf"])
-def transport(request: pytest.FixtureRequest) -> Transport:
-    """Both; eBPF only where it can be had."""
-    if request.param == "ebpf" and not SUPPORT.available:
-        pytest.skip(f"no eBPF here: {SUPPORT.reason}")
-    chosen: Transport = request.param
-    return chosen
 
 
 def wait_for(node: lifl.Node, is_so: Callable[[NodeStats], Any]) -> NodeStats:
@@ -102,12 +91,13 @@ def test_what_is_no_snapshot_is_told(said: Any) -> None:
 # ---------------------------------------------------------------- a Node
 
 
-def test_node_at_rest(transport: Transport) -> None:
+@pytest.mark.transports
+def test_node_at_rest(transport: str) -> None:
     """Who it is, what it has, and that nothing has happened; workers that are not there are off."""
-    with lifl.Node("4MiB", workers=3, warm=1, transport=transport) as node:
+    with lifl.Node("4MiB", workers=3, warm=1) as node:
         stats = wait_for(node, lambda stats: not stats.workers[0].queued)
         assert (stats.pid, stats.transport) == (os.getpid(), transport)
-        assert stats.loader == (SUPPORT.loader if transport == "ebpf" else None)
+        assert stats.loader == (probe.support().loader if transport == "ebpf" else None)
         assert stats.memory == MemoryStats(node.arena.block_bytes, 0)
         assert stats.totals == Totals(0, 0, 0, 0, {})
         assert (stats.rounds, stats.open_rounds, stats.superlink) == ((), 0, None)
@@ -119,9 +109,10 @@ def test_node_at_rest(transport: Transport) -> None:
             assert other.stats().number == stats.number + 1
 
 
-def test_round_that_is_open(transport: Transport) -> None:
+@pytest.mark.transports
+def test_round_that_is_open() -> None:
     """Its progress, its refusals by rule, its bytes; and in the totals as well."""
-    with lifl.Node("4MiB", workers=1, transport=transport) as node:
+    with lifl.Node("4MiB", workers=1) as node:
         with node.open_round(SPEC, 3, "lazy") as round_:
             round_.submit(MODEL, client_id="a")
             for wrong, weight in (({"w": np.full(1000, np.nan, np.float32)}, 1.0), (MODEL, -1.0), (MODEL, 0.0)):
@@ -148,9 +139,10 @@ def test_round_that_is_open(transport: Transport) -> None:
         assert stats.totals == Totals(1, 0, 3, 3 * SPEC.nbytes, {**refused, "closed": 1})
 
 
-def test_rounds_without_a_result_have_failed(transport: Transport) -> None:
+@pytest.mark.transports
+def test_rounds_without_a_result_have_failed() -> None:
     """One that is closed before, and one that is closed early without an update, count once each."""
-    with lifl.Node("4MiB", workers=1, transport=transport) as node:
+    with lifl.Node("4MiB", workers=1) as node:
         node.open_round(SPEC, 3).close()
         with node.open_round(SPEC, 3) as round_:
             round_.close_early()
@@ -162,10 +154,11 @@ def test_rounds_without_a_result_have_failed(transport: Transport) -> None:
         assert (totals.rounds_done, totals.rounds_failed) == (1, 2)
 
 
-def test_queue_of_a_worker_that_is_stopped(transport: Transport) -> None:
+@pytest.mark.transports
+def test_queue_of_a_worker_that_is_stopped() -> None:
     """What it was sent and has not taken; looking at it does not wait for it. Then it is taken, folded and counted."""
     with (
-        lifl.Node("8MiB", workers=1, transport=transport) as node,
+        lifl.Node("8MiB", workers=1) as node,
         node.open_round(SPEC, 4, shape=lifl.Shape(1, 0)) as round_,
     ):
         before = wait_for(node, lambda stats: not stats.workers[0].queued).workers[0]
@@ -188,11 +181,12 @@ def test_queue_of_a_worker_that_is_stopped(transport: Transport) -> None:
         assert (worker.folded, worker.roles, worker.rounds, worker.deaths) == (4, ("idle",), (), 0)
 
 
-def test_roles_while_a_model_is_made(transport: Transport) -> None:
+@pytest.mark.transports
+def test_roles_while_a_model_is_made() -> None:
     """Workers that are stopped before they make the mean in shards are seen as that, in each of two rounds."""
     shape = lifl.Shape(0, 2)
     with (
-        lifl.Node("8MiB", workers=2, transport=transport) as node,
+        lifl.Node("8MiB", workers=2) as node,
         node.open_round(SPEC, 2, "lazy", shape=shape) as one,
         node.open_round(SPEC, 2, "lazy", shape=lifl.Shape(2, 0)) as two,
     ):
@@ -209,10 +203,11 @@ def test_roles_while_a_model_is_made(transport: Transport) -> None:
         assert [worker.roles for worker in node.stats().workers] == [("leaf",)] * 2
 
 
-def test_top_has_folded_its_own(transport: Transport) -> None:
+@pytest.mark.transports
+def test_top_has_folded_its_own() -> None:
     """The leaf that is to add up is the top from when it has nothing of its own to fold; then it waits for others."""
     with (
-        lifl.Node("8MiB", workers=2, transport=transport) as node,
+        lifl.Node("8MiB", workers=2) as node,
         node.open_round(SPEC, 2, "lazy", shape=lifl.Shape(2, 0)) as round_,
     ):
         round_.submit(MODEL, client_id="a")
@@ -228,9 +223,10 @@ def test_top_has_folded_its_own(transport: Transport) -> None:
         round_.result(WAIT_S)
 
 
-def test_deaths_are_counted(transport: Transport) -> None:
+@pytest.mark.transports
+def test_deaths_are_counted() -> None:
     """A worker that is killed in a round is counted, its successor is seen, and the round ends right."""
-    with lifl.Node("8MiB", workers=1, transport=transport) as node, node.open_round(SPEC, 3) as round_:
+    with lifl.Node("8MiB", workers=1) as node, node.open_round(SPEC, 3) as round_:
         round_.submit(MODEL, client_id="a")
         (pid,) = node.pids()
         os.kill(pid, signal.SIGKILL)
@@ -263,7 +259,7 @@ def test_without_workers() -> None:
         assert stats.totals == Totals(1, 0, 3, 3 * SPEC.nbytes, {})
 
 
-@pytest.mark.skipif(not SUPPORT.available, reason=f"no eBPF here: {SUPPORT.reason}")
+@pytest.mark.usefixtures("ebpf")
 def test_kernel_and_books_agree() -> None:
     """What the kernel counted is what workers told, in every shape: times to the microsecond, folds exactly."""
     with lifl.Node("16MiB", workers=2, transport="ebpf") as node:
@@ -290,9 +286,10 @@ def rising(stats: NodeStats) -> list[float]:
     ]
 
 
-def test_looks_in_the_middle_of_rounds_with_deaths(transport: Transport) -> None:
+@pytest.mark.transports
+def test_looks_in_the_middle_of_rounds_with_deaths() -> None:
     """While rounds go on and workers are killed every look succeeds, no count falls, every mean is right."""
-    with lifl.Node("16MiB", workers=2, transport=transport) as node:
+    with lifl.Node("16MiB", workers=2) as node:
         seen, errors, is_over = [node.stats()], [], threading.Event()
 
         def look() -> None:
@@ -322,9 +319,10 @@ def test_looks_in_the_middle_of_rounds_with_deaths(transport: Transport) -> None
         assert sum(worker.deaths for worker in seen[-1].workers) == 4
 
 
-def test_a_thousand_looks_leak_nothing(transport: Transport) -> None:
+@pytest.mark.transports
+def test_a_thousand_looks_leak_nothing() -> None:
     """Neither objects nor descriptors nor memory of the arena."""
-    with lifl.Node("4MiB", workers=2, transport=transport) as node, node.open_round(SPEC, 3) as round_:
+    with lifl.Node("4MiB", workers=2) as node, node.open_round(SPEC, 3) as round_:
         round_.submit(MODEL, client_id="a")
         node.stats()
         gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ FIGURES = (
 
 def round_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`lifl.bench.round.measure_round` as a table."""
-    each = f"{figures['nodes']} nodes, {figures['model']}: {figures['arrays']:,} arrays"
-    megabytes = figures["update_bytes"] / 1e6
+    each = f"{figures['nodes']} nodes, {figures['model']}"
+    model = f"{figures['arrays']:,} arrays, {figures['update_bytes'] / 1e6:.1f} MB"
     patience = "between two requests as long as" if figures.get("is_patient") else "less between two requests than"
     table = Table(
-        title=f"Whole rounds of FedAvg: {each}, {megabytes:.1f} MB ({figures['timing']}, {figures['cores']} cores)",
+        title=f"Whole rounds: {each} ({model}), {figures['timing']}, {figures['cores']} cores",
         title_justify="left",
         caption=(
             f"Medians of {figures['repetitions']} runs of {figures['rounds']} rounds; below each, how many times as "
@@ -34,35 +35,28 @@ def round_table(figures: dict[str, Any]) -> Table:
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    headings = (
-        "round, s",
-        "model to\nall nodes, s",
-        "last update\nto model, s",
-        "server's\nCPU s",
-        "peak above\nidle, MB",
-        "peak over\nupdates",
-    )
-    for heading in (*headings, "requests", "MB in\nand out"):
-        table.add_column(heading, justify="right")
-    for row in figures["rows"]:
-        table.add_row(
-            row["title"],
-            _cell(row, "wall_s", 1.0),
-            _number(row["model_out_s"]) if row.get("model_out_s") is not None else "-",
-            _cell(row, "last_to_model_s", 1.0),
-            _cell(row, "cpu_s", 1.0),
-            _cell(row, "peak_bytes", 1e6),
-            f"{row['peak_over_updates']:.2f} x",
-            f"{row['requests']:,.0f}" if row["requests"] else "-",
-            f"{(row['sent_bytes'] + row['received_bytes']) / 1e6:,.0f}" if row["requests"] else "-",
-        )
+    rows = figures["rows"]
+    for row in rows:
+        table.add_column(row["title"], justify="right")
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
+        "round, s": lambda row: _cell(row, "wall_s", 1.0),
+        "model to all nodes, s": lambda row: "-" if row.get("model_out_s") is None else _number(row["model_out_s"]),
+        "last update to model, s": lambda row: _cell(row, "last_to_model_s", 1.0),
+        "server's CPU, s a round": lambda row: _cell(row, "cpu_s", 1.0),
+        "peak above idle, MB": lambda row: _cell(row, "peak_bytes", 1e6),
+        "peak over updates": lambda row: f"{row['peak_over_updates']:.2f} x",
+        "requests": lambda row: f"{row['requests']:,.0f}" if row["requests"] else "-",
+        "MB in and out": lambda row: f"{_bytes(row) / 1e6:,.0f}" if row["requests"] else "-",
+    }
+    for name, cell in lines.items():
+        table.add_row(name, *map(cell, rows))
     return table
 
 
 def profile_table(figures: dict[str, Any]) -> Table:
     """Where lifl-superlink's CPU time went, per round, per request and per GB that went through."""
     row = next(row for row in figures["rows"] if row["profile_s"])
-    gigabytes = (row["sent_bytes"] + row["received_bytes"]) / 1e9
+    gigabytes = _bytes(row) / 1e9
     table = Table(
         title="Where lifl-superlink's CPU time went",
         title_justify="left",
@@ -76,6 +70,10 @@ def profile_table(figures: dict[str, Any]) -> Table:
         cells = (seconds * 1e3, seconds / row["requests"] * 1e6, seconds / gigabytes * 1e3)
         table.add_row(name, *(f"{cell:,.0f}" for cell in cells), f"{seconds / total:.0%}")
     return table
+
+
+def _bytes(row: dict[str, Any]) -> float:
+    return float(row["sent_bytes"] + row["received_bytes"])
 
 
 def _copied(row: dict[str, Any]) -> str:

@@ -1,0 +1,104 @@
+"""What passed between a Node and its aggregators, as the kernel has counted it: rates, queues, execution times.
+
+The clock comes in. Called with the Node's lock held. With rings, of which the kernel sees nothing, it is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from lifl.shm import AGENT
+
+if TYPE_CHECKING:
+    from lifl.ebpf.record import Metrics
+
+
+@attrs.frozen
+class Flow:
+    """One aggregator between two looks.
+
+    Attributes
+    ----------
+    arrival_rate : float
+        k, updates per second that were sent to it.
+    execution_s : float
+        E, seconds that it took for each update it has folded; 0 if it folded none.
+    queue : int
+        Descriptors that it has not taken yet, at the second look.
+    """
+
+    arrival_rate: float
+    execution_s: float
+    queue: int
+
+
+@attrs.frozen
+class Interval:
+    """All aggregators of a Node for a while: updates that were sent to them, seconds, and seconds that they worked."""
+
+    updates: int
+    seconds: float
+    busy_s: float
+
+
+class Traffic:
+    """One Node's.
+
+    Parameters
+    ----------
+    read : callable
+        The kernel's counters of each participant, which only rise.
+    queued : callable
+        How many descriptors a participant has not taken.
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(
+        self, read: Callable[[], dict[int, Metrics]], queued: Callable[[int], int], clock: Callable[[], float]
+    ) -> None:
+        self._read, self._queued, self._clock = read, queued, clock
+        self._begin: tuple[float, int, int] | None = None  # seconds, updates, nanoseconds of work
+        self._last: tuple[float, dict[int, Metrics]] | None = None
+        self.flows: dict[int, Flow] = {}
+
+    def begin(self) -> None:
+        """A round is opened and no other is open: what passes from now on is of rounds."""
+        self._last = self._clock(), self._workers()
+        self._begin = self._last[0], *_sums(self._last[1])
+
+    def look(self) -> dict[int, Flow]:
+        """The flow of each aggregator since the last look, which is kept in ``flows``; empty at the first."""
+        now_s, now = self._clock(), self._workers()
+        if self._last is not None and now_s > self._last[0]:
+            seconds, before = now_s - self._last[0], self._last[1]
+            self.flows = {}
+            for me, counted in now.items():
+                updates, folded, busy_ns = counted.updates, counted.folded, counted.busy_ns
+                if (old := before.get(me)) is not None:
+                    updates, folded, busy_ns = updates - old.updates, folded - old.folded, busy_ns - old.busy_ns
+                execution_s = busy_ns / 1e9 / folded if folded else 0.0
+                self.flows[me] = Flow(updates / seconds, execution_s, self._queued(me))
+        self._last = now_s, now
+        return self.flows
+
+    def take(self) -> Interval | None:
+        """What passed since the last time, or since :meth:`begin`; None if the kernel has seen no update."""
+        self.look()
+        assert self._last is not None, "there was a look"
+        now_s = self._last[0]
+        begin, self._begin = self._begin, (now_s, *_sums(self._last[1]))
+        if begin is None or not now_s > begin[0]:
+            return None
+        updates, busy_ns = self._begin[1] - begin[1], self._begin[2] - begin[2]
+        return Interval(updates, now_s - begin[0], busy_ns / 1e9) if updates else None
+
+    def _workers(self) -> dict[int, Metrics]:
+        return {me: counted for me, counted in self._read().items() if me != AGENT}
+
+
+def _sums(counted: dict[int, Metrics]) -> tuple[int, int]:
+    return sum(one.updates for one in counted.values()), sum(one.busy_ns for one in counted.values())
