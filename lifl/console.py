@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -31,6 +31,8 @@ REMEDIES = {
 """Extras by the module that is missing without them."""
 
 INTERRUPTED = 130
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
 
 
 def told(command: Callable[P, None]) -> Callable[P, None]:

@@ -231,10 +231,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "bench.round_view": {"bench.ablation_view"},
     "console": {"errors"},
-    "cli": {
+    "bench.commands": {
         *("bench.ablation", "bench.ablation_view"),
         *("bench.fold", "bench.handoff", "bench.idle", "bench.limits", "bench.planning", "bench.recovery"),
-        *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console", "demo", ""),
+        *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console"),
+    },
+    "cli": {
+        *("bench.commands", "bench.planning", "console", "demo", ""),
         *("planner.hierarchy", "planner.load", "planner.placement"),
     },
     # the public names ("" is the package itself)
