@@ -29,7 +29,7 @@ from lifl.pool import Pool
 from lifl.ring import Descriptor, Kind, queued
 from lifl.round import Round
 from lifl.shm import Arena
-from lifl.sizes import parse_bytes, sum_bytes_of, units_of
+from lifl.sizes import default_bytes, parse_bytes, sum_bytes_of, units_of
 from lifl.staff import Staff
 from lifl.staff import cores as cores
 from lifl.tensor import TensorSpec
@@ -114,7 +114,7 @@ class Node:
         if not 0 <= warm <= workers:
             raise ValueError(f"warm={warm}: give 0 to workers={workers}")
         if memory is None:
-            memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4)
+            memory = default_bytes(DEFAULT_MEMORY)
         self._pid = os.getpid()
         self.workers = workers
         self.changed = threading.Condition(threading.RLock())

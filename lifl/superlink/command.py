@@ -16,7 +16,7 @@ from typing import Any
 from lifl import shm
 from lifl.errors import LiflError
 from lifl.runtime import Node
-from lifl.sizes import parse_bytes
+from lifl.sizes import default_bytes, parse_bytes
 from lifl.superlink import flower
 from lifl.superlink.sampler import Sampler
 
@@ -116,7 +116,7 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         from lifl.superlink.plane import Plane
 
         shm.require()
-        memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4) if own.lifl_memory is None else own.lifl_memory
+        memory = default_bytes(DEFAULT_MEMORY) if own.lifl_memory is None else own.lifl_memory
         # Before anything that starts a thread.
         node = Node(memory, own.lifl_workers, transport=own.lifl_transport)
         plane = Plane(config, node, parse_bytes(own.lifl_max_object), own.lifl_hold)
