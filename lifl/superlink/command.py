@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lifl import shm
-from lifl.errors import LiflError
+from lifl.errors import EbpfUnavailableError, LiflError
 from lifl.runtime import Node
 from lifl.sizes import default_bytes, parse_bytes
 from lifl.superlink import flower
@@ -96,7 +96,15 @@ def main() -> None:
         names.log(WARNING, "flwr %s is outside of what lifl is tested with (%s)", names.version, ", ".join(TESTED))
     names.log(INFO, "Starting lifl-superlink (flwr %s)", names.version)
     _skip_unheard(names.logger)
+    _let_lifl_be_heard(names.logger)
     serve(config, own)
+
+
+def _let_lifl_be_heard(logger: logging.Logger) -> None:
+    """What lifl logs outside of Flower, such as which transport is used, is shown as Flower's lines are."""
+    ours = logging.getLogger("lifl")
+    ours.handlers[:] = logger.handlers
+    ours.setLevel(logger.level)
 
 
 def _skip_unheard(logger: logging.Logger) -> None:
@@ -121,7 +129,8 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         node = Node(memory, own.lifl_workers, transport=own.lifl_transport)
         plane = Plane(config, node, parse_bytes(own.lifl_max_object), own.lifl_hold)
     except (flower.MissingNameError, LiflError) as error:
-        is_asked_for = own.lifl_memory is not None or own.lifl_transport == "ebpf"
+        # Who does not name eBPF, in the environment at least, is never told that it cannot be had.
+        is_asked_for = own.lifl_memory is not None or isinstance(error, EbpfUnavailableError)
         if isinstance(error, LiflError) and is_asked_for:  # and cannot be had
             sys.exit(f"lifl-superlink: {error}")
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
