@@ -236,8 +236,14 @@ ALLOWED: dict[str, set[str]] = {
         *("bench.fold", "bench.handoff", "bench.idle", "bench.limits", "bench.planning", "bench.recovery"),
         *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console"),
     },
+    "pages": set(),
+    "doctor": {
+        *("", "calibration", "ebpf.compiled", "ebpf.probe", "errors", "kernels", "pages", "runtime", "shm", "sizes"),
+        *("superlink.command", "superlink.flower", "transport"),
+    },
+    "doctor_view": set(),
     "cli": {
-        *("bench.commands", "bench.planning", "console", "demo", ""),
+        *("bench.commands", "bench.planning", "console", "demo", "doctor", "doctor_view", ""),
         *("planner.hierarchy", "planner.load", "planner.placement"),
     },
     # the public names ("" is the package itself)
