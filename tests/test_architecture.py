@@ -125,9 +125,10 @@ ALLOWED: dict[str, set[str]] = {
     "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
     "strategy.fedavg": {
         *("admission", "errors", "metrics", "runtime", "strategy.averaging", "strategy.exchange", "strategy.landing"),
-        *("strategy.journal", "strategy.options", "strategy.served", "tensor", "terms"),
+        *("strategy.journal", "strategy.options", "strategy.scalars", "strategy.served", "tensor", "terms"),
     },
-    "strategy.options": {"admission", "runtime", "terms"},
+    "strategy.options": {"admission", "runtime", "strategy.scalars", "terms"},
+    "strategy.scalars": {"metrics", "strategy.landing"},
     "strategy.on_the_mean": {"strategy.fedavg", "strategy.options"},
     "strategy.reference": {"npy", "tensor"},
     # the SuperLink from the outside
