@@ -26,6 +26,8 @@ from stepping import Control, build, stepping
 import lifl
 from lifl import assignment, recovery
 
+pytestmark = pytest.mark.transports
+
 Form = tuple[Any, Any, lifl.Shape]
 UPDATES = 4
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
@@ -159,7 +161,7 @@ def test_killed_between_any_two_instructions(bench: Bench, role: str, form: Form
     """The worker dies between any two instructions of its Python and any two accesses to shared memory."""
     steps = bench.steps(role, form)
     assert steps > 300
-    stride = every(3)
+    stride = every(6)
     for n in range(1, steps + 1, stride):
         bench.case(role, form, n)
     assert bench.singles > 0.8 * steps / stride
@@ -171,11 +173,11 @@ def test_killed_between_any_two_instructions(bench: Bench, role: str, form: Form
 def test_successor_is_killed_too(bench: Bench, role: str, form: Form, record_property: Any) -> None:
     """Whoever takes over from the dead dies as well, at each of its steps: (step, step) pairs."""
     steps = bench.steps(role, form)
-    for n in range(1, steps + 1, every(2)):
+    for n in range(1, steps + 1, every(3)):
         m, was_late = 1, 0
         while was_late < 3:  # the successor's steps depend on n: until it outlives the round
             was_late = 0 if bench.case(role, form, n, m) else was_late + 1
-            m += every(4)
+            m += every(6)
     assert bench.pairs > (steps**2 / 3 if ALL else 10)
     tell(record_property, bench)
 
