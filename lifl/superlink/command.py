@@ -112,6 +112,14 @@ def _skip_unheard(logger: logging.Logger) -> None:
     logger.setLevel(max(logger.level, min((handler.level for handler in logger.handlers), default=0)))
 
 
+def _node(own: argparse.Namespace) -> Node:
+    memory = default_bytes(DEFAULT_MEMORY) if own.lifl_memory is None else own.lifl_memory
+    try:
+        return Node(memory, own.lifl_workers, transport=own.lifl_transport)
+    except ValueError as error:  # the flags have been looked at: it is a variable of the environment
+        sys.exit(f"lifl-superlink: {error}")
+
+
 def serve(config: Any, own: argparse.Namespace) -> None:
     """Builds the app with whatever parts can be had, and runs it."""
     import uvicorn
@@ -124,10 +132,8 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         from lifl.superlink.plane import Plane
 
         shm.require()
-        memory = default_bytes(DEFAULT_MEMORY) if own.lifl_memory is None else own.lifl_memory
         # Before anything that starts a thread.
-        node = Node(memory, own.lifl_workers, transport=own.lifl_transport)
-        plane = Plane(config, node, parse_bytes(own.lifl_max_object), own.lifl_hold)
+        plane = Plane(config, _node(own), parse_bytes(own.lifl_max_object), own.lifl_hold)
     except (flower.MissingNameError, LiflError) as error:
         # Who does not name eBPF, in the environment at least, is never told that it cannot be had.
         is_asked_for = own.lifl_memory is not None or isinstance(error, EbpfUnavailableError)

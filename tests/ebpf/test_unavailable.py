@@ -180,17 +180,13 @@ class Server:
     def __init__(self, case: Case, programs: Programs) -> None:
         self._case, self._programs = case, programs
 
-    def start(self, transport: str) -> None:
+    def start(self, *flags: str, **environment: str) -> None:
         """Starts it."""
-        flags = ("--lifl-memory", "64MiB", "--lifl-workers", "1", "--lifl-transport", transport)
+        flags = ("--lifl-memory", "64MiB", "--lifl-workers", "1", *flags)
         port = ("--port", str(free_ports(1)[0]), "--host", "0.0.0.0")
         command = [*self._case.prefix, sys.executable, "-m", "lifl.superlink", "--insecure", *port, *flags]
-        environment = {
-            **self._case.environment,
-            "FLWR_HOME": str(self._case.folder),
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-        }
+        environment |= {"FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+        environment |= {**self._case.environment, "FLWR_HOME": str(self._case.folder)}
         self._programs.launch("server", command, environment, is_passing=True)
 
     def end(self) -> tuple[int, str]:
@@ -211,9 +207,13 @@ def server(case: Case) -> Iterator[Server]:
 
 
 @pytest.mark.leaves("Flower's programs reap the processes of their tasks late")
-def test_server_that_is_to_use_it(server: Server, case: Case) -> None:
+@pytest.mark.parametrize("is_told_by_flag", [True, False], ids=["flag", "environment"])
+def test_server_that_is_to_use_it(server: Server, case: Case, is_told_by_flag: bool) -> None:
     """It ends with status 1; its last line, and no other, says why and what to do."""
-    server.start("ebpf")
+    if is_told_by_flag:
+        server.start("--lifl-transport", "ebpf")
+    else:
+        server.start(LIFL_TRANSPORT="ebpf")
     status, said = server.end()
     assert status == 1, said
     lines = said.strip().splitlines()
@@ -226,10 +226,22 @@ def test_server_that_is_to_use_it(server: Server, case: Case) -> None:
 @pytest.mark.leaves("Flower's programs reap the processes of their tasks late")
 def test_server_that_may_use_it(server: Server, case: Case) -> None:
     """It starts with rings, and says that once."""
-    server.start("auto")
+    server.start("--lifl-transport", "auto")
     said = server.wait_for("Uvicorn running on")
     assert "transport rings" in said
     assert len(re.findall(f"transport auto: rings are used; eBPF cannot be used: {case.reason}", said)) == 1, said
+
+
+@pytest.mark.parametrize(("variable", "value"), [("LIFL_TRANSPORT", "pigeon"), ("LIFL_EBPF_LOADER", "gcc")])
+def test_nonsense_in_the_environment(variable: str, value: str, tmp_path: Path) -> None:
+    """A server says in one line what it was told, and ends with status 1."""
+    told = {"LIFL_TRANSPORT": "auto", variable: value, "FLWR_HOME": str(tmp_path), "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    command = [sys.executable, "-m", "lifl.superlink", "--insecure", "--port", str(free_ports(1)[0])]
+    env = os.environ | told
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"lifl-superlink: .*'{value}': give one of .*", done.stderr.strip().splitlines()[-1])
+    assert "Traceback" not in done.stderr
 
 
 LOADED = """
