@@ -138,6 +138,8 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
                 if not request:
                     end(workers)
                     return
+                if given:
+                    import lifl.ebpf.links  # noqa: F401 - once, here: in each worker it would take as long as the fork
                 worker = context.Process(target=child, args=(json.loads(request)["start"], given), daemon=True)
                 try:
                     try:

@@ -19,7 +19,7 @@ NO_BLOCK = 0xFFFFFFFF
 WAIT_CAP_S = 0.1
 """No sleep of who takes part in a round is longer: a lost peer or a signal is noticed within it."""
 IDLE_WAIT_S = 2.0
-"""No sleep at all is longer. It is that of a worker without a task, which should cost nothing to have."""
+"""No sleep on a ring is longer. It is that of a worker without a task, which should cost nothing to have."""
 
 
 class Kind(IntEnum):

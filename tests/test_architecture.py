@@ -99,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
     # the processes
     "transport": {"ebpf.sidecar", "errors", "ring", "shm"},
     "aggregator": {"ebpf.links", "fold", "order", "ring", "shm", "tensor"},
-    "nursery": {"aggregator", "errors"},
+    "nursery": {"aggregator", "ebpf.links", "errors"},
     "crew": {"errors", "nursery"},
     "pool": {"crew", "errors"},
     "staff": {"aggregator", "crew", "ring", "shm", "traffic", "transport"},

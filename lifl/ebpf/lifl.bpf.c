@@ -74,7 +74,8 @@ INLINE struct lifl_metrics *of(__u32 id) {
 #define COUNT(what, n) __sync_fetch_and_add(&(what), (n))
 
 PROGRAM int lifl_route(struct sk_msg_md *msg) {
-  /* One verdict for each record: a send of many is cut up, one in pieces is put together. */
+  /* One verdict for each record: a send of many is cut up, one in pieces is put together. Not both at once: of a send
+   * that ends a begun record and goes on, the kernel (6.18) lets go of what goes on. Senders send whole records. */
   if (msg->size < LIFL_RECORD_BYTES) {
     bpf_msg_cork_bytes(msg, LIFL_RECORD_BYTES);
     return SK_PASS;

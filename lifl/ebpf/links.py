@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from lifl.ebpf.record import RECORD_BYTES, Record, pack
 from lifl.errors import PeerGoneError
-from lifl.ring import IDLE_WAIT_S, Descriptor, Kind, Outbox, Spent
+from lifl.ring import WAIT_CAP_S, Descriptor, Kind, Outbox, Spent
 from lifl.shm import AGENT, Arena, check, ffi, lib
 
 TOP = 0x80000000
@@ -130,7 +130,9 @@ class Receiver:
     def wait(self, spin_s: float, timeout_s: float) -> bool:
         """Waits until there is something: looks again for up to `spin_s` seconds (adaptive), then sleeps in poll.
 
-        False at the time-out. A signal's handler runs meanwhile.
+        False at the time-out; from ``WAIT_CAP_S`` on there is none. On a ring sleeps are capped because a wake-up can
+        be lost with who owed it; a socket's cannot, and it tells of the agent's death too. A signal's handler runs
+        meanwhile.
         """
         if self._come:
             return True
@@ -143,7 +145,7 @@ class Receiver:
                     self._spin_s *= 2
                     return True
             self._spin_s /= 2
-        if self._poll.poll(min(timeout_s, IDLE_WAIT_S) * 1000):
+        if self._poll.poll(None if timeout_s >= WAIT_CAP_S else timeout_s * 1000):
             return self._receive()
         return False
 

@@ -30,7 +30,8 @@ struct lifl_record {
   __u16 arg;
 };
 
-/* What is known of one participant, by its key among the sockets. Of each CPU there is one; sums are exact, the first is the least, the last the most. */
+/* What is known of one participant, by its key among the sockets. Of each CPU there is one: sums are exact, of the first
+ * times the least counts, of the last the most. */
 struct lifl_metrics {
   __u64 records;  /* redirected to it */
   __u64 bytes;    /* of these */

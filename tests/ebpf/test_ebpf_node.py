@@ -148,15 +148,15 @@ def runs_of(program: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("run_cnt"))
 
 
-def sleeps_of(tid: int) -> int:
-    """How often a thread of this process has gone to sleep, and so has been awake."""
-    lines = Path(f"/proc/self/task/{tid}/status").read_text().splitlines()
+def sleeps_of(task: int) -> int:
+    """How often a thread has gone to sleep, and so has been awake."""
+    lines = Path(f"/proc/{task}/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
 
 @pytest.mark.parametrize("is_open", [False, True], ids=["after a round", "while a round waits"])
 def test_an_idle_node_spends_nothing_on_the_sidecar(is_open: bool) -> None:
-    """No record is sent, no program runs, and the agent's thread does not wake up."""
+    """No record is sent, no program runs, and neither the agent's thread nor a worker wakes up."""
     with lifl.Node("64MiB", workers=2, transport="ebpf") as node, statistics():
         program = node.transport._program.fd
         agent = next(thread for thread in threading.enumerate() if thread.name == "lifl-agent")
@@ -174,10 +174,11 @@ def test_an_idle_node_spends_nothing_on_the_sidecar(is_open: bool) -> None:
             round_.submit(update(0))
         time.sleep(1)  # what workers and the agent still have to do for it is not idling
 
-        before = runs_of(program), sleeps_of(agent.native_id)
+        tasks = [agent.native_id, *node.pids()]
+        before = runs_of(program), [*map(sleeps_of, tasks)]
         records = {me: counted.records for me, counted in node.transport.metrics().items()}
         time.sleep(IDLE_S)
-        assert (runs_of(program), sleeps_of(agent.native_id)) == before
+        assert (runs_of(program), [*map(sleeps_of, tasks)]) == before
         assert {me: counted.records for me, counted in node.transport.metrics().items()} == records
 
         node.outbox.push(1, Descriptor(Kind.PING, 0))

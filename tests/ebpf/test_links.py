@@ -19,7 +19,7 @@ from lifl.ebpf.links import BATCH, Receiver, ends_of, sent_on, top_of
 from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import LeaseError, PeerGoneError, ShmError
-from lifl.ring import NO_BLOCK, Descriptor, Kind, Outbox, counts_of
+from lifl.ring import NO_BLOCK, WAIT_CAP_S, Descriptor, Kind, Outbox, counts_of
 from lifl.shm import AGENT, Arena
 
 HANG_S = 60.0
@@ -259,8 +259,16 @@ def test_participants_outside_the_arena_are_refused(arena: Arena, sidecar: Sidec
 
 
 def test_wait_ends_when_something_comes_and_at_its_time(sidecar: Sidecar) -> None:
-    """Nothing came: false, with and without spinning. Something is there: true at once, and it stays there."""
+    """Nothing came: false, with and without spinning. Something is there: true at once, and it stays there.
+
+    Who waits for long is woken by what comes, also a good while later.
+    """
     inbox, outbox = sidecar.inbox(1), sidecar.outbox()
+    timer = threading.Timer(5 * WAIT_CAP_S, outbox.push, (1, numbered(1)))
+    timer.start()
+    assert inbox.wait(0.0, WAIT_CAP_S)
+    assert numbers(inbox) == [(AGENT, 1)]
+    timer.join()
     for spin_s in (0.0, 0.01):
         assert not inbox.wait(spin_s, 0.02)
         outbox.push(1, numbered(1))
@@ -297,7 +305,7 @@ def take(inbox: Receiver, spin_s: float) -> tuple[int, Descriptor]:
     end = time.monotonic() + HANG_S
     while (item := inbox.try_pop()) is None:
         assert time.monotonic() < end, "a descriptor is missing"
-        inbox.wait(spin_s, HANG_S)
+        inbox.wait(spin_s, 1.0)
     return item
 
 

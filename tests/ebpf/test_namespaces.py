@@ -139,7 +139,7 @@ def answer(sidecar: Sidecar, kind: Kind) -> Descriptor:
     inbox, end = sidecar.inbox(), time.monotonic() + HANG_S
     while (item := inbox.try_pop()) is None or item[1].kind != kind:
         assert time.monotonic() < end, f"no {kind.name} has come"
-        inbox.wait(0.0, HANG_S)
+        inbox.wait(0.0, 1.0)
     return item[1]
 
 
