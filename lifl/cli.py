@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from lifl.bench.commands import bench
-from lifl.console import AsJson, told
+from lifl.console import AsJson, show, told
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S
 from lifl.planner.placement import Rule
@@ -140,3 +140,23 @@ def top(
         console.print(nodes_view(sights))
     else:
         svg.write(svg_of(sights, SVG_WIDTH))
+
+
+@main.command()
+@told
+def doctor(
+    svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Write the table as a picture here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What this machine has, what lifl uses of it, and how to get more.
+
+    Changes nothing and needs no privileges. The status is 1 if lifl cannot run here at all.
+    """
+    from lifl.doctor import examine
+    from lifl.doctor_view import findings_svg, findings_table
+
+    findings = examine()
+    if svg is not None:
+        svg.write(findings_svg(findings))
+    show(findings.to_dict(), lambda _: findings_table(findings), as_json)
+    raise typer.Exit(0 if findings.can_run else 1)

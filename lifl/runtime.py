@@ -26,7 +26,7 @@ from lifl.pool import Pool
 from lifl.ring import Descriptor, Kind
 from lifl.round import Round
 from lifl.shm import Arena
-from lifl.sizes import parse_bytes
+from lifl.sizes import default_bytes, parse_bytes
 from lifl.staff import Staff, headcount
 from lifl.staff import cores as cores
 from lifl.stats import NodeStats
@@ -109,7 +109,7 @@ class Node:
         shm.require()
         workers, warm = headcount(workers, warm, idle_timeout, stall_timeout)
         if memory is None:
-            memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4)
+            memory = default_bytes(DEFAULT_MEMORY)
         self._pid = os.getpid()
         self.workers = workers
         self.changed = threading.Condition(threading.RLock())

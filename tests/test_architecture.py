@@ -131,9 +131,10 @@ ALLOWED: dict[str, set[str]] = {
     "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
     "strategy.fedavg": {
         *("admission", "errors", "metrics", "runtime", "strategy.averaging", "strategy.exchange", "strategy.landing"),
-        *("strategy.journal", "strategy.options", "strategy.served", "tensor", "terms"),
+        *("strategy.journal", "strategy.options", "strategy.scalars", "strategy.served", "tensor", "terms"),
     },
-    "strategy.options": {"admission", "runtime", "terms"},
+    "strategy.options": {"admission", "runtime", "strategy.scalars", "terms"},
+    "strategy.scalars": {"metrics", "strategy.landing"},
     "strategy.on_the_mean": {"strategy.fedavg", "strategy.options"},
     "strategy.reference": {"npy", "tensor"},
     # the SuperLink from the outside
@@ -197,8 +198,10 @@ ALLOWED: dict[str, set[str]] = {
     "deployment": {"programs"},
     "demo": {"deployment"},
     "bench.shapes": {"tensor"},
-    "bench.pair": {"aggregator", "errors", "ring", "shm"},
-    "bench.handoff": {"bench.pair", "runtime"},
+    "bench.echo": {"aggregator"},
+    "bench.sockets": {"bench.echo", "ebpf.links", "ebpf.sidecar", "ring", "shm"},
+    "bench.pair": {"aggregator", "bench.echo", "bench.sockets", "errors", "ring", "shm"},
+    "bench.handoff": {"bench.pair", "ebpf.probe", "runtime"},
     "bench.limits": {
         *("bench.handoff", "bench.pair", "calibration", "errors", "kernels", "nursery", "ring", "runtime", "shm"),
         "tensor",
@@ -206,7 +209,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench.fold": {
         *("bench.limits", "bench.shapes", "fold", "planner.shape", "runtime", "sizes", "strategy.reference", "tensor"),
     },
-    "bench.idle": {"errors", "runtime", "tensor"},
+    "bench.idle": {"errors", "runtime", "tensor", "transport"},
     "bench.roles": {"bench.limits", "metrics", "planner.shape", "runtime", "tensor"},
     "bench.trickle": {
         *("bench.idle", "bench.limits", "bench.shapes", "errors", "fold", "metrics", "runtime", "shm", "sizes"),
@@ -244,8 +247,14 @@ ALLOWED: dict[str, set[str]] = {
         *("bench.fold", "bench.handoff", "bench.idle", "bench.limits", "bench.planning", "bench.recovery"),
         *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console"),
     },
+    "pages": set(),
+    "doctor": {
+        *("", "calibration", "ebpf.compiled", "ebpf.probe", "errors", "kernels", "pages", "runtime", "shm", "sizes"),
+        *("superlink.command", "superlink.flower", "transport"),
+    },
+    "doctor_view": set(),
     "cli": {
-        *("bench.commands", "bench.planning", "console", "demo", ""),
+        *("bench.commands", "bench.planning", "console", "demo", "doctor", "doctor_view", ""),
         *("planner.hierarchy", "planner.load", "planner.placement", "top", "top_view"),
     },
     # the public names ("" is the package itself)
