@@ -17,6 +17,8 @@ import socket
 import sys
 from collections.abc import Callable
 
+BEACON = "@lifl-node-"
+
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 PTRACE_ATTACH, PTRACE_DETACH, PTRACE_SEIZE = 16, 17, 0x4206
@@ -121,18 +123,31 @@ def stop(pid: int) -> str:
 
 
 def by_name(_: int) -> str:
-    """Anything of lifl's that has a name: in /dev/shm, in a temporary folder, among the sockets."""
+    """Anything of lifl's that has a name: in /dev/shm, in a temporary folder, among the sockets but for beacons."""
     found = [
         n for folder in ("/dev/shm", "/tmp", "/run") for n in os.listdir(folder) if "lifl" in n.lower() and "arena" in n
     ]
     with open("/proc/net/unix") as file:
-        found += [line.split()[-1] for line in file if "lifl" in line]
+        found += [line.split()[-1] for line in file if "lifl" in line and BEACON not in line]
     for name in found:
         if name.startswith("@"):
             socket.socket(socket.AF_UNIX).connect("\0" + name[1:])
     if not found:
         raise OSError(errno.ENOENT, "nothing has a name")
     return repr(found)
+
+
+def beacon(pid: int) -> str:
+    """What the process's Node tells of itself to who asks."""
+    with open("/proc/net/unix") as file:
+        names = [line.split()[-1] for line in file if BEACON in line and f"-{pid}-" in line]
+    if not names:
+        raise OSError(errno.ENOENT, "it has no Node")
+    asking = socket.socket(socket.AF_UNIX)
+    asking.connect("\0" + names[0][1:])
+    if not (said := asking.recv(2**16)):
+        raise OSError(errno.EACCES, "nothing was said")
+    return repr(said)
 
 
 WAYS: dict[str, Callable[[int], str]] = {
@@ -148,6 +163,7 @@ WAYS: dict[str, Callable[[int], str]] = {
     "write into its address space": lambda pid: vm(pid, PROCESS_VM_WRITEV),
     "signal it": stop,
     "find something by name": by_name,
+    "ask what it is doing": beacon,
 }
 
 

@@ -44,13 +44,13 @@ def test_descriptors_run_out_at_the_start(program: Any) -> None:
 AT_A_DEATH = """
 said = []
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-for extra in range(12):
+for extra in range(14):
     before = fds()
     with lifl.Node("4MiB", workers=2) as node:
         a_round(node)
         who = {who}
         highest = max(int(n) for n in os.listdir(f"/proc/{{who}}/fd"))
-        resource.prlimit(who, resource.RLIMIT_NOFILE, (max(highest - 2 + extra, 3), hard))
+        resource.prlimit(who, resource.RLIMIT_NOFILE, (max(highest - 4 + extra, 3), hard))
         try:
             a_round(node, kill=True)
             said.append("ok")
