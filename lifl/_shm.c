@@ -576,10 +576,11 @@ int lifl_credit_take(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32
   if (producer >= p || consumer >= p) return LIFL_EINVAL;
   struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
   struct end *me = &a->produced[(uint64_t)producer * p + consumer];
-  if (me->mine - me->cached >= RING_SLOTS) {
+  /* Signed: a number that was taken, then counted by a reset as gone, then given back leaves the head one ahead. */
+  if ((int64_t)(me->mine - me->cached) >= (int64_t)RING_SLOTS) {
     /* SYNC: ring-head. Acquire, as in push, though nothing is written over here. */
     me->cached = atomic_load_explicit(&r->head, memory_order_acquire);
-    if (me->mine - me->cached >= RING_SLOTS) return LIFL_FULL;
+    if ((int64_t)(me->mine - me->cached) >= (int64_t)RING_SLOTS) return LIFL_FULL;
   }
   *number = (uint32_t)me->mine++;
   /* SYNC: ring-tail. Release, as in push: whoever takes this participant's place begins here. */
@@ -607,14 +608,17 @@ static void raise_head(struct ring *r, uint64_t to) {
   }
 }
 
-/* Descriptor `number` of a line has been drained, and what was sent before it will not come any more. */
+/* Descriptor `number` of a line has been drained, and what was sent before it will not come any more. A number that
+ * was never taken says nothing. */
 int lifl_credit_give(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32_t number) {
   uint32_t p = a->h.participants;
   if (producer >= p || consumer >= p) return LIFL_EINVAL;
   struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
   uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
-  int32_t ahead = (int32_t)(number + 1 - (uint32_t)head);
-  if (ahead > 0) raise_head(r, head + (uint32_t)ahead);
+  /* SYNC: ring-tail. Acquire, as in pop: it was raised before the descriptor was sent. */
+  uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
+  uint64_t to = head + (number + 1 - (uint32_t)head);
+  if ((int64_t)(tail - to) >= 0) raise_head(r, to);
   return LIFL_OK;
 }
 
@@ -625,8 +629,10 @@ int lifl_inbox_counts(lifl_arena *a, uint32_t consumer, uint64_t *sent, uint64_t
   *sent = *taken = 0;
   for (uint32_t from = 0; from < p; from++) {
     struct ring *r = &a->rings[(uint64_t)from * p + consumer];
-    *taken += atomic_load_explicit(&r->head, memory_order_relaxed); /* first: so that it is not beyond the other */
-    *sent += atomic_load_explicit(&r->tail, memory_order_relaxed);
+    uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed); /* first: so that it is not beyond the other */
+    uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
+    *taken += head;
+    *sent += (int64_t)(tail - head) > 0 ? tail : head; /* but a reset may have put it there, see lifl_credit_take */
   }
   return LIFL_OK;
 }

@@ -7,6 +7,7 @@ is told is ``console``'s, and the benchmarks' commands are ``bench.commands``'.
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated
 
 import typer
@@ -17,6 +18,9 @@ from lifl.console import AsJson, show, told
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S
 from lifl.planner.placement import Rule
+
+SVG_WIDTH = 100
+"""Characters in a line of a picture."""
 
 main = typer.Typer(
     name="lifl",
@@ -103,6 +107,39 @@ def plan(
     console = Console()
     console.print(plan_tree(planned))
     console.print(f"{planned}, planned in {planning_ms:.1f} ms", soft_wrap=True)
+
+
+@main.command()
+@told
+def top(
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
+    pid: Annotated[int | None, typer.Option(help="Only the Nodes of this process.", show_default="all")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Look twice, an interval apart, print that and end.")] = False,
+    svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Draw it once, into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What this user's Nodes and lifl-superlinks are doing now.
+
+    Memory, open rounds, and of each worker its role, its queue and how busy it is; until Ctrl-C. With --json one look,
+    as JSON. If the output is no terminal, as with --once. A Node without workers (workers=0) is not found.
+    """
+    from lifl.top import Watcher, ask_all
+    from lifl.top_view import nodes_view, show_live, svg_of
+
+    if as_json:
+        typer.echo(json.dumps({"nodes": [stats.to_dict() for stats in ask_all(pid)]}, indent=2))
+        return
+    console, watcher = Console(), Watcher(pid)
+    if not once and svg is None and console.is_terminal:
+        show_live(console, watcher, interval)
+        return
+    watcher.look()
+    time.sleep(interval)
+    sights = watcher.look()
+    if svg is None:
+        console.print(nodes_view(sights))
+    else:
+        svg.write(svg_of(sights, SVG_WIDTH))
 
 
 @main.command()

@@ -25,6 +25,7 @@ REMEDIES = {
     "grpc": "pip install 'lifl[bench]'",
     "matplotlib": "pip install 'lifl[plot]'",
     "nvflare": "pip install 'lifl[peers]'",
+    "prometheus_client": "pip install 'lifl[metrics]'",
     "sklearn": "pip install 'lifl[demo]'",
     "torch": "pip install 'lifl[torch]'",
 }

@@ -38,14 +38,15 @@ ALLOWED: dict[str, set[str]] = {
     "order": {"tensor"},
     "pace": {"planner.load", "planner.shape", "terms"},
     "loan": {"kernels", "shm", "tensor"},
-    "books": {"metrics", "shm"},
+    "tally": set(),
+    "books": {"metrics", "shm", "tally"},
     "result": {"metrics", "tensor"},
     "roster": set(),
     "terms": {"admission", "clip", "intake", "order", "planner.shape", "shm", "tensor"},
     "recovery": {"books", "shm"},
     "assignment": {
         *("books", "errors", "host", "order", "planner.hierarchy", "planner.shape", "recovery", "ring", "shm", "sizes"),
-        "tensor",
+        *("tensor", "terms"),
     },
     "finish": {"assignment", "books", "fold", "host", "order", "ring", "shm"},
     "course": {
@@ -101,16 +102,21 @@ ALLOWED: dict[str, set[str]] = {
     "nursery": {"aggregator", "errors"},
     "crew": {"errors", "nursery"},
     "pool": {"crew", "errors"},
-    "staff": {"aggregator", "crew", "ring", "shm", "transport"},
+    "staff": {"aggregator", "crew", "ring", "shm", "traffic", "transport"},
     "agent": {"crew", "errors", "ring", "traffic"},
     "traffic": {"shm"},
     "forecast": {
         *("metrics", "pace", "planner.choose", "planner.costs", "planner.load", "planner.shape", "terms"),
         "traffic",
     },
+    "stats": set(),
+    "forks": set(),
+    "beacon": {"errors", "forks", "wire"},
+    "exporter": {"errors", "forks", "stats"},
+    "watch": {"beacon", "errors", "exporter", "ring", "stats"},
     "runtime": {
         *("admission", "agent", "assignment", "calibration", "errors", "forecast", "planner.shape"),
-        *("pool", "ring", "round", "shm", "sizes", "staff", "tensor", "terms", "traffic", "transport"),
+        *("pool", "ring", "round", "shm", "sizes", "staff", "stats", "tally", "tensor", "terms", "transport", "watch"),
     },
     "embedded": {"calibration", "errors", "runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
@@ -177,7 +183,7 @@ ALLOWED: dict[str, set[str]] = {
         *("superlink.served_round", "tensor", "wire"),
     },
     "superlink.plane": {
-        *("runtime", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
+        *("runtime", "stats", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
         *("superlink.holding", "superlink.protocol", "superlink.rounds", "superlink.signatures", "superlink.store"),
         "wire",
     },
@@ -192,8 +198,10 @@ ALLOWED: dict[str, set[str]] = {
     "deployment": {"programs"},
     "demo": {"deployment"},
     "bench.shapes": {"tensor"},
-    "bench.pair": {"aggregator", "errors", "ring", "shm"},
-    "bench.handoff": {"bench.pair", "runtime"},
+    "bench.echo": {"aggregator"},
+    "bench.sockets": {"bench.echo", "ebpf.links", "ebpf.sidecar", "ring", "shm"},
+    "bench.pair": {"aggregator", "bench.echo", "bench.sockets", "errors", "ring", "shm"},
+    "bench.handoff": {"bench.pair", "ebpf.probe", "runtime"},
     "bench.limits": {
         *("bench.handoff", "bench.pair", "calibration", "errors", "kernels", "nursery", "ring", "runtime", "shm"),
         "tensor",
@@ -201,7 +209,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench.fold": {
         *("bench.limits", "bench.shapes", "fold", "planner.shape", "runtime", "sizes", "strategy.reference", "tensor"),
     },
-    "bench.idle": {"errors", "runtime", "tensor"},
+    "bench.idle": {"errors", "runtime", "tensor", "transport"},
     "bench.roles": {"bench.limits", "metrics", "planner.shape", "runtime", "tensor"},
     "bench.trickle": {
         *("bench.idle", "bench.limits", "bench.shapes", "errors", "fold", "metrics", "runtime", "shm", "sizes"),
@@ -231,6 +239,8 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "sizes", "tensor", "terms"),
     },
     "bench.round_view": {"bench.ablation_view"},
+    "top": {"beacon", "errors", "stats", "wire"},
+    "top_view": {"stats", "top"},
     "console": {"errors"},
     "bench.commands": {
         *("bench.ablation", "bench.ablation_view"),
@@ -245,7 +255,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor_view": set(),
     "cli": {
         *("bench.commands", "bench.planning", "console", "demo", "doctor", "doctor_view", ""),
-        *("planner.hierarchy", "planner.load", "planner.placement"),
+        *("planner.hierarchy", "planner.load", "planner.placement", "top", "top_view"),
     },
     # the public names ("" is the package itself)
     "": {"admission", "errors", "loan", "metrics", "planner.shape", "result", "round", "runtime", "tensor"},
@@ -266,6 +276,8 @@ PURE = {
     "superlink.derived": {"collections", "hashlib", "json", "typing"},
     "pace": {"collections", "math"},
     "metrics": {"attrs", "typing"},
+    "stats": {"attrs", "collections", "typing"},
+    "tally": {"attrs", "collections"},
     "scene": {"attrs", "collections", "math", "typing"},
     "errors": set(),
     "planner.load": {"attrs", "math"},
@@ -292,6 +304,7 @@ OWNERS = {
     "_shm_ffi": ("shm",),
     "multiprocess": ("nursery",),
     "bcc": ("ebpf.",),
+    "prometheus_client": ("exporter",),
 }
 
 

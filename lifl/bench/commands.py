@@ -99,7 +99,8 @@ def handoff(
 ) -> None:
     """One descriptor from one Python process to another.
 
-    lifl's rings against multiprocessing.Queue and gRPC. A figure is half of a round trip. Takes about five seconds.
+    lifl's rings and its eBPF sidecar against Unix sockets, a proxy, multiprocessing.Queue and gRPC; on two cores and
+    on one, and what CPU time it takes. A figure is half of a round trip. Takes about fifteen seconds.
     """
     from lifl.bench.handoff import handoff_table, measure_handoff
 
@@ -195,6 +196,7 @@ def idle(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes of each Node.", show_default="one per core")
     ] = None,
+    transport: Annotated[str | None, typer.Option(help="rings, ebpf or auto.", show_default="rings")] = None,
     as_json: AsJson = False,
 ) -> None:
     """CPU time of a Node that has nothing to do.
@@ -204,7 +206,7 @@ def idle(
     from lifl.bench.idle import idle_table, measure_idle
 
     with progress() as say:
-        figures = measure_idle(seconds, workers, on_progress=say)
+        figures = measure_idle(seconds, workers, transport, on_progress=say)  # type: ignore[arg-type] # it checks
     show(figures, idle_table, as_json)
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from lifl.errors import LiflError
 from lifl.runtime import Node, cores
 from lifl.tensor import TensorSpec
+from lifl.transport import Name as TransportName
 
 TITLES = {
     "warm": "warm workers, after a round",
@@ -78,14 +79,14 @@ class IdleNode:
 
 
 @contextmanager
-def idle_nodes(workers: int) -> Iterator[list[IdleNode]]:
+def idle_nodes(workers: int, transport: TransportName | None = None) -> Iterator[list[IdleNode]]:
     """One Node for each of ``TITLES``, each after a round on all its workers, and at rest."""
     with ExitStack() as stack:
         nodes = []
         for way in TITLES:
             before = set(threading.enumerate())
             timeout = IDLE_TIMEOUT_S if way == "zero" else None
-            node = stack.enter_context(Node(MEMORY_BYTES, workers, idle_timeout=timeout))
+            node = stack.enter_context(Node(MEMORY_BYTES, workers, idle_timeout=timeout, transport=transport))
             thread = next(t for t in threading.enumerate() if t not in before and t.name == "lifl-agent")
             assert node._crew is not None
             assert thread.native_id is not None
@@ -111,7 +112,11 @@ def _one_round(node: Node, updates: int) -> None:
 
 
 def measure_idle(
-    seconds: float = 60.0, workers: int | None = None, *, on_progress: Callable[[str], None] | None = None
+    seconds: float = 60.0,
+    workers: int | None = None,
+    transport: TransportName | None = None,
+    *,
+    on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Watches three Nodes that have nothing to do for `seconds`, all of them at the same time.
 
@@ -121,29 +126,34 @@ def measure_idle(
         How long.
     workers : int, optional
         Of each Node; default: one per core.
+    transport : {"rings", "ebpf", "auto"}, optional
+        How their descriptors travel, see :class:`lifl.Node`.
 
     Returns
     -------
     dict
-        ``cores``, ``workers``, ``seconds`` (as measured), ``goal_ms_per_s``, and ``rows``: dicts with ``way``,
-        ``title``, ``processes`` (the nursery and the workers that were there), ``ms_per_s`` (all), ``agent_ms_per_s``,
-        ``nursery_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time in a second.
+        ``cores``, ``workers``, ``transport`` (the one that was used), ``seconds`` (as measured), ``goal_ms_per_s``, and
+        ``rows``: dicts with ``way``, ``title``, ``processes`` (the nursery and the workers that were there),
+        ``ms_per_s`` (all), ``agent_ms_per_s``, ``nursery_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time
+        in a second.
 
     Raises
     ------
     LiflError
         If workers that have nothing to do do not go.
+    EbpfUnavailableError
+        For a transport that cannot be had here.
     ValueError
-        For no seconds or workers.
+        For no seconds or workers, or an unknown transport.
     """
     workers = cores() if workers is None else workers
     if not seconds > 0 or workers < 1:
         raise ValueError(f"seconds={seconds}, workers={workers}: give more than 0 seconds and at least 1 worker")
-    with idle_nodes(workers) as nodes:
+    with idle_nodes(workers, transport) as nodes:
         if on_progress is not None:
             on_progress(f"three Nodes at rest, {seconds:g} s")
         begin, before = time.monotonic(), [idle.spent_ns() for idle in nodes]
-        pids = [idle.node.pids() for idle in nodes]
+        pids, used = [idle.node.pids() for idle in nodes], nodes[0].node.transport.name
         time.sleep(seconds)
         after, passed_s = [idle.spent_ns() for idle in nodes], time.monotonic() - begin
         if pids != [idle.node.pids() for idle in nodes]:
@@ -156,6 +166,7 @@ def measure_idle(
     return {
         "cores": cores(),
         "workers": workers,
+        "transport": used,
         "seconds": passed_s,
         "goal_ms_per_s": GOAL_MS_PER_S,
         "rows": rows,
@@ -164,9 +175,8 @@ def measure_idle(
 
 def idle_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`measure_idle` as a table."""
-    table = Table(
-        title=f"CPU time of an idle Node in {figures['seconds']:,.0f} s, ms per second ({figures['cores']} cores)"
-    )
+    what = f"CPU time of an idle Node in {figures['seconds']:,.0f} s, ms per second"
+    table = Table(title=f"{what} ({figures['transport']}, {figures['cores']} cores)")
     table.add_column("the Node")
     for heading in ("processes", "agent", "nursery", "workers", "all", "goal"):
         table.add_column(heading, justify="right")

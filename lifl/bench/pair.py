@@ -1,8 +1,8 @@
 """Two clean processes that hand one message back and forth, in every way that is compared.
 
-Owns the processes: `run` executes a fresh interpreter, which imports nothing of the user's, forks its
-echo while it is single-threaded, measures and ends. Both die with the process that asked. Nothing here
-judges or prints the figures.
+Owns the list of ways and the asking process: `run` executes a fresh interpreter, which imports nothing of the
+user's, forks its echo while it is single-threaded, measures and ends. Both die with the process that asked. Nothing
+here judges or prints the figures.
 """
 
 from __future__ import annotations
@@ -15,43 +15,54 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import attrs
+
 from lifl.aggregator import die_with
+from lifl.bench import sockets
+from lifl.bench.echo import ASKER, ECHO, PAYLOAD, Measure, forked, share_a_core, spent_ns, timed
+from lifl.bench.sockets import END, PING
 from lifl.errors import PeerGoneError
 from lifl.ring import Bell, Descriptor, Inbox, Kind, Producer, ring_for
 from lifl.shm import Arena
 
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from lifl.bench.pair import main; main(sys.argv[2], int(sys.argv[3]))"
+    "from lifl.bench.pair import main; main(sys.argv[2], int(sys.argv[3]), bool(int(sys.argv[4])))"
 )
 TIMEOUT_S = 120.0
 SPIN_S = 0.01
 WARM_UP = 200
-ASKER, ECHO = 0, 1
-"""Participants of the arena between the two."""
-
-PING, END = Descriptor(Kind.UPDATE, 1), Descriptor(Kind.STOP, 0)
-PAYLOAD = bytes(16)
-"""What the ways without rings carry: as many bytes as a descriptor has."""
-
-Measure = Callable[[int], list[int]]
-"""Makes so many round trips; the nanoseconds of each."""
 
 
-def run(way: str, messages: int) -> list[int]:
-    """Nanoseconds of each of `messages` round trips between two new processes.
+@attrs.frozen
+class Trips:
+    """What two processes have measured.
+
+    Attributes
+    ----------
+    ns : list of int
+        Nanoseconds of each round trip.
+    cpu_ns : int
+        CPU time of all of them, user's and kernel's, of every process that takes part.
+    """
+
+    ns: list[int]
+    cpu_ns: int
+
+
+def run(way: str, messages: int, *, is_same_core: bool = False) -> Trips:
+    """Makes `messages` round trips between two new processes, on different cores or on one.
 
     `way` is a key of ``WAYS``. Raises :class:`PeerGoneError` with their output if they fail or take
     longer than two minutes.
     """
     # One BLAS thread: NumPy starts one per core at import, and a process with threads must not fork.
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", BOOT, json.dumps(sys.path), way, str(messages)]
+    command = [sys.executable, "-c", BOOT, json.dumps(sys.path), way, str(messages), str(int(is_same_core))]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=env) as process:
         try:
@@ -62,62 +73,24 @@ def run(way: str, messages: int) -> list[int]:
             process.kill()  # nothing if it has ended; else its echo goes with it
     if process.returncode:
         raise PeerGoneError(f"two processes that pass messages ({way}) failed:\n{errors.decode().strip()}")
-    trips: list[int] = json.loads(out)
-    return trips
+    return Trips(**json.loads(out))
 
 
 # ---------------------------------------------------------------- in the clean processes
 
 
-def main(way: str, messages: int) -> None:
-    """The asking process's life: its answer is a JSON list on stdout."""
+def main(way: str, messages: int, is_same_core: bool) -> None:
+    """The asking process's life: its answer is JSON on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked: it kills this one
     die_with(os.getppid())
+    if is_same_core:
+        share_a_core()
     with WAYS[way]() as measure:
         measure(min(WARM_UP, messages))
+        before = spent_ns()
         trips = measure(messages)
-    json.dump(trips, sys.stdout)
-
-
-def _timed(trip: Callable[[], object], messages: int) -> list[int]:
-    trips = []
-    for _ in range(messages):
-        begin = time.perf_counter_ns()
-        trip()
-        trips.append(time.perf_counter_ns() - begin)
-    return trips
-
-
-@contextmanager
-def _forked(echo: Callable[[], None]) -> Iterator[None]:
-    """Runs `echo` in a child until it returns; the caller makes it return before the end."""
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            die_with(parent)
-            _take_half(ECHO)
-            echo()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    _take_half(ASKER)
-    yield
-    os.waitpid(pid, 0)
-
-
-def _take_half(me: int) -> None:
-    """Each side keeps to its half of the cores.
-
-    Left alone, the scheduler sometimes puts both on one core: then a wake-up is a context switch, ten
-    times as fast as waking an idle core, and the figures jump between the two.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) > 1:
-        os.sched_setaffinity(0, cores[me::2])
+        spent = spent_ns() - before
+    json.dump({"ns": trips, "cpu_ns": spent}, sys.stdout)
 
 
 @contextmanager
@@ -136,7 +109,7 @@ def ring(spin_s: float) -> Iterator[Measure]:
                     return
                 back.try_push(item[1])
 
-    with _forked(echo):
+    with forked(echo):
         inbox, there = Inbox(arena, ASKER), Producer(arena, ASKER, ECHO)
 
         def trip() -> None:
@@ -145,7 +118,7 @@ def ring(spin_s: float) -> Iterator[Measure]:
             while inbox.try_pop() is None:
                 inbox.wait(spin_s)
 
-        yield lambda messages: _timed(trip, messages)
+        yield lambda messages: timed(trip, messages)
         there.try_push(END)
 
 
@@ -175,14 +148,14 @@ def ring_poll() -> Iterator[Measure]:
         while (descriptor := receive(inbox, bells[ECHO], poll)).kind != Kind.STOP:
             back.try_push(descriptor)
 
-    with _forked(echo):
+    with forked(echo):
         inbox, there, poll = end(arena, ASKER)
 
         def trip() -> None:
             there.try_push(PING)
             receive(inbox, bells[ASKER], poll)
 
-        yield lambda messages: _timed(trip, messages)
+        yield lambda messages: timed(trip, messages)
         there.try_push(END)
 
 
@@ -222,7 +195,7 @@ def ring_asyncio() -> Iterator[Measure]:
             trips.append(time.perf_counter_ns() - begin)
         return trips
 
-    with _forked(lambda: asyncio.run(serve())), asyncio.Runner() as runner:
+    with forked(lambda: asyncio.run(serve())), asyncio.Runner() as runner:
         yield lambda messages: runner.run(measure(messages))
         Producer(arena, ASKER, ECHO).try_push(END)
 
@@ -236,13 +209,13 @@ def eventfd() -> Iterator[Measure]:
         while os.eventfd_read(ask) == 1:
             os.eventfd_write(answer, 1)
 
-    with _forked(echo):
+    with forked(echo):
 
         def trip() -> None:
             os.eventfd_write(ask, 1)
             os.eventfd_read(answer)
 
-        yield lambda messages: _timed(trip, messages)
+        yield lambda messages: timed(trip, messages)
         os.eventfd_write(ask, 2)
 
 
@@ -259,13 +232,13 @@ def queue() -> Iterator[Measure]:
         while message := ask.get():
             answer.put(message)
 
-    with _forked(echo):
+    with forked(echo):
 
         def trip() -> None:
             ask.put(PAYLOAD)
             answer.get()
 
-        yield lambda messages: _timed(trip, messages)
+        yield lambda messages: timed(trip, messages)
         ask.put(b"")
 
 
@@ -290,14 +263,14 @@ def grpc_unary() -> Iterator[Measure]:
         os.read(until, 1)  # ends when the other side closes `end`
         server.stop(None).wait()
 
-    with _forked(echo):
+    with forked(echo):
         import grpc
 
         os.close(port_out)
         port = os.read(port_in, 16).decode()
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             call = channel.unary_unary("/lifl.Bench/Pass")
-            yield lambda messages: _timed(lambda: call(PAYLOAD), messages)
+            yield lambda messages: timed(lambda: call(PAYLOAD), messages)
         os.close(end)
 
 
@@ -307,6 +280,9 @@ WAYS: dict[str, Callable[[], AbstractContextManager[Measure]]] = {
     "ring_poll": ring_poll,
     "ring_asyncio": ring_asyncio,
     "eventfd": eventfd,
+    "ebpf": sockets.sidecar,
+    "unix": sockets.unix,
+    "proxy": sockets.proxy,
     "queue": queue,
     "grpc": grpc_unary,
 }

@@ -20,14 +20,14 @@ HERE = Path(__file__).parent
 SOURCE, BYTECODE = HERE / "lifl.bpf.c", HERE / "prebuilt.json"
 
 
-def compiled(clang: str = "clang") -> dict[str, Any]:
-    """The program as it is in prebuilt.json: its maps, its instructions, and where these name which map."""
+def compiled(clang: str = "clang", source: Path = SOURCE) -> dict[str, Any]:
+    """A program as it is in prebuilt.json: its maps, its instructions, and where these name which map."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "lifl.bpf.o"
         # Debian keeps the headers of an architecture in a folder that only its own target knows.
-        headers = f"-I/usr/include/{platform.machine()}-linux-gnu"
-        command = [clang, "-O2", "-g0", "-mcpu=v2", "-target", "bpf", "-Wall", "-Wextra", "-Werror", headers]
-        subprocess.run([*command, "-c", str(SOURCE), "-o", str(target)], check=True)
+        headers = [f"-I{HERE}", f"-I/usr/include/{platform.machine()}-linux-gnu"]
+        command = [clang, "-O2", "-g0", "-mcpu=v2", "-target", "bpf", "-Wall", "-Wextra", "-Werror", *headers]
+        subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return {"compiler": _version(clang), **_read(target.read_bytes())}
 
 

@@ -55,18 +55,22 @@ def load() -> Program:
     module = find()
     # Without capabilities bcc says that it failed to compile: what is refused is to be seen before.
     bpf.Map.create(bpf.SOCKHASH, 4, 4, 1, "lifl_probe").close()
-    with _sources() as (text, flags), _quiet() as said:
+    with _sources() as (text, flags), _quiet() as said, contextlib.ExitStack() as stack:
         try:
-            made = module.BPF(text=text, cflags=flags)
-            function = made.load_func("lifl_route", module.BPF.SK_MSG)
+            made = module.BPF(text=text.encode(), cflags=flags)
+            stack.callback(made.cleanup)
+            function = made.load_func(b"lifl_route", module.BPF.SK_MSG)
         except Exception as error:
             raise EbpfUnavailableError(f"bcc does not compile the program: {said() or error}", REMEDY) from error
-    maps = {name: _map(module, made, name) for name in ("socks", "routes", "metrics")}
-    program = os.dup(function.fd)
-    os.set_inheritable(program, False)
-    bpf.attach_sk_msg(program, maps["socks"])
-    made.cleanup()
-    return Program("bcc", maps["socks"], maps["routes"], maps["metrics"], program)
+        # Copies: bcc closes its own, and lets go of the compiler's memory with them.
+        maps = {name: _map(module, made, name) for name in ("socks", "routes", "metrics")}
+        program = Program("bcc", maps["socks"], maps["routes"], maps["metrics"], _copy(function.fd))
+    try:
+        bpf.attach_sk_msg(program.fd, program.socks)
+    except OSError:
+        program.close()
+        raise
+    return program
 
 
 def find() -> ModuleType:
@@ -146,7 +150,11 @@ def _quiet() -> Iterator[Callable[[], str]]:
 
 def _map(module: ModuleType, made: Any, name: str) -> bpf.Map:
     """A table of bcc's, as a descriptor of our own: of a SOCKHASH it makes no object."""
-    fd = os.dup(module.lib.bpf_table_fd(made.module, name.encode()))
-    os.set_inheritable(fd, False)
     sizes = {"metrics": METRICS_BYTES * bpf.possible_cpus()}
-    return bpf.Map(fd, sizes.get(name, 4))
+    return bpf.Map(_copy(module.lib.bpf_table_fd(made.module, name.encode())), sizes.get(name, 4))
+
+
+def _copy(fd: int) -> int:
+    copied = os.dup(fd)
+    os.set_inheritable(copied, False)
+    return copied

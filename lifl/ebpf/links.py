@@ -6,13 +6,14 @@ how much is on its way is bounded by credits in the arena. No capability is need
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
 
-from lifl.ebpf.record import RECORD_BYTES, Record
+from lifl.ebpf.record import RECORD_BYTES, Record, pack
 from lifl.errors import PeerGoneError
 from lifl.ring import IDLE_WAIT_S, Descriptor, Kind, Outbox, Spent
 from lifl.shm import AGENT, Arena, check, ffi, lib
@@ -22,6 +23,12 @@ TOP = 0x80000000
 BATCH = 128
 """Records that are received at a time."""
 BUSY_MOST_US = 2**32 - 1
+# As plain numbers: to join flags of Python's takes longer than to send.
+SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+RECEIVE_FLAGS = int(socket.MSG_DONTWAIT)
+NOT_NOW = frozenset({errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENOMEM, errno.ENOBUFS})
+"""What the kernel says when it cannot take a record in now. EPIPE: the socket that it would redirect to is just being
+closed, because its process dies; a moment later it is gone from the map, and then its successor's is there."""
 
 
 def top_of(number: int) -> int:
@@ -42,29 +49,24 @@ class Sender:
         return int(check(lib.lifl_ring_capacity(self._arena.handle, self._source, self._target), "credits"))
 
     def try_push(self, descriptor: Descriptor) -> bool:
-        """Sends a descriptor; false if as many are on their way as may be, or if it cannot be taken in now.
-
-        The kernel says EPIPE when the socket that it would redirect to is just being closed, because its process dies:
-        a moment later it is gone from the map, and then its successor's is there.
-        """
+        """Sends a descriptor; false if as many are on their way as may be, or if it cannot be taken in now."""
         line = self._arena.handle, self._source, self._target
-        if check(lib.lifl_credit_take(*line, self._number), f"credit for participant {self._target}") != lib.LIFL_OK:
+        status = lib.lifl_credit_take(*line, self._number)
+        if status != lib.LIFL_OK:
+            check(status, f"credit for participant {self._target}")
             return False
-        is_for_top = descriptor.kind == Kind.SUM and self._target != AGENT
-        dst = top_of(descriptor.round) if is_for_top else self._target
-        busy_us = min(self._spent.ns // 1000, BUSY_MOST_US)
         kind, number, block, generation, arg = descriptor
-        record = Record(dst, self._source, self._target, self._number[0], busy_us, block, generation, number, kind, arg)
+        dst = top_of(number) if kind == Kind.SUM and self._target != AGENT else self._target
+        busy_us = min(self._spent.ns // 1000, BUSY_MOST_US)
+        named = dst, self._source, self._target, self._number[0], busy_us
         try:
             # All of it or nothing: a record is put together in the kernel before it is looked at.
-            sent = self._socket.send(record.pack(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except (BlockingIOError, BrokenPipeError, ConnectionResetError, MemoryError):
-            sent = 0
+            sent = self._socket.send(pack(*named, block, generation, number, kind, arg), SEND_FLAGS)
         except OSError as error:
-            raise PeerGoneError(f"a descriptor to participant {self._target} could not be sent: {error}") from error
-        if not sent:
             lib.lifl_credit_untake(*line)
-            return False
+            if error.errno in NOT_NOW:
+                return False
+            raise PeerGoneError(f"a descriptor to participant {self._target} could not be sent: {error}") from error
         self._spent.ns -= busy_us * 1000
         if sent != RECORD_BYTES:
             raise PeerGoneError(f"{sent} bytes of a descriptor of {RECORD_BYTES} were sent")
@@ -83,7 +85,7 @@ class Receiver:
     def __init__(self, arena: Arena, own: socket.socket, me: int, on_stray: Callable[[Record], None]) -> None:
         self._arena, self._socket, self._me, self._on_stray = arena, own, me, on_stray
         self._come: deque[Record] = deque()
-        self._buffer = bytearray(RECORD_BYTES * BATCH)
+        self._room = memoryview(bytearray(RECORD_BYTES * BATCH))
         self._begun = 0  # bytes of a record whose rest has not come
         self._spin_s = 0.0
         self._poll = select.poll()
@@ -98,8 +100,10 @@ class Receiver:
         """The next descriptor and who sent it, or ``None``; in order per sender."""
         while self._come or self._receive():
             record = self._come.popleft()
-            lib.lifl_credit_give(self._arena.handle, record.src, record.line, record.seq)
-            is_for_my_role = record.dst & TOP and record.line == self._me
+            if lib.lifl_credit_give(self._arena.handle, record.src, record.line, record.seq) != lib.LIFL_OK:
+                continue  # no participant of this arena has sent it
+            # A role is whose the kernel says, which may have changed meanwhile; what nobody has comes to the agent.
+            is_for_my_role = record.dst & TOP and self._me != AGENT
             if record.dst != self._me and not is_for_my_role:
                 self._on_stray(record)
                 continue
@@ -107,8 +111,9 @@ class Receiver:
         return None
 
     def _receive(self) -> bool:
+        _ = self._arena.handle  # raises in a fork, before it takes what is for the process that it was made of
         try:
-            count = self._socket.recv_into(memoryview(self._buffer)[self._begun :], 0, socket.MSG_DONTWAIT)
+            count = self._socket.recv_into(self._room[self._begun :], 0, RECEIVE_FLAGS)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -117,9 +122,9 @@ class Receiver:
             raise PeerGoneError("the agent is gone: it has closed its end of the socket")
         end = self._begun + count
         self._begun = end % RECORD_BYTES
-        for at in range(0, end - self._begun, RECORD_BYTES):
-            self._come.append(Record.unpack(self._buffer, at))
-        self._buffer[: self._begun] = self._buffer[end - self._begun : end]
+        self._come.extend(Record.unpack(self._room[: end - self._begun]))
+        if self._begun:
+            self._room[: self._begun] = bytes(self._room[end - self._begun : end])
         return bool(self._come)
 
     def wait(self, spin_s: float, timeout_s: float) -> bool:
@@ -127,7 +132,7 @@ class Receiver:
 
         False at the time-out. A signal's handler runs meanwhile.
         """
-        if self._come or self._receive():
+        if self._come:
             return True
         if spin_s:
             # As the rings do: a spin that was answered doubles the next one, one in vain halves it.
@@ -151,7 +156,11 @@ def sent_on(own: socket.socket) -> Callable[[Record], None]:
     """What a worker does with a record for another: the kernel is asked once more who that is."""
 
     def send(record: Record) -> None:
-        own.send(record.pack(), socket.MSG_NOSIGNAL)
+        try:
+            own.send(record.pack(), socket.MSG_NOSIGNAL)
+        except OSError as error:
+            if error.errno not in NOT_NOW:  # else who should have it is dying, and its successor is told again
+                raise PeerGoneError(f"a stray descriptor could not be sent on: {error}") from error
 
     return send
 

@@ -18,11 +18,15 @@ def pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0), backlog=1) as listening:
         listening.settimeout(TIMEOUT_S)
         own = socket.create_connection(listening.getsockname(), timeout=TIMEOUT_S)
-        while True:  # whoever else connects to this port is sent away
-            anchor, peer = listening.accept()
-            if peer == own.getsockname():
-                break
-            anchor.close()
+        try:
+            while True:  # whoever else connects to this port is sent away
+                anchor, peer = listening.accept()
+                if peer == own.getsockname():
+                    break
+                anchor.close()
+        except OSError:
+            own.close()
+            raise
     own.settimeout(None)
     anchor.settimeout(None)
     return own, anchor

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from importlib import resources
+from typing import Any
 
 import attrs
 
@@ -30,10 +31,14 @@ class Program:
 
 
 def load() -> Program:
-    """Makes the maps, loads the program and attaches it; raises ``OSError`` as the kernel gives it."""
+    """Loads the program that ships with lifl and attaches it; raises ``OSError`` as the kernel gives it."""
     if sys.byteorder != "little":
         raise OSError(95, "the bytecode that ships with lifl is for little-endian machines")
-    said = json.loads((resources.files("lifl.ebpf") / "prebuilt.json").read_text())
+    return loaded(json.loads((resources.files("lifl.ebpf") / "prebuilt.json").read_text()))
+
+
+def loaded(said: dict[str, Any]) -> Program:
+    """Makes the maps of a program that ``build`` has made, loads it and attaches it."""
     maps: dict[str, bpf.Map] = {}
     try:
         for name, what in said["maps"].items():

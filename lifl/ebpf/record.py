@@ -19,6 +19,10 @@ METRICS_BYTES = _METRICS.size
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
+pack = _RECORD.pack
+"""The bytes of a record's fields, in the order in which :class:`Record` has them."""
+
+
 class Record(NamedTuple):
     """One record; see record.h."""
 
@@ -35,12 +39,12 @@ class Record(NamedTuple):
 
     def pack(self) -> bytes:
         """Its 32 bytes."""
-        return _RECORD.pack(*self)
+        return pack(*self)
 
     @classmethod
-    def unpack(cls, data: Buffer, offset: int = 0) -> Record:
-        """The record that begins at an offset."""
-        return cls(*_RECORD.unpack_from(data, offset))
+    def unpack(cls, data: Buffer) -> list[Record]:
+        """The records in some bytes, which are whole ones."""
+        return [cls._make(fields) for fields in _RECORD.iter_unpack(data)]
 
 
 class Metrics(NamedTuple):

@@ -52,11 +52,14 @@ class Sidecar:
     def enter(self, me: int, own: socket.socket, anchor: socket.socket) -> socket.socket:
         """Puts a participant's socket into the map, and keeps its anchor: while that is open, so is the socket.
 
-        The socket may have been made in another network namespace.
+        Both may have been made in another network namespace, see :func:`lifl.ebpf.pairs.pair`; nothing passes between
+        the two. The socket stays the caller's: a copy of it is enough here, and the participant has the other.
         """
-        if (old := self._anchors.pop(me, None)) is not None:
+        old, self._anchors[me] = self._anchors.get(me), anchor
+        if old is not None and old is not anchor:
             old.close()
-        self._anchors[me] = anchor
+        if (unused := self._sockets.pop(me, None)) is not None:  # of a worker that did not start
+            unused.close()
         key = LAUNCHER if me == AGENT else me
         with contextlib.suppress(FileNotFoundError):
             self._program.socks.delete(key)  # to put a living one in again is refused
@@ -90,7 +93,8 @@ class Sidecar:
     def route(self, aggregator: int, me: int | None) -> None:
         """What is sent to an aggregator goes to participant `me` from now on; None: to nobody, so to the launcher.
 
-        One update of a map: a record takes the old way or the new one.
+        An aggregator is a role, such as a round's top, or a participant, whose own number leads to itself. One update
+        of a map: a record takes the old way or the new one.
         """
         if me is not None:
             self._program.routes.update(aggregator, LAUNCHER if me == AGENT else me)
@@ -135,12 +139,15 @@ class Sidecar:
     # ------------------------------------------------------------ what passed
 
     def metrics(self) -> dict[int, Metrics]:
-        """What the kernel has counted so far, of each participant."""
-        found: dict[int, Metrics] = {}
+        """What the kernel has counted so far, of each participant; nothing when closed."""
+        if self._is_closed:
+            return {}
+        found: dict[int, bytes] = {}
         for key in self._program.metrics:
-            if (counted := self._program.metrics.lookup(key)) is not None:
-                found[AGENT if key == LAUNCHER else key] = Metrics.merged(counted)
-        return found
+            # The agent has two: what it gets is counted at the launcher's key, what it reports at its own.
+            me = AGENT if key == LAUNCHER else key
+            found[me] = found.get(me, b"") + (self._program.metrics.lookup(key) or b"")
+        return {me: Metrics.merged(counted) for me, counted in found.items()}
 
     def close(self) -> None:
         """Lets go of everything; harmless when closed."""

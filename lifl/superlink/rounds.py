@@ -57,6 +57,7 @@ class Rounds:
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self.served = 0  # rounds so far
+        self.messages = self.replies = 0  # stored so far, of rounds or not; what is said again counts again
         self.copied_bytes = 0  # of replies that did not land where they belong
         # Replies are completed while the loop receives others; several at a time, since one may wait for room.
         self._assembler = ThreadPoolExecutor(ASSEMBLERS, "lifl-assembler")
@@ -83,6 +84,9 @@ class Rounds:
                     if served is not None and not stored:
                         self._unbind(served, message)
                 if stored:
+                    if served is not None:
+                        with self._lock:
+                            served.stored.add(message.metadata.message_id)
                     self._stored(message, object_tree, set(missing), session_id)
             return stored, missing
 
@@ -181,9 +185,12 @@ class Rounds:
     def _stored(self, message: Any, tree: Any, missing: set[str], session_id: str) -> None:
         meta = message.metadata
         if not meta.reply_to_message_id:
+            with self._lock:
+                self.messages += 1
             self._comings.add(meta.message_id, meta.dst_node_id, missing)
             return
         with self._lock:
+            self.replies += 1
             served = self._asked.get(meta.reply_to_message_id)
             if served is None:
                 return
@@ -295,7 +302,8 @@ class Rounds:
             self._comings.forget_stale()
             for served in list(self._open):
                 with self._lock:
-                    owed = {i for i in served.asked if i not in served.replied}
+                    # Of one that is being stored Flower would say that it never existed.
+                    owed = served.stored - served.replied
                 try:
                     if owed and not served.is_closed:
                         self._look_for_errors(served, owed)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lifl import TensorSpec, calibration
-from lifl.bench import fold, handoff, limits, pair, shapes
+from lifl.bench import echo, fold, handoff, limits, pair, shapes
 from lifl.bench.fold import fold_table, measure_fold
 from lifl.bench.handoff import handoff_table, measure_handoff
 from lifl.bench.limits import limits_table, measure_limits
+from lifl.ebpf import probe
 from lifl.errors import PeerGoneError
 from lifl.tensor import CODES
 
@@ -197,35 +199,98 @@ def test_fold_table_shows_every_row() -> None:
 
 
 def test_handoff_returns_every_way() -> None:
-    """Each way has its figures, and the slow ones a tenth of the messages."""
+    """Each way has its figures, on two cores and on one; only the quickest is measured with all the messages."""
+    support = probe.support()
+    if not support.available and os.environ.get("CI"):
+        pytest.fail(f"{support.reason}; {support.remedy}")
     figures = measure_handoff(50)
     assert json.loads(json.dumps(figures)) == figures
     assert [row["way"] for row in figures["rows"]] == list(handoff.TITLES)
     for row in figures["rows"]:
-        assert set(row) == {"way", "title", "messages", "median_us", "p99_us", "slower_than_spinning"}
-        assert row["messages"] == (50 if row["way"] == "ring_spinning" else 5)
-        assert 0 < row["median_us"] <= row["p99_us"]
+        if "skipped" in row:
+            assert row["way"] == "ebpf"
+            continue
+        beside = row["same_core"]
+        assert set(row) == {"way", "title", "slower_than_spinning", "same_core", *beside}
+        assert set(beside) == {"messages", "median_us", "p99_us", "cpu_us"}
+        assert (row["messages"], beside["messages"]) == (50 if row["way"] == "ring_spinning" else 5, 5)
+        for one in (row, beside):
+            assert 0 < one["median_us"] <= one["p99_us"]
+            assert one["cpu_us"] > 0
     text = shown(handoff_table(figures))
     assert all(title in text for title in handoff.TITLES.values())
+    assert "Choose the eBPF sidecar where" in text
 
 
-def test_handoff_skips_grpc_with_a_note_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The row says what to install; the others are measured."""
+def test_handoff_says_why_a_way_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row says what to do about it, below the table too; the others are measured."""
     monkeypatch.setitem(sys.modules, "grpc", None)
-    monkeypatch.setattr(pair, "run", lambda way, messages: [2000] * messages)
-    figures = measure_handoff(10)
-    assert figures["rows"][-1] == {
-        "way": "grpc",
-        "title": "gRPC unary call",
-        "skipped": "grpcio is not installed: pip install 'lifl[bench]'",
+    monkeypatch.setattr(probe, "support", lambda: probe.Support(False, None, "no CAP_BPF", "run as [root]"))
+    monkeypatch.setattr(pair, "run", lambda way, messages, **_: pair.Trips([2000] * messages, 3000 * messages))
+    rows = measure_handoff(10)["rows"]
+    skipped = {row["way"]: row["skipped"] for row in rows if "skipped" in row}
+    assert skipped == {
+        "ebpf": "no CAP_BPF; run as [root]",
+        "grpc": "grpcio is not installed: pip install 'lifl[bench]'",
     }
-    assert "pip install 'lifl[bench]'" in shown(handoff_table(figures))
+    text = shown(handoff_table(measure_handoff(10)))
+    assert "gRPC unary call: grpcio is not installed: pip install 'lifl[bench]'" in text
+    assert "lifl socket, eBPF sidecar: no CAP_BPF; run as [root]" in text
 
 
 def test_one_way_is_half_a_round_trip() -> None:
-    """Nanoseconds there and back become microseconds one way."""
-    assert handoff.one_way([4000, 2000, 6000]) == {"messages": 3, "median_us": 2.0, "p99_us": 3.0}
-    assert handoff.one_way([1000])["p99_us"] == 0.5
+    """Nanoseconds there and back become microseconds one way; CPU time is of the mean message."""
+    of_three = handoff.one_way(pair.Trips([4000, 2000, 6000], 30_000))
+    assert of_three == {"messages": 3, "median_us": 2.0, "p99_us": 3.0, "cpu_us": 5.0}
+    assert handoff.one_way(pair.Trips([1000], 0))["p99_us"] == 0.5
+
+
+def test_cpu_time_of_all_processes_is_counted(in_fork: Callable[[Callable[[], None]], int]) -> None:
+    """What a forked side has worked is in it, while that lives."""
+
+    def check() -> None:
+        (done, say), (until, end) = os.pipe(), os.pipe()
+
+        def burn() -> None:
+            os.close(end)
+            begin = time.process_time()
+            while time.process_time() - begin < 0.05:
+                pass
+            os.write(say, b"d")
+            os.read(until, 1)
+
+        with echo.forked(burn):
+            os.read(done, 1)
+            assert echo.spent_ns() - time.process_time_ns() >= 50_000_000
+            os.close(end)
+        assert echo.spent_ns() - time.process_time_ns() < 1_000_000
+
+    assert in_fork(check) == 0
+
+
+@pytest.mark.parametrize("is_same_core", [False, True])
+def test_sides_keep_to_their_cores(in_fork: Callable[[Callable[[], None]], int], is_same_core: bool) -> None:
+    """Each to its half, a proxy to the echo's; or all to one core."""
+    cores = sorted(os.sched_getaffinity(0))
+
+    def check() -> None:
+        (heard, say) = os.pipe()
+        if is_same_core:
+            echo.share_a_core()
+
+        def tell() -> None:
+            os.write(say, json.dumps(sorted(os.sched_getaffinity(0))).encode().ljust(4096))
+
+        with echo.forked(tell), echo.forked(tell):
+            theirs = [json.loads(os.read(heard, 4096)) for _ in range(2)]
+            mine = sorted(os.sched_getaffinity(0))
+        if is_same_core or len(cores) == 1:
+            assert [mine, *theirs] == [cores[:1]] * 3
+        else:
+            assert mine == cores[::2]
+            assert theirs == [cores[1::2]] * 2
+
+    assert in_fork(check) == 0
 
 
 def test_a_failing_pair_is_an_error_with_its_output() -> None:

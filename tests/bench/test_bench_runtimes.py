@@ -151,7 +151,7 @@ def idled() -> dict[str, Any]:
 def test_idle_returns_every_node(idled: dict[str, Any]) -> None:
     """The parts add up, and of a Node that is scaled to zero only the nursery is left."""
     assert json.loads(json.dumps(idled)) == idled
-    assert set(idled) == {"cores", "workers", "seconds", "goal_ms_per_s", "rows"}
+    assert set(idled) == {"cores", "workers", "transport", "seconds", "goal_ms_per_s", "rows"}
     assert [(row["way"], row["processes"]) for row in idled["rows"]] == [("warm", 3), ("open", 3), ("zero", 1)]
     for row in idled["rows"]:
         parts = [row[f"{part}_ms_per_s"] for part in ("agent", "nursery", "workers")]
@@ -188,6 +188,7 @@ def test_cpu_time_of_a_process_and_a_thread_is_read_in_nanoseconds() -> None:
         (measure_idle, {"seconds": 0.0}, "seconds=0.0"),
         (measure_idle, {"seconds": float("nan")}, "seconds=nan"),
         (measure_idle, {"workers": 0}, "workers=0"),
+        (measure_idle, {"transport": "pigeon"}, "transport='pigeon'"),
     ],
 )
 def test_wrong_arguments_are_refused(measure: Callable[..., Any], wrong: dict[str, Any], words: str) -> None:
@@ -212,6 +213,7 @@ def test_the_commands_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> 
         ["trickle", "--updates", "3", "--seconds", "1.5", "--workers", "0", "--repetitions", "1"],
         ["roles", "--repetitions", "3", "--workers", "1"],
         ["idle", "--seconds", "5", "--workers", "1"],
+        ["idle", "--transport", "ebpf"],
     ):
         result = CliRunner().invoke(cli.main, ["bench", *words, "--json"])
         assert result.exit_code == 0, result.output
@@ -220,5 +222,6 @@ def test_the_commands_pass_their_options_on(monkeypatch: pytest.MonkeyPatch) -> 
         (32, 10.0, {"workers": None, "repetitions": 3}),
         (3, 1.5, {"workers": 0, "repetitions": 1}),
         (3, 1, {}),
-        (5.0, 1, {}),
+        (5.0, 1, None, {}),
+        (60.0, None, "ebpf", {}),
     ]

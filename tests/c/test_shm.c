@@ -114,6 +114,10 @@ static void test_senseless_arguments(void) {
   CHECK(lifl_ring_push(a, 0, 2, &d) == LIFL_EINVAL && lifl_ring_push(a, 2, 0, &d) == LIFL_EINVAL);
   CHECK(lifl_ring_pop(a, 0, 2, &d) == LIFL_EINVAL && lifl_inbox_pop(a, 2, &d, &x) == LIFL_EINVAL);
   CHECK(lifl_inbox_wait(a, 2, 0, 0) == LIFL_EINVAL && lifl_inbox_arm(a, 2) == LIFL_EINVAL);
+  CHECK(lifl_credit_take(a, 0, 2, &x) == LIFL_EINVAL && lifl_credit_take(a, 2, 0, &x) == LIFL_EINVAL);
+  CHECK(lifl_credit_untake(a, 0, 2) == LIFL_EINVAL && lifl_credit_untake(a, 2, 0) == LIFL_EINVAL);
+  CHECK(lifl_credit_give(a, 0, 2, 0) == LIFL_EINVAL && lifl_credit_give(a, 2, 0, 0) == LIFL_EINVAL);
+  CHECK(lifl_credit_reset(a, 2) == LIFL_EINVAL && lifl_inbox_counts(a, 2, &n, &n) == LIFL_EINVAL);
   CHECK(lifl_peer_wake(a, 2) == LIFL_EINVAL && lifl_peer_eventfd(a, 2, 0) == LIFL_EINVAL);
   CHECK(lifl_dtype_bytes(10) == 0 && lifl_sum_bytes(10) == 0);
   lifl_arena_detach(a);
@@ -376,6 +380,71 @@ static void test_ring_is_full_at_its_capacity(void) {
   lifl_arena_detach(a);
 }
 
+/* ---------------------------------------------------------------- credits */
+
+static void take(lifl_arena *a, uint32_t from, uint32_t to, uint32_t expected) {
+  uint32_t number = ~expected;
+  CHECK(lifl_credit_take(a, from, to, &number) == LIFL_OK && number == expected);
+}
+
+static void counts(lifl_arena *a, uint32_t consumer, uint64_t sent, uint64_t taken) {
+  uint64_t s = 0, t = 0;
+  CHECK(lifl_inbox_counts(a, consumer, &s, &t) == LIFL_OK && s == sent && t == taken);
+}
+
+static void test_credits_bound_what_is_on_its_way(void) {
+  lifl_arena *a = arena_of(1, 3);
+  uint32_t capacity = (uint32_t)lifl_ring_capacity(a, 0, 1), next = 0, number;
+  for (uint32_t lap = 0; lap < 5; lap++) {
+    while (next < (lap + 1) * capacity) take(a, 0, 1, next++);
+    CHECK(lifl_credit_take(a, 0, 1, &number) == LIFL_FULL);
+    counts(a, 1, next, next - capacity);
+    CHECK(lifl_credit_give(a, 0, 1, next - capacity) == LIFL_OK); /* one is drained: room for one */
+    take(a, 0, 1, next);
+    CHECK(lifl_credit_take(a, 0, 1, &number) == LIFL_FULL);
+    CHECK(lifl_credit_untake(a, 0, 1) == LIFL_OK); /* it was not sent after all */
+    counts(a, 1, next, next - capacity + 1);
+    CHECK(lifl_credit_give(a, 0, 1, next - 1) == LIFL_OK); /* the last: what was before it will not come any more */
+    CHECK(lifl_credit_give(a, 0, 1, next - 3) == LIFL_OK); /* which is known then */
+    for (uint32_t ahead = 1; ahead; ahead <<= 1)           /* a number that was never taken says nothing */
+      CHECK(lifl_credit_give(a, 0, 1, next - 1 + ahead) == LIFL_OK);
+    counts(a, 1, next, next);
+  }
+  take(a, 0, 2, 0); /* every line has its own */
+  take(a, 2, 1, 0);
+  counts(a, 0, 0, 0);
+  counts(a, 1, next + 1, next);
+  counts(a, 2, 1, 0);
+  lifl_arena_detach(a);
+}
+
+static void test_credits_of_the_dead_come_back(void) {
+  lifl_arena *a = arena_of(1, 3), *heir = NULL;
+  uint32_t capacity = (uint32_t)lifl_ring_capacity(a, 0, 1), number;
+  for (uint32_t i = 0; i < capacity; i++) take(a, 0, 1, i);
+  take(a, 2, 1, 0);
+  take(a, 0, 2, 0);
+  CHECK(lifl_credit_reset(a, 1) == LIFL_OK);
+  counts(a, 1, capacity + 1, capacity + 1);
+  counts(a, 2, 1, 0);
+  for (uint32_t i = 0; i < capacity; i++) take(a, 0, 1, capacity + i);
+  /* Who attaches later goes on where the shared words stand. */
+  CHECK(lifl_arena_attach(lifl_arena_fd(a), &heir) == LIFL_OK);
+  CHECK(lifl_credit_take(heir, 0, 1, &number) == LIFL_FULL);
+  CHECK(lifl_credit_give(heir, 0, 1, capacity) == LIFL_OK);
+  take(heir, 0, 1, 2 * capacity);
+  /* A reset comes between a taking and its undoing, and the sender dies of something else: its successor may send. */
+  take(heir, 2, 1, 1);
+  CHECK(lifl_credit_reset(a, 1) == LIFL_OK);
+  CHECK(lifl_credit_untake(heir, 2, 1) == LIFL_OK);
+  counts(a, 1, 2 * capacity + 3, 2 * capacity + 3);
+  lifl_arena_detach(heir);
+  CHECK(lifl_arena_attach(lifl_arena_fd(a), &heir) == LIFL_OK);
+  take(heir, 2, 1, 1);
+  lifl_arena_detach(heir);
+  lifl_arena_detach(a);
+}
+
 /* ---------------------------------------------------------------- kernels */
 
 static const uint64_t COUNTS[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 2047, 2048, 2049, 4096, 5001};
@@ -594,6 +663,8 @@ int main(void) {
   test_stale_moves_fail();
   test_each_block_is_taken_once();
   test_ring_is_full_at_its_capacity();
+  test_credits_bound_what_is_on_its_way();
+  test_credits_of_the_dead_come_back();
   test_ring_between_processes();
   test_no_wake_up_is_lost();
   test_eventfd_rings_when_armed();

@@ -173,11 +173,11 @@ def test_killed_between_any_two_instructions(bench: Bench, role: str, form: Form
 def test_successor_is_killed_too(bench: Bench, role: str, form: Form, record_property: Any) -> None:
     """Whoever takes over from the dead dies as well, at each of its steps: (step, step) pairs."""
     steps = bench.steps(role, form)
-    for n in range(1, steps + 1, every(3)):
+    for n in range(1, steps + 1, every(2)):
         m, was_late = 1, 0
         while was_late < 3:  # the successor's steps depend on n: until it outlives the round
             was_late = 0 if bench.case(role, form, n, m) else was_late + 1
-            m += every(6)
+            m += every(4)
     assert bench.pairs > (steps**2 / 3 if ALL else 10)
     tell(record_property, bench)
 

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from lifl.ebpf import probe
+
 HERE = Path(__file__).parent
 
 Run = Callable[..., Any]
@@ -66,6 +68,14 @@ def root() -> None:
     """Only root can become another user."""
     if os.geteuid() != 0:
         give_up("only root can become another user: run it as root")
+
+
+@pytest.fixture(scope="session")
+def ebpf() -> None:
+    """A kernel that takes the sidecar's program from this process."""
+    support = probe.support()
+    if not support.available:
+        give_up(f"{support.reason}; {support.remedy}")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -57,6 +58,7 @@ int eventfd(unsigned value, int flags) { return fails("eventfd") ? -1 : REAL(eve
 int socketpair(int domain, int type, int protocol, int fds[2]) {
   return fails("socketpair") ? -1 : REAL(socketpair)(domain, type, protocol, fds);
 }
+ssize_t send(int fd, const void *from, size_t n, int flags) { return fails("send") ? -1 : REAL(send)(fd, from, n, flags); }
 int poll(struct pollfd *fds, nfds_t n, int timeout) { return fails("poll") ? -1 : REAL(poll)(fds, n, timeout); }
 pid_t fork(void) { return fails("fork") ? -1 : REAL(fork)(); }
 

@@ -168,3 +168,30 @@ with lifl.Node("8MiB", workers=2, stall_timeout=1.0) as node:
     waited, stages = said
     assert min(waited) >= 0.5
     assert all(0 <= seconds < 3600 for seconds in [*waited, *stages.values()])
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENOMEM, errno.ENOBUFS])
+def test_a_descriptor_that_a_socket_does_not_take_is_sent_later(
+    program: Any, shim: Path, ebpf: None, number: int
+) -> None:
+    """With the eBPF sidecar each of a round's descriptors is refused once by the kernel: the mean is as ever."""
+    count = program(
+        f"""
+before = fds()
+with lifl.Node("4MiB", workers=1, transport="ebpf") as node:
+    for nth in range(1, 200):
+        faults.lifl_fail(b"send", nth, {number})
+        with node.open_round(SPEC, 6, shape=lifl.Shape(1, 0)) as round_:
+            for i, update in enumerate(SENT):
+                round_.submit(update, client_id=i)
+            assert (round_.result(30).arrays["w"] == 63 / 6).all()
+        is_fired = faults.lifl_fired()
+        faults.lifl_fail(b"", 0, 0)
+        if not is_fired:
+            break
+check_nothing_left(before)
+print(json.dumps(nth - 1))
+""",
+        preload=shim,
+    )
+    assert 8 <= count < 199
