@@ -42,7 +42,8 @@ def test_second_user_gets_at_nothing(tmp_path: Path) -> None:
         assert node._crew is not None
         pids = [os.getpid(), node._crew.nursery.pid, *node.pids()]
         had = probe(tmp_path, NOBODY, pids)
-        assert had.pop("find something by name") == ["ENOENT"] * len(pids)
+        # There is nothing, or it is the socket of another test's server, at which nobody else is let in.
+        assert set(had.pop("find something by name")) <= {"ENOENT", "EACCES"}
         assert had.pop("ask what it is doing") == ["EACCES", *["ENOENT"] * (len(pids) - 1)]
         for way, said in had.items():
             assert set(said) <= REFUSED, f"{way}: {said}"
