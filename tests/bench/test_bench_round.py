@@ -7,9 +7,9 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,10 @@ FIGURES = {
 
 
 @pytest.fixture(scope="module")
-def measured() -> Iterator[dict[str, Any]]:
+def measured(own_folder: Path) -> dict[str, Any]:
     """Two rounds with two nodes, Flower's strategy and lifl's on Flower's SuperLink, measured once."""
-    before = set(os.listdir(tempfile.gettempdir()))
-    yield measure_round("tiny", NODES, ROUNDS, ("flower", "strategy"), spec=SPEC)
-    left = {name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("lifl-")}
-    assert not left
+    assert own_folder.is_dir()
+    return measure_round("tiny", NODES, ROUNDS, ("flower", "strategy"), spec=SPEC)
 
 
 def test_every_side_has_its_figures(measured: dict[str, Any]) -> None:
