@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_shm.c lifl/_fold.c
 
+JOBS ?= 2
 SOAK_MINUTES ?= 30
 FUZZ_SECONDS ?= 300
 
@@ -13,8 +14,9 @@ FUZZ_SECONDS ?= 300
 demo: .venv/demo
 	$(BIN)/lifl demo
 
+# Files of tests beside each other, in their order: the long ones, which mostly wait, come first.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(MAKE) --no-print-directory docs
 
 # The ladder (docs/reliability.md). `make test` has 1 to 5 in minutes; here they are one by one, and longer.

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from lifl import order, recovery
 from lifl.books import Update
-from lifl.errors import ArenaCorruptError
-from lifl.host import Host, wait_for_block
+from lifl.errors import ArenaCorruptError, ShmError
+from lifl.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.shape import Shape
 from lifl.recovery import Remains
@@ -20,6 +20,7 @@ from lifl.ring import NO_BLOCK, Descriptor, Kind
 from lifl.shm import AGENT, Block, State
 from lifl.sizes import sum_bytes_of, units_of
 from lifl.tensor import Layout
+from lifl.terms import Terms
 
 ROOM_FOR_UPDATES = 4
 """A leaf that joins a round leaves room for so many more updates, so that it does not keep them out."""
@@ -54,6 +55,26 @@ class Assignment:
         """Bytes of the control block: it names a sum of each worker and as many updates as there can be at a time."""
         room = host.arena.block_bytes // units_of(layout.update_bytes)
         return order.control_bytes(layout, min(expected, room) + host.pool.most)
+
+    @classmethod
+    def wait_for_room(cls, host: Host, terms: Terms, largest_update: int) -> None:
+        """Waits until memory is free for what a round needs beside all but one of its updates.
+
+        `largest_update` is bytes, of the rounds that are open. Raises :class:`ShmError` if nothing will come free.
+        """
+        layout, arena = terms.layout, host.arena
+        needed = units_of(cls.control_bytes(host, layout, terms.expected))
+        needed += units_of(layout.mean_bytes) + units_of(max(layout.update_bytes, largest_update))
+        needed += 0 if terms.order == "flower" else 2 * units_of(sum_bytes_of(layout))
+        while arena.free_bytes < needed:
+            if not host.relieve():
+                raise ShmError(
+                    errno.ENOSPC,
+                    f"no room for a round of {terms.spec.nbytes:,} bytes per update: {needed:,} bytes are needed (two "
+                    f"sums, the mean, one update), {arena.free_bytes:,} of {arena.block_bytes:,} are free; "
+                    f"give the Node at least memory={needed}, close rounds, or drop old results",
+                )
+            host.changed.wait(WAIT_CAP_S)
 
     @classmethod
     def reserve(cls, host: Host, number: int, layout: Layout, flags: int, expected: int) -> Assignment:
@@ -179,6 +200,10 @@ class Assignment:
     def is_busy(self) -> bool:
         """True while a leaf has updates that it has not reported as folded."""
         return any(self._outstanding.values())
+
+    def is_top(self, me: int) -> bool:
+        """True for the leaf that adds up the sums, from when it has folded its own updates."""
+        return me == self.top and not self._outstanding[me]
 
     @property
     def is_committed(self) -> bool:

@@ -1,13 +1,18 @@
-"""A round's books: who was accepted, who was refused, and when what happened."""
+"""A round's books: who was accepted, who was refused, and when what happened.
+
+What is told to them is told to the Node's tally as well.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import attrs
 
 from lifl.metrics import Contribution, Rejection, RoundReport, Span
 from lifl.shm import Block
+from lifl.tally import Tally
 
 
 @attrs.define(eq=False)
@@ -27,10 +32,16 @@ class Update:
 
 @attrs.define(eq=False)
 class Books:
-    """Mutable while the round is open; not locked: that is the round's business."""
+    """Mutable while the round is open; not locked: that is the round's business.
 
+    ``refused`` counts ``rejected`` by rule.
+    """
+
+    tally: Tally
+    update_bytes: int
     updates: list[Update] = attrs.field(factory=list)
     rejected: list[Rejection] = attrs.field(factory=list)
+    refused: Counter[str] = attrs.field(factory=Counter)
     opened_s: float = attrs.field(factory=time.monotonic)
     done_s: float = 0.0
     deaths: int = 0
@@ -48,6 +59,18 @@ class Books:
         """The sum of the accepted weights."""
         return sum(u.weight for u in self.updates)
 
+    def accept(self, update: Update) -> None:
+        """One more update counts."""
+        self.updates.append(update)
+        self.tally.accepted += 1
+        self.tally.accepted_bytes += self.update_bytes
+
+    def reject(self, rejection: Rejection) -> None:
+        """One does not; it may have been accepted before."""
+        self.rejected.append(rejection)
+        self.refused[rejection.rule] += 1
+        self.tally.refused[rejection.rule] += 1
+
     def refusals(self) -> str:
         """The end of a message that says who was refused; empty if nobody was."""
         if not self.rejected:
@@ -62,10 +85,13 @@ class Books:
     def add_span(self, runtime: int, role: str, begin_ns: int, end_ns: int, updates: int) -> None:
         """A runtime aggregated so many updates or sums, from and to nanoseconds of the monotonic clock."""
         span = (runtime, role, begin_ns, end_ns)
+        if span not in self.spans:  # a batch is told update by update
+            self.tally.busy_ns[runtime] += end_ns - begin_ns
         self.spans[span] = self.spans.get(span, 0) + updates
 
     def folded(self, update: Update, begin_ns: int, end_ns: int) -> None:
         """An update is in its leaf's sum."""
+        self.tally.folded[update.runtime] += 1
         if not end_ns:  # its leaf died between the commit and this note
             update.folded_s = self.now_s()
             return

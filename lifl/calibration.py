@@ -62,9 +62,8 @@ def default_costs() -> Costs:
 
 def costs(measure: bool = False) -> Costs:
     """The costs of this machine: from the file; else measured if `measure` is true, else the default, at once."""
-    known = _read()
-    if known is not None:
-        return known
+    if (remembered := known()) is not None:
+        return remembered
     return calibrate() if measure else default_costs()
 
 
@@ -206,15 +205,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _path() -> Path:
+def path() -> Path:
+    """The file in which this machine's costs are remembered; raises ``RuntimeError`` if there is no home."""
     key = json.dumps(machine(), sort_keys=True)
     return cache_folder() / f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _read() -> Costs | None:
+def known() -> Costs | None:
+    """What was measured on this machine before; None if nothing was, or it cannot be read."""
     # RuntimeError: there is no home. The others: no file, no JSON, not these names, no numbers, too deep, ...
     with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, OverflowError):
-        found = json.loads(_path().read_bytes())
+        found = json.loads(path().read_bytes())
         if found["machine"] == machine():
             return Costs.from_dict(found["costs"])
     return None
@@ -223,13 +224,13 @@ def _read() -> Costs | None:
 def _write(measured: Costs) -> None:
     """As a whole or not at all: another process may read it, or write its own."""
     with contextlib.suppress(OSError, RuntimeError):
-        path = _path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        target = path()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
             try:
                 json.dump({"machine": machine(), "costs": measured.to_dict()}, file, indent=1)
                 file.close()
-                os.replace(file.name, path)
+                os.replace(file.name, target)
             except BaseException:
                 os.unlink(file.name)
                 raise

@@ -1,47 +1,26 @@
 """The ``lifl`` commands: what they are called, what they are given, what they show.
 
 Owns arguments. Measures and runs nothing itself, and imports what does only inside the command that needs it; what
-is told is ``console``'s.
+is told is ``console``'s, and the benchmarks' commands are ``bench.commands``'.
 """
 
 from __future__ import annotations
 
 import json
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+import time
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from lifl.console import end, progress, show, told
+from lifl.bench.commands import bench
+from lifl.console import AsJson, show, told
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S
 from lifl.planner.placement import Rule
 
-
-class Model(StrEnum):
-    """The names in ``lifl.bench.shapes.MODELS``, which is not imported for ``--help``."""
-
-    RESNET18 = "resnet18"
-    RESNET34 = "resnet34"
-    RESNET152 = "resnet152"
-    SMALL2000 = "small2000"
-
-
-class Peer(StrEnum):
-    """Who else can be measured."""
-
-    NVFLARE = "nvflare"
-
-
-class Fold(StrEnum):
-    """``lifl.terms.Timing``."""
-
-    EAGER = "eager"
-    LAZY = "lazy"
-    JIT = "jit"
-
+SVG_WIDTH = 100
+"""Characters in a line of a picture."""
 
 main = typer.Typer(
     name="lifl",
@@ -50,13 +29,7 @@ main = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(
-    help="Measure this machine, the fold, the hand-off, the recovery, the planning, the runtimes.",
-    no_args_is_help=True,
-)
 main.add_typer(bench, name="bench")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
 
 
 def _version(is_asked: bool) -> None:
@@ -136,256 +109,54 @@ def plan(
     console.print(f"{planned}, planned in {planning_ms:.1f} ms", soft_wrap=True)
 
 
-@bench.command()
+@main.command()
 @told
-def limits(
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
+def top(
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
+    pid: Annotated[int | None, typer.Option(help="Only the Nodes of this process.", show_default="all")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Look twice, an interval apart, print that and end.")] = False,
+    svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Draw it once, into this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine can do at most.
+    """What this user's Nodes and lifl-superlinks are doing now.
 
-    Reading and copying memory, hashing, waking and starting processes; and what the cost model plans with, which is
-    measured anew and remembered. Takes about 15 seconds and 1 GiB of memory.
+    Memory, open rounds, and of each worker its role, its queue and how busy it is; until Ctrl-C. With --json one look,
+    as JSON. If the output is no terminal, as with --once. A Node without workers (workers=0) is not found.
     """
-    from lifl.bench.limits import limits_table, measure_limits
+    from lifl.top import Watcher, ask_all
+    from lifl.top_view import nodes_view, show_live, svg_of
 
-    with progress() as say:
-        figures = measure_limits(repetitions=repetitions, on_progress=say)
-    show(figures, limits_table, as_json)
+    if as_json:
+        typer.echo(json.dumps({"nodes": [stats.to_dict() for stats in ask_all(pid)]}, indent=2))
+        return
+    console, watcher = Console(), Watcher(pid)
+    if not once and svg is None and console.is_terminal:
+        show_live(console, watcher, interval)
+        return
+    watcher.look()
+    time.sleep(interval)
+    sights = watcher.look()
+    if svg is None:
+        console.print(nodes_view(sights))
+    else:
+        svg.write(svg_of(sights, SVG_WIDTH))
 
 
-@bench.command()
+@main.command()
 @told
-def fold(
-    model: Annotated[
-        Model, typer.Option(metavar="NAME", help="Shapes of the updates: resnet18, resnet34, resnet152, small2000.")
-    ] = Model.RESNET18,
-    updates: Annotated[int, typer.Option(min=1, help="How many updates are averaged.")] = 16,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Worker processes of lifl.", show_default="one per core")
-    ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
+def doctor(
+    svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Write the table as a picture here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The mean of ready updates, by lifl, Flower and NVFLARE.
+    """What this machine has, what lifl uses of it, and how to get more.
 
-    All take turns in one run, on the same updates. "updates ready": all lie in shared memory, and the
-    clock runs from the last one to the mean. "copied in": the clock includes copying all of them into
-    shared memory. NVFLARE needs lifl's extra "peers". Takes about 30 seconds and 3 GB of memory with the
-    defaults, 13 GB with resnet152.
+    Changes nothing and needs no privileges. The status is 1 if lifl cannot run here at all.
     """
-    from lifl.bench.fold import fold_table, measure_fold
+    from lifl.doctor import examine
+    from lifl.doctor_view import findings_svg, findings_table
 
-    with progress() as say:
-        figures = measure_fold(model.value, updates, workers, repetitions, on_progress=say)
-    show(figures, fold_table, as_json)
-
-
-@bench.command()
-@told
-def handoff(
-    messages: Annotated[
-        int, typer.Option(min=1, help="Hand-overs between the spinning sides; the other ways get a tenth.")
-    ] = 20_000,
-    as_json: AsJson = False,
-) -> None:
-    """One descriptor from one Python process to another.
-
-    lifl's rings and its eBPF sidecar against Unix sockets, a proxy, multiprocessing.Queue and gRPC; on two cores and
-    on one, and what CPU time it takes. A figure is half of a round trip. Takes about fifteen seconds.
-    """
-    from lifl.bench.handoff import handoff_table, measure_handoff
-
-    with progress() as say:
-        figures = measure_handoff(messages, on_progress=say)
-    show(figures, handoff_table, as_json)
-
-
-@bench.command()
-@told
-def recovery(
-    deaths: Annotated[int, typer.Option(min=1, help="Deaths of each way; each figure is over so many.")] = 200,
-    updates: Annotated[int, typer.Option(min=1, help="Updates of ResNet-18 that each worker has.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes; one of them is killed at a time.")] = 2,
-    as_json: AsJson = False,
-) -> None:
-    """From a worker's SIGKILL to all it held reclaimed.
-
-    Workers die while their updates wait and while they fold them; the others live. Every mean is checked. Takes
-    about a minute and a half and 1.3 GB of memory with the defaults.
-    """
-    from lifl.bench.recovery import measure_recovery, recovery_table
-
-    with progress() as say:
-        figures = measure_recovery(deaths, updates, workers, on_progress=say)
-    show(figures, recovery_table, as_json)
-
-
-@bench.command()
-@told
-def planning(
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Plans of rounds with up to 100,000 clients on up to 1,000 nodes.
-
-    Placement, tree and processes; and the new plan when a node is gone. Takes about five seconds.
-    """
-    from lifl.bench.planning import measure_planning, planning_table
-
-    with progress() as say:
-        figures = measure_planning(repetitions, on_progress=say)
-    show(figures, planning_table, as_json)
-
-
-@bench.command()
-@told
-def trickle(
-    updates: Annotated[int, typer.Option(min=2, help="How many updates of ResNet-18 come.")] = 32,
-    seconds: Annotated[float, typer.Option(min=0, help="From the first to the last.")] = 10.0,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Worker processes of lifl.", show_default="one per core")
-    ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Updates that trickle in: from the last to the new model.
-
-    Eager, just in time and lazy take turns; beside it, how long one core folds one update onto a sum. Takes about
-    two minutes and 2.5 GB of memory with the defaults.
-    """
-    from lifl.bench.trickle import measure_trickle, trickle_table
-
-    with progress() as say:
-        figures = measure_trickle(updates, seconds, workers=workers, repetitions=repetitions, on_progress=say)
-    show(figures, trickle_table, as_json)
-
-
-@bench.command()
-@told
-def roles(
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 20,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Of the Node with two rounds.", show_default="one per core")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """A warm worker's next role, against starting one.
-
-    And whether a second round starts a process. Takes about ten seconds.
-    """
-    from lifl.bench.roles import measure_roles, roles_table
-
-    with progress() as say:
-        figures = measure_roles(repetitions, workers, on_progress=say)
-    show(figures, roles_table, as_json)
-
-
-@bench.command()
-@told
-def idle(
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long the Nodes are watched.")] = 60.0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes of each Node.", show_default="one per core")
-    ] = None,
-    transport: Annotated[str | None, typer.Option(help="rings, ebpf or auto.", show_default="rings")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """CPU time of a Node that has nothing to do.
-
-    With warm workers, with a round that waits, and after all workers have gone.
-    """
-    from lifl.bench.idle import idle_table, measure_idle
-
-    with progress() as say:
-        figures = measure_idle(seconds, workers, transport, on_progress=say)  # type: ignore[arg-type] # it checks
-    show(figures, idle_table, as_json)
-
-
-@bench.command()
-@told
-def ablation(
-    updates: Annotated[str, typer.Option(help="Of 5 simulated nodes; 20 times as many for 100.")] = "20,60,100",
-    real_updates: Annotated[str, typer.Option(help="Of the 5 real Nodes; 40 take 12 GB.")] = "20,30,40",
-    repetitions: Annotated[int, typer.Option(min=1, help="Each real figure is the median of so many.")] = 3,
-    simulate_only: Annotated[bool, typer.Option("--simulate-only", help="Carry nothing out for real.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw it into this file: .svg, .png or .pdf.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """One idea of lifl more at a time, for real and simulated.
-
-    Rounds of ResNet-18: a baseline, then locality, planned trees, reuse of runtimes, eager folding, shards. For real
-    on five Nodes of this machine; every model is checked. A round that others on the machine disturb is repeated, and
-    how much they took is told. Takes five to fifteen minutes and 12 GB of memory; simulated only, ten seconds.
-    """
-    from lifl.bench.ablation import measure_ablation
-    from lifl.bench.ablation_view import ablation_tables, check_picture, save_picture
-
-    counts, real = _counts("--updates", updates), _counts("--real-updates", real_updates)
-    if picture is not None:
-        check_picture(picture)
-    with progress() as say:
-        figures = measure_ablation(counts, real, repetitions, is_simulated_only=simulate_only, on_progress=say)
-    if picture is not None:
-        save_picture(figures, picture)
-    show(figures, ablation_tables, as_json)
-
-
-@bench.command()
-@told
-def round(
-    model: Annotated[
-        Model, typer.Option(metavar="NAME", help="Shapes of the model: resnet18, resnet34, resnet152, small2000.")
-    ] = Model.RESNET18,
-    nodes: Annotated[int, typer.Option(min=1, help="Virtual SuperNodes, which train nothing.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Of one run.")] = 2,
-    sides: Annotated[str, typer.Option(help="Who takes turns.")] = "flower,strategy,server",
-    peer: Annotated[Peer | None, typer.Option(metavar="NAME", help="One more: nvflare, on servers of its own.")] = None,
-    timing: Annotated[Fold, typer.Option(metavar="WHEN", help="lifl folds updates eager, lazy or jit.")] = Fold.EAGER,
-    memory: Annotated[
-        str | None, typer.Option(help="Of lifl-superlink's arena, such as 2GiB.", show_default="its own default")
-    ] = None,
-    profile: Annotated[bool, typer.Option(help="Show where lifl-superlink's CPU time went.")] = False,
-    patient: Annotated[bool, typer.Option(help="The nodes wait as long as SuperNodes do.")] = False,
-    repetitions: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures into this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw them into this file: .svg, .png or .pdf.")] = None,
-) -> None:
-    """Whole Flower rounds, end to end, on real servers.
-
-    A real SuperLink, a real ServerApp, and SuperNodes that are played by one process, over HTTP. "flower": Flower's
-    server and FedAvg. "strategy": Flower's server, lifl's FedAvg. "server": lifl-superlink, lifl's FedAvg; "unheld":
-    the same, but it does not hold requests for work open. Every model is checked. A round of Flower's takes half a
-    minute with the defaults, and three with small2000 and 2 nodes. NVFLARE needs lifl's extra "peers".
-    """
-    from lifl.bench.ablation_view import check_picture
-    from lifl.bench.round import measure_round
-    from lifl.bench.round_view import profile_table, round_table, save_picture
-
-    if picture is not None:
-        check_picture(picture)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ValueError(f"{json_file}: there is no such folder")
-    chosen = [side.strip() for side in sides.split(",") if side.strip()]
-    chosen += [peer.value] if peer is not None else []
-    options: dict[str, Any] = {"timing": timing.value, "memory": memory, "repetitions": repetitions}
-    options |= {"is_patient": patient, "has_profile": profile}
-    try:
-        with progress() as say:
-            figures = measure_round(model.value, nodes, rounds, chosen, on_progress=say, **options)
-    except (FileNotFoundError, RuntimeError, TimeoutError) as error:  # of the programs that are started
-        end(str(error), 1)
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2))
-    if picture is not None:
-        save_picture(figures, picture)
-    show(figures, round_table, as_json=False)
-    if any(row.get("profile_s") for row in figures["rows"]):
-        show(figures, profile_table, as_json=False)
-
-
-def _counts(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{option} {text}: give numbers with commas between them, such as 20,60,100") from None
+    findings = examine()
+    if svg is not None:
+        svg.write(findings_svg(findings))
+    show(findings.to_dict(), lambda _: findings_table(findings), as_json)
+    raise typer.Exit(0 if findings.can_run else 1)

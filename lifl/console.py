@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -25,12 +25,15 @@ REMEDIES = {
     "grpc": "pip install 'lifl[bench]'",
     "matplotlib": "pip install 'lifl[plot]'",
     "nvflare": "pip install 'lifl[peers]'",
+    "prometheus_client": "pip install 'lifl[metrics]'",
     "sklearn": "pip install 'lifl[demo]'",
     "torch": "pip install 'lifl[torch]'",
 }
 """Extras by the module that is missing without them."""
 
 INTERRUPTED = 130
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
 
 
 def told(command: Callable[P, None]) -> Callable[P, None]:

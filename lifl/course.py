@@ -48,7 +48,7 @@ class Course:
         self._host, self.number, self._assignment, self._pace = host, number, assignment, pace
         self._terms, self._roster = terms, roster
         self._finish = Finish(host, number, assignment, terms.order == "flower")
-        self.books = Books(cold_starts=host.pool.cold_starts)
+        self.books = Books(host.tally, terms.spec.nbytes, cold_starts=host.pool.cold_starts)
         self.phase: Literal["open", "folding", "done", "failed", "closed"] = "open"
         self.error: Exception | None = None
         self.result: RoundResult | None = None
@@ -63,7 +63,7 @@ class Course:
     def count(self, update: Update) -> None:
         """One more update is accepted: it is folded ahead, or held. With the last one the end begins."""
         work, pace = self._assignment, self._pace
-        self.books.updates.append(update)
+        self.books.accept(update)
         work.add(update)
         is_folding = pace.is_folding_ahead(update.arrived_s, len(work.held))
         work.shape = pace.shape
@@ -95,6 +95,11 @@ class Course:
         if self.phase in ("done", "closed"):
             return set()
         return self._assignment.working | self._finish.makers
+
+    def roles(self) -> dict[int, str]:
+        """What each of :attr:`engaged` is now: "leaf", "top" or "shard". The host holds the lock."""
+        makers, work = self._finish.makers, self._assignment
+        return {me: "shard" if me in makers else "top" if work.is_top(me) else "leaf" for me in self.engaged}
 
     @property
     def waits_for_workers(self) -> bool:
@@ -210,6 +215,7 @@ class Course:
             self.books.add_sent(*sent)
         self.books.done_s = self.books.now_s()
         self.phase = "done"
+        self.books.tally.done += 1
         buffer = self._host.arena.buffer(self._assignment.mean)
         views = self._terms.spec.flower_views if self._terms.order == "flower" else self._terms.spec.views
         report = self.report()
@@ -287,7 +293,7 @@ class Course:
     def _refuse_poison(self, update: Update) -> None:
         """An update that two workers died of is not given to a third."""
         reason = f"{update.deaths} workers died while they folded it"
-        self.books.rejected.append(Rejection(update.client_id, "poison", reason))
+        self.books.reject(Rejection(update.client_id, "poison", reason))
         self.books.updates.remove(update)
         self._roster.leave(update.client_id)
         self._assignment.refuse(update)
@@ -307,6 +313,7 @@ class Course:
         """Ends the round without a result. The host holds the lock."""
         if self.phase in ("open", "folding"):
             self.phase, self.error = "failed", error
+            self.books.tally.failed += 1
             self.books.done_s = self.books.now_s()
 
     # ------------------------------------------------------------ the end

@@ -68,6 +68,7 @@ class Crew:
         self._last_tick_s: float | None = None
         self.tick_s = min(LONGEST_TICK_S, stall_timeout / TICKS_PER_STALL)
         self._vacant: set[int] = set()  # buried, and not decided yet whether they have a successor
+        self._calls: dict[int, Callable[[], None]] = {}  # by descriptor that is listened to
         self.nursery = Nursery(arena_fd, bell_fd, spin_s)
         self._poll = select.epoll()
         try:
@@ -78,9 +79,14 @@ class Crew:
             self.close()
             raise
 
-    def listen(self, fd: int) -> None:
-        """:meth:`wait` returns when this is readable too."""
-        self._poll.register(fd, select.EPOLLIN)
+    def listen(self, fd: int, then: Callable[[], None] | None = None) -> None:
+        """:meth:`wait` returns when this is readable too.
+
+        With `then` it calls that before it returns, once each time that something more has come.
+        """
+        if then is not None:
+            self._calls[fd] = then
+        self._poll.register(fd, select.EPOLLIN if then is None else select.EPOLLIN | select.EPOLLET)
 
     def wait(self, timeout_s: float | None) -> list[int]:
         """Waits until the bell rings, a worker is dead, or the time is over; the pidfds of the dead.
@@ -88,12 +94,19 @@ class Crew:
         Workers may be started meanwhile, by other threads.
         """
         seen = self._poll.poll(None if timeout_s is None else math.ceil(timeout_s * 1000) / 1000)
+        for fd, _ in seen:
+            if fd in self._calls:
+                self._calls[fd]()
         return [fd for fd, _ in seen if fd in self._workers]
 
     @property
     def pids(self) -> tuple[int, ...]:
         """The workers' process ids."""
         return tuple(worker.pid for worker in self._workers.values())
+
+    def by_number(self) -> dict[int, int]:
+        """The process ids of the workers that are there, leaving or not, by their numbers."""
+        return {worker.me: worker.pid for worker in self._workers.values()}
 
     @property
     def there(self) -> frozenset[int]:

@@ -14,6 +14,7 @@ from lifl.shm import Arena, Block
 if TYPE_CHECKING:
     from lifl.forecast import Forecast
     from lifl.pool import Pool
+    from lifl.tally import Tally
     from lifl.transport import Transport
 
 WAIT_CAP_S = 0.1
@@ -29,6 +30,7 @@ class Host(Protocol):
     changed: threading.Condition
     pool: Pool
     forecast: Forecast
+    tally: Tally
 
     def pump(self) -> None:
         """Gets the work going that is there; without workers it is done now, in the calling thread."""

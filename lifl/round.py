@@ -124,7 +124,7 @@ class Round:
     def reject(self, error: AdmissionError) -> None:
         """Puts a refusal into the report, also one decided elsewhere (an error reply, a bad format)."""
         with self._locked():
-            self.course.books.rejected.append(Rejection(error.client_id, error.rule, error.reason))
+            self.course.books.reject(Rejection(error.client_id, error.rule, error.reason))
 
     def _name(self, client_id: object) -> str:
         if client_id is not None:

@@ -7,14 +7,11 @@ no arithmetic and reads no update.
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,23 +19,24 @@ from lifl import shm
 from lifl.admission import Limits
 from lifl.agent import Agent
 from lifl.assignment import Assignment
-from lifl.errors import LeaseError, LiflError, PeerGoneError, ShmError
+from lifl.errors import LeaseError, LiflError, PeerGoneError
 from lifl.forecast import Forecast
 from lifl.planner.shape import Shape
 from lifl.pool import Pool
-from lifl.ring import Descriptor, Kind, queued
+from lifl.ring import Descriptor, Kind
 from lifl.round import Round
 from lifl.shm import Arena
-from lifl.sizes import parse_bytes, sum_bytes_of, units_of
-from lifl.staff import Staff
+from lifl.sizes import default_bytes, parse_bytes
+from lifl.staff import Staff, headcount
 from lifl.staff import cores as cores
+from lifl.stats import NodeStats
+from lifl.tally import Tally
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Terms, Timing
-from lifl.traffic import Traffic
 from lifl.transport import Name as TransportName
+from lifl.watch import Watch
 
 DEFAULT_MEMORY = 2 * 2**30
-MAX_WORKERS = 255
 STALL_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 60.0
 
@@ -67,6 +65,9 @@ class Node:
         How descriptors travel: through rings in shared memory, or through sockets that an eBPF program in the kernel
         routes and counts (see docs/ebpf.md). "auto": eBPF where it can be had, else rings. Default: the environment
         variable LIFL_TRANSPORT, or "rings".
+    metrics_port : int, optional
+        Serve :meth:`stats` to Prometheus at this port of `metrics_host` (0: at any that is free, see
+        ``metrics_address``). Needs ``pip install 'lifl[metrics]'``.
     debug : bool
         Overwrite freed blocks with 0xA5, so that a stale view shows itself.
 
@@ -78,6 +79,8 @@ class Node:
         If the workers cannot be started.
     EbpfUnavailableError
         With ``transport="ebpf"`` where it cannot be had: the reason, and what to do.
+    OSError
+        If the metrics' port cannot be had.
 
     Examples
     --------
@@ -97,24 +100,16 @@ class Node:
         idle_timeout: float | None = IDLE_TIMEOUT_S,
         stall_timeout: float = STALL_TIMEOUT_S,
         transport: TransportName | None = None,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
         debug: bool = False,
     ) -> None:
         from lifl import calibration  # late: `import lifl` is quick
 
         shm.require()
-        if not stall_timeout > 0:
-            raise ValueError(f"stall_timeout={stall_timeout!r}: give seconds above 0")
-        if idle_timeout is not None and not idle_timeout > 0:
-            raise ValueError(f"idle_timeout={idle_timeout!r}: give seconds above 0, or None for never")
-        if warm is None:
-            warm = 1 if workers is None else workers
-        workers = cores() if workers is None else workers
-        if not 0 <= workers <= MAX_WORKERS:
-            raise ValueError(f"workers={workers}: give 0 (fold in this process) to {MAX_WORKERS}")
-        if not 0 <= warm <= workers:
-            raise ValueError(f"warm={warm}: give 0 to workers={workers}")
+        workers, warm = headcount(workers, warm, idle_timeout, stall_timeout)
         if memory is None:
-            memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4)
+            memory = default_bytes(DEFAULT_MEMORY)
         self._pid = os.getpid()
         self.workers = workers
         self.changed = threading.Condition(threading.RLock())
@@ -124,15 +119,19 @@ class Node:
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
         self._agent: Agent | None = None
+        self.tally = Tally()
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
         self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
         self.transport, self.outbox, self._crew = staff.transport, staff.outbox, staff.crew
-        self.traffic = Traffic(staff.transport.metrics, partial(queued, self.arena), time.monotonic)
+        self.traffic = staff.traffic
         self.forecast = Forecast(calibration.costs(), max(workers, 1), self.traffic.take)
         self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
+        self.watch = Watch(self, self._rounds, staff)
         if staff.crew is not None:
             self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
         _nodes.add(self)
+        if metrics_port is not None:
+            self.watch.export(metrics_port, metrics_host)
 
     # ------------------------------------------------------------ workers
 
@@ -181,6 +180,7 @@ class Node:
             self.drain()  # what it said before it died counts
             dead = crew.bury(pidfd)
             me = dead.me
+            self.tally.deaths[me] += not dead.was_leaving
             if self._is_closed:
                 return
             try:
@@ -209,6 +209,19 @@ class Node:
         """The workers' process ids."""
         with self.changed:
             return () if self._crew is None else self._crew.pids
+
+    def stats(self) -> NodeStats:
+        """What the Node is doing now, and what it has done; see :mod:`lifl.stats`.
+
+        Works at any time and waits for no worker; with ``workers=0``, for the fold that goes on. Raises
+        :class:`LeaseError` if the Node is closed.
+        """
+        return self.watch.stats()
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Host and port of the metrics, as "127.0.0.1:9400"; None without ``metrics_port``."""
+        return self.watch.metrics_address
 
     # ------------------------------------------------------------ what a round needs
 
@@ -306,7 +319,8 @@ class Node:
         self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
         with self.changed:
             self.check_workers()
-            self._wait_for_room(terms)
+            largest = max((r.spec.layout.update_bytes for r in self._rounds.values()), default=0)
+            Assignment.wait_for_room(self, terms, largest)
             if not self._rounds:
                 self.traffic.begin()
             self._number = number = self._number + 1
@@ -315,23 +329,6 @@ class Node:
             self._rounds[number] = round_
             round_.course.enlist(0 if shape is None else shape.leaves)
         return round_
-
-    def _wait_for_room(self, terms: Terms) -> None:
-        """Waits until memory is free for what the round needs beside all but one of its updates."""
-        layout = terms.layout
-        updates = [r.spec.layout.update_bytes for r in self._rounds.values()]
-        needed = units_of(Assignment.control_bytes(self, layout, terms.expected))
-        needed += units_of(layout.mean_bytes) + units_of(max([layout.update_bytes, *updates]))
-        needed += 0 if terms.order == "flower" else 2 * units_of(sum_bytes_of(layout))
-        while self.arena.free_bytes < needed:
-            if not self.relieve():
-                raise ShmError(
-                    errno.ENOSPC,
-                    f"no room for a round of {terms.spec.nbytes:,} bytes per update: {needed:,} bytes are needed (two "
-                    f"sums, the mean, one update), {self.arena.free_bytes:,} of {self.arena.block_bytes:,} are free; "
-                    f"give the Node at least memory={needed}, close rounds, or drop old results",
-                )
-            self.changed.wait(0.1)
 
     # ------------------------------------------------------------ the end
 
@@ -367,6 +364,7 @@ class Node:
         self._staff.bell.ring()
         if self._agent is not None:
             self._agent.join()
+        self.watch.close()
         self._staff.close()
         self.arena.close()
 

@@ -75,17 +75,29 @@ def check(status: int, what: str) -> int:
     raise ShmError(errno.EINVAL, f"{what}: an argument is out of bounds")
 
 
+GROUP = Path("/sys/fs/cgroup")
+
+
+def limit_bytes() -> int | None:
+    """What the control group may use of memory at most; None if it is not bounded."""
+    try:
+        limit = (GROUP / "memory.max").read_text().strip()
+        return None if limit == "max" else int(limit)
+    except (OSError, ValueError):
+        return None
+
+
 def available_bytes() -> int:
     """Memory that can be had without swapping: the machine's, or the control group's if less."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     room = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
+    if (limit := limit_bytes()) is None:
+        return room
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        used = int((GROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return room
-    return room if limit == "max" else min(room, max(0, int(limit) - used))
+    return min(room, max(0, limit - used))
 
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()

@@ -33,6 +33,11 @@ def parse_bytes(memory: str | int) -> int:
     return memory
 
 
+def default_bytes(most: int) -> int:
+    """The arena of who names no size: `most` bytes, or a quarter of what is available if that is less."""
+    return min(most, shm.available_bytes() // 4)
+
+
 def units_of(nbytes: int) -> int:
     """What a block of `nbytes` takes: whole units, at least one."""
     unit = int(shm.lib.lifl_unit_bytes())

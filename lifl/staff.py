@@ -6,19 +6,41 @@ Owns the bell, the transport and the processes; knows no rounds.
 from __future__ import annotations
 
 import os
+import time
+from functools import partial
 
 from lifl.aggregator import Aggregator
 from lifl.crew import Crew
-from lifl.ring import Bell
+from lifl.ring import Bell, queued
 from lifl.shm import Arena
+from lifl.traffic import Traffic
 from lifl.transport import Name, open_transport
 
 SPIN_S = 50e-6
+MAX_WORKERS = 255
 
 
 def cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def headcount(
+    workers: int | None, warm: int | None, idle_timeout: float | None, stall_timeout: float
+) -> tuple[int, int]:
+    """How many workers there may be, and how many are started at once; ``ValueError`` for what makes no sense."""
+    if not stall_timeout > 0:
+        raise ValueError(f"stall_timeout={stall_timeout!r}: give seconds above 0")
+    if idle_timeout is not None and not idle_timeout > 0:
+        raise ValueError(f"idle_timeout={idle_timeout!r}: give seconds above 0, or None for never")
+    if warm is None:
+        warm = 1 if workers is None else workers
+    workers = cores() if workers is None else workers
+    if not 0 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers={workers}: give 0 (fold in this process) to {MAX_WORKERS}")
+    if not 0 <= warm <= workers:
+        raise ValueError(f"warm={warm}: give 0 to workers={workers}")
+    return workers, warm
 
 
 class Staff:
@@ -42,6 +64,7 @@ class Staff:
         except BaseException:
             self.bell.close()
             raise
+        self.traffic = Traffic(self.transport.metrics, partial(queued, arena), time.monotonic)
         try:
             # The agent's thread sends what did not fit; it may be asleep.
             self.outbox = self.transport.outbox(on_backlog=self.bell.ring)

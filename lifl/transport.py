@@ -29,6 +29,10 @@ class Transport(Protocol):
 
     name: str
 
+    @property
+    def loader(self) -> str | None:
+        """What has loaded a program into the kernel, if there is one."""
+
     def inbox(self, me: int = AGENT) -> Receiver:
         """What a participant of this process receives."""
 
@@ -55,6 +59,7 @@ class Rings:
     """Single-producer rings in the arena, with futexes and an eventfd to wake up."""
 
     name = "rings"
+    loader = None
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena

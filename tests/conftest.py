@@ -24,6 +24,7 @@ FAILED = pytest.StashKey[bool]()
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the markers and marks this process's environment, which all its descendants inherit."""
     config.addinivalue_line("markers", "big: takes about 8 GiB of memory; deselect with -m 'not big'")
+    config.addinivalue_line("markers", "transports: runs on rings and on the eBPF sidecar")
     config.addinivalue_line("markers", "leaves(reason): leaves what lifl does not own; exempt from the check")
     os.environ[MARK] = str(os.getpid())
     # Started in the background of a script, this process ignores Ctrl-C, and its children would too.
@@ -148,8 +149,29 @@ def arena() -> Iterator[Arena]:
     arena.close()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with the marker ``transports`` run on both."""
+    if metafunc.definition.get_closest_marker("transports"):
+        if "transport" not in metafunc.fixturenames:
+            metafunc.fixturenames.insert(0, "transport")
+        metafunc.parametrize("transport", ["rings", "ebpf"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the Nodes of a module's tests, and of the processes that they start, carry descriptors."""
+    name, before = getattr(request, "param", "rings"), os.environ.get("LIFL_TRANSPORT")
+    if name == "ebpf":
+        request.getfixturevalue("ebpf")
+    os.environ["LIFL_TRANSPORT"] = name
+    yield name
+    del os.environ["LIFL_TRANSPORT"]
+    if before is not None:
+        os.environ["LIFL_TRANSPORT"] = before
+
+
 @pytest.fixture(scope="module", params=[0, 1, 2, 5], ids="{}-workers".format)
-def warm_node(request: pytest.FixtureRequest) -> Iterator[lifl.Node]:
+def warm_node(request: pytest.FixtureRequest, transport: str) -> Iterator[lifl.Node]:
     """One long-lived Node per number of workers: for property tests, which use it for every example."""
     with lifl.Node("64MiB", workers=request.param, debug=True) as node:
         yield node

@@ -38,14 +38,15 @@ ALLOWED: dict[str, set[str]] = {
     "order": {"tensor"},
     "pace": {"planner.load", "planner.shape", "terms"},
     "loan": {"kernels", "shm", "tensor"},
-    "books": {"metrics", "shm"},
+    "tally": set(),
+    "books": {"metrics", "shm", "tally"},
     "result": {"metrics", "tensor"},
     "roster": set(),
     "terms": {"admission", "clip", "intake", "order", "planner.shape", "shm", "tensor"},
     "recovery": {"books", "shm"},
     "assignment": {
         *("books", "errors", "host", "order", "planner.hierarchy", "planner.shape", "recovery", "ring", "shm", "sizes"),
-        "tensor",
+        *("tensor", "terms"),
     },
     "finish": {"assignment", "books", "fold", "host", "order", "ring", "shm"},
     "course": {
@@ -101,16 +102,21 @@ ALLOWED: dict[str, set[str]] = {
     "nursery": {"aggregator", "ebpf.links", "errors"},
     "crew": {"errors", "nursery"},
     "pool": {"crew", "errors"},
-    "staff": {"aggregator", "crew", "ring", "shm", "transport"},
+    "staff": {"aggregator", "crew", "ring", "shm", "traffic", "transport"},
     "agent": {"crew", "errors", "ring", "traffic"},
     "traffic": {"shm"},
     "forecast": {
         *("metrics", "pace", "planner.choose", "planner.costs", "planner.load", "planner.shape", "terms"),
         "traffic",
     },
+    "stats": set(),
+    "forks": set(),
+    "beacon": {"errors", "forks", "wire"},
+    "exporter": {"errors", "forks", "stats"},
+    "watch": {"beacon", "errors", "exporter", "ring", "stats"},
     "runtime": {
         *("admission", "agent", "assignment", "calibration", "errors", "forecast", "planner.shape"),
-        *("pool", "ring", "round", "shm", "sizes", "staff", "tensor", "terms", "traffic", "transport"),
+        *("pool", "ring", "round", "shm", "sizes", "staff", "stats", "tally", "tensor", "terms", "transport", "watch"),
     },
     "embedded": {"calibration", "errors", "runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
@@ -125,9 +131,10 @@ ALLOWED: dict[str, set[str]] = {
     "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
     "strategy.fedavg": {
         *("admission", "errors", "metrics", "runtime", "strategy.averaging", "strategy.exchange", "strategy.landing"),
-        *("strategy.journal", "strategy.options", "strategy.served", "tensor", "terms"),
+        *("strategy.journal", "strategy.options", "strategy.scalars", "strategy.served", "tensor", "terms"),
     },
-    "strategy.options": {"admission", "runtime", "terms"},
+    "strategy.options": {"admission", "runtime", "strategy.scalars", "terms"},
+    "strategy.scalars": {"metrics", "strategy.landing"},
     "strategy.on_the_mean": {"strategy.fedavg", "strategy.options"},
     "strategy.reference": {"npy", "tensor"},
     # the SuperLink from the outside
@@ -176,7 +183,7 @@ ALLOWED: dict[str, set[str]] = {
         *("superlink.served_round", "tensor", "wire"),
     },
     "superlink.plane": {
-        *("runtime", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
+        *("runtime", "stats", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
         *("superlink.holding", "superlink.protocol", "superlink.rounds", "superlink.signatures", "superlink.store"),
         "wire",
     },
@@ -232,12 +239,23 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "sizes", "tensor", "terms"),
     },
     "bench.round_view": {"bench.ablation_view"},
+    "top": {"beacon", "errors", "stats", "wire"},
+    "top_view": {"stats", "top"},
     "console": {"errors"},
-    "cli": {
+    "bench.commands": {
         *("bench.ablation", "bench.ablation_view"),
         *("bench.fold", "bench.handoff", "bench.idle", "bench.limits", "bench.planning", "bench.recovery"),
-        *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console", "demo", ""),
-        *("planner.hierarchy", "planner.load", "planner.placement"),
+        *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console"),
+    },
+    "pages": set(),
+    "doctor": {
+        *("", "calibration", "ebpf.compiled", "ebpf.probe", "errors", "kernels", "pages", "runtime", "shm", "sizes"),
+        *("superlink.command", "superlink.flower", "transport"),
+    },
+    "doctor_view": set(),
+    "cli": {
+        *("bench.commands", "bench.planning", "console", "demo", "doctor", "doctor_view", ""),
+        *("planner.hierarchy", "planner.load", "planner.placement", "top", "top_view"),
     },
     # the public names ("" is the package itself)
     "": {"admission", "errors", "loan", "metrics", "planner.shape", "result", "round", "runtime", "tensor"},
@@ -258,6 +276,8 @@ PURE = {
     "superlink.derived": {"collections", "hashlib", "json", "typing"},
     "pace": {"collections", "math"},
     "metrics": {"attrs", "typing"},
+    "stats": {"attrs", "collections", "typing"},
+    "tally": {"attrs", "collections"},
     "scene": {"attrs", "collections", "math", "typing"},
     "errors": set(),
     "planner.load": {"attrs", "math"},
@@ -284,6 +304,7 @@ OWNERS = {
     "_shm_ffi": ("shm",),
     "multiprocess": ("nursery",),
     "bcc": ("ebpf.",),
+    "prometheus_client": ("exporter",),
 }
 
 

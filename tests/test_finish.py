@@ -18,6 +18,8 @@ from lifl import fold
 from lifl.errors import PeerGoneError, RoundError
 from lifl.tensor import Tensor
 
+pytestmark = pytest.mark.transports
+
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(8)})
 WAIT_S = 60.0
 FORMS: list[Any] = [("any", lifl.Shape(0, 2)), ("any", lifl.Shape(0, 3)), ("flower", lifl.Shape(0, 2))]

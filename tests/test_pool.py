@@ -18,6 +18,8 @@ from lifl.pool import Pool
 from lifl.ring import Bell
 from lifl.shm import Arena
 
+pytestmark = pytest.mark.transports
+
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64)})
 WAIT_S = 30.0
 

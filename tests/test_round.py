@@ -17,6 +17,8 @@ from lifl.errors import AdmissionError, RoundError, ShmError
 from lifl.fold import flower_mean
 from lifl.tensor import DTYPES, NUMPY_DTYPES, Tensor
 
+pytestmark = pytest.mark.transports
+
 WAIT_S = 60.0
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros((2, 3), np.float32), "steps": np.array(0)})
 BIG = lifl.TensorSpec.from_arrays({"w": np.zeros(2**18, np.float32)})  # 1 MiB; its sums are twice that

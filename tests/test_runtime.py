@@ -21,6 +21,8 @@ from lifl.fold import flower_mean, mean_reference, tolerance
 from lifl.shm import available_bytes
 from lifl.tensor import DTYPES, Array, Tensor
 
+pytestmark = pytest.mark.transports
+
 WAIT_S = 120.0
 UNIT = 65536
 Model = Mapping[str, Array]

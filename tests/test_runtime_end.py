@@ -15,6 +15,8 @@ import lifl
 from lifl.errors import AdmissionError, LeaseError, PeerGoneError, RoundError
 from lifl.tensor import Tensor
 
+pytestmark = pytest.mark.transports
+
 WAIT_S = 120.0
 TINY = {"w": np.ones((2, 3), np.float32)}
 TINY_SPEC = lifl.TensorSpec.from_arrays(TINY)

@@ -82,22 +82,31 @@ def find() -> ModuleType:
         if hasattr(bcc, "BPF"):
             return cast(ModuleType, bcc)
         wrong = f"; the package bcc at {getattr(bcc, '__file__', '?')} is another project of that name"
-    except ModuleNotFoundError:
-        pass
-    except Exception as error:  # the other project may be of another Python
-        wrong = f"; a package of that name cannot be imported ({error!r})"
-    sys.modules.pop("bcc", None)
-    if (DISTRIBUTION / "bcc" / "__init__.py").is_file():
-        # Only this package: the others of the distribution would hide the environment's.
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "bcc").symlink_to(DISTRIBUTION / "bcc")
-            sys.path.insert(0, folder)
-            try:
-                import bcc
-            finally:
-                sys.path.remove(folder)
-        return cast(ModuleType, bcc)
-    raise EbpfUnavailableError(f"bcc, the BPF Compiler Collection, is not installed{wrong}", REMEDY)
+    except Exception as error:  # whatever a package of that name does when it is imported
+        if getattr(error, "name", None) != "bcc":  # it is there
+            wrong = f"; the package bcc that is there cannot be imported ({error})"
+    _forget()
+    if not (DISTRIBUTION / "bcc" / "__init__.py").is_file():
+        raise EbpfUnavailableError(f"bcc, the BPF Compiler Collection, is not installed{wrong}", REMEDY)
+    # Only this package: the others of the distribution would hide the environment's.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "bcc").symlink_to(DISTRIBUTION / "bcc")
+        sys.path.insert(0, folder)
+        try:
+            import bcc
+        except Exception as error:  # its library is missing, or it is for another Python
+            _forget()
+            raise EbpfUnavailableError(f"the bcc in {DISTRIBUTION} cannot be imported: {error}", REMEDY) from error
+        finally:
+            sys.path.remove(folder)
+    bcc.__path__ = [str(DISTRIBUTION / "bcc")]  # for what it imports later, when the link is gone
+    return cast(ModuleType, bcc)
+
+
+def _forget() -> None:
+    """The wrong package's modules must not be taken for those of the right one."""
+    for name in [name for name in sys.modules if name == "bcc" or name.startswith("bcc.")]:
+        del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import attrs
@@ -36,7 +37,7 @@ class Support:
     reason : str
         Why it is not available, or that it is.
     remedy : str
-        What to do to have it; empty if there is nothing.
+        What to do to have it; empty if it is available.
     """
 
     available: bool
@@ -83,34 +84,72 @@ def explained(error: OSError) -> tuple[str, str]:
     """Why the kernel refused, and what to do, as far as can be told."""
     kernel = f"Linux {os.uname().release}"
     said = error.strerror or str(error)
-    if error.errno in (errno.EPERM, errno.EACCES) and (missing := missing_capabilities()):
-        names = " and ".join(missing)
-        both = ",".join(name.lower() for name in CAPABILITIES)
-        return f"this process has no {names} ({said})", (
-            f"run as root, or allow it to this Python: sudo setcap {both}+ep $(readlink -f $(command -v python3)); "
-            "in a container: --cap-add BPF --cap-add NET_ADMIN"
-        )
     if error.errno in (errno.EPERM, errno.EACCES):
-        return f"the kernel refuses bpf(2) although the capabilities are there ({said})", (
-            "a container's seccomp profile, a user namespace or kernel lockdown refuses it: "
-            "--security-opt seccomp=unconfined, or run outside of it"
-        )
+        return _refused(said)
+    if error.errno == errno.ENOSYS and _has_seccomp_filter():
+        return f"a seccomp filter hides bpf(2) from this process ({said})", UNFILTERED
     if error.errno == errno.ENOSYS:
-        return f"{kernel} has no bpf(2), or a seccomp profile hides it ({said})", (
-            "a kernel with CONFIG_BPF_SYSCALL; in a container: --security-opt seccomp=unconfined"
-        )
-    if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT):
+        return f"{kernel} has no bpf(2) ({said})", "a kernel with CONFIG_BPF_SYSCALL"
+    if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT, errno.E2BIG):
         return f"{kernel} has no SK_MSG programs on a SOCKHASH, or no bytecode fits it ({said})", (
             "Linux 5.15 or newer with CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG, on a little-endian machine"
         )
-    return f"the kernel refuses the program ({said})", ""
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN) or isinstance(error, TimeoutError):
+        return f"no TCP sockets over the loopback device ({said})", "ip link set lo up"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"no descriptor is left ({said})", "raise the limit: ulimit -n"
+    return (
+        f"the kernel refuses the program or its socket ({said})",
+        "look into dmesg; rings need none of it",
+    )
+
+
+UNFILTERED = (
+    "in a container: --security-opt seccomp=unconfined, or a profile that allows bpf; in a systemd unit: "
+    "SystemCallFilter=bpf"
+)
+
+
+def _refused(said: str) -> tuple[str, str]:
+    if missing := missing_capabilities():
+        both = ",".join(name.lower() for name in CAPABILITIES)
+        return f"this process has no {' and '.join(missing)} ({said})", (
+            f"run as root, or allow it to this Python: sudo setcap {both}+ep {os.path.realpath(sys.executable)}; "
+            "in a container: --cap-add BPF --cap-add NET_ADMIN"
+        )
+    although = f"the kernel refuses bpf(2) although the capabilities are there ({said})"
+    if _has_seccomp_filter():
+        return f"{although}: a seccomp filter is on this process", UNFILTERED
+    if not _is_in_first_user_namespace():
+        return f"{although}: they are those of a user namespace, which do not count for it", (
+            "run it as root of the machine; containers: not rootless, and without a remapping of users"
+        )
+    return (
+        f"{although}: a security module may do so",
+        "look into dmesg for what SELinux or AppArmor say",
+    )
 
 
 def missing_capabilities() -> list[str]:
     """Those that are needed and that this process does not have in effect."""
-    status = Path("/proc/self/status").read_text()
-    line = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
-    effective = int(line.split()[1], 16)
+    effective = int(_status("CapEff") or "0", 16)
     if effective >> CAP_SYS_ADMIN & 1 and effective >> CAPABILITIES["CAP_NET_ADMIN"] & 1:
         return []
     return [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
+
+
+def _has_seccomp_filter() -> bool:
+    return _status("Seccomp") == "2"
+
+
+def _is_in_first_user_namespace() -> bool:
+    """Its map of users is that of all to themselves."""
+    try:
+        return Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]
+    except OSError:  # the kernel has no user namespaces
+        return True
+
+
+def _status(name: str) -> str:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((line.split()[1] for line in lines if line.startswith(f"{name}:")), "")

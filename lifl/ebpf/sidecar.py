@@ -45,9 +45,7 @@ class Sidecar:
             self._sockets[AGENT] = self.enter(AGENT, *pair())
         except OSError as error:
             self.close()
-            raise EbpfUnavailableError(
-                f"no TCP sockets over the loopback device: {error}", "ip link set lo up"
-            ) from error
+            raise EbpfUnavailableError(*probe.explained(error)) from error
 
     # ------------------------------------------------------------ who is there
 

@@ -30,6 +30,7 @@ from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
 from lifl.strategy.journal import kept
 from lifl.strategy.landing import Landing, spec_of, to_record, views_of
 from lifl.strategy.options import RoundOptions
+from lifl.strategy.scalars import noted
 from lifl.strategy.served import Server, exchange_served
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing
@@ -55,6 +56,7 @@ class Mean(FlowerFedAvg):
     limits: Limits = Limits()
     checkpoint: str | PathLike[str] | None = None
     resume: bool = False
+    tensorboard: str | PathLike[str] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +65,7 @@ class Mean(FlowerFedAvg):
         self._base: Mapping[str, Any] | None = None  # the model that was sent, if replies are clipped against it
         self._is_evaluating = False
         self._server: Server | None = None
+        self.tensorboard_run: str | None = None
 
     # ------------------------------------------------------------ the run
 
@@ -81,18 +84,21 @@ class Mean(FlowerFedAvg):
         Returns Flower's Result with ``reports`` beside. Where no round had a result, its ``arrays`` are
         `initial_arrays`.
         """
-        self.reports = {}
-        with kept(self, num_rounds) as journal:
+        self.reports, self.tensorboard_run = {}, None
+        with kept(self, num_rounds) as journal, noted(self, journal) as scalars:
             if journal is not None:
                 initial_arrays = journal.arrays or initial_arrays
                 evaluate_fn = evaluate_fn and journal.noted(evaluate_fn)
+            if scalars is not None:
+                evaluate_fn = evaluate_fn and scalars.noted(evaluate_fn)
             events = EventGrid(grid, self._send_and_receive)
             self._server = Server.find(grid) if self._may_be_served() else None
             if self._server is not None:
                 log(INFO, "lifl: rounds are folded by the lifl-superlink on this machine")
             run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
             try:
-                result = super().start(*run) if journal is None else journal.start(*run)
+                looped = journal if scalars is None else scalars
+                result = super().start(*run) if looped is None else looped.start(*run)
             finally:
                 self._drop_landing()
                 self._base, self._is_evaluating = None, False
@@ -124,6 +130,8 @@ class Mean(FlowerFedAvg):
             log(INFO, "\t│\t├── Bytes of a client: %s | of a round: %s", each, total)
         if self.checkpoint is not None:
             log(INFO, "\t│\t├── Checkpoint: %s%s", self.checkpoint, " (resumed if there)" if self.resume else "")
+        if self.tensorboard_run is not None:
+            log(INFO, "\t│\t├── TensorBoard: %s", self.tensorboard_run)
         log(INFO, "\t│\t└── Node: %s", where)
         super().summary()
 
@@ -292,5 +300,6 @@ class FedAvg(RoundOptions, Mean):
     """Federated Averaging (McMahan et al., 2017, https://arxiv.org/abs/1602.05629), Flower's class.
 
     Flower's arguments, and those of :class:`RoundOptions`: ``quorum``, ``deadline``, ``timing``, ``order``,
-    ``node``, ``max_weight``, ``clipping_norm``, ``client_bytes``, ``total_bytes``, ``checkpoint``, ``resume``.
+    ``node``, ``max_weight``, ``clipping_norm``, ``client_bytes``, ``total_bytes``, ``checkpoint``, ``resume``,
+    ``tensorboard``.
     """

@@ -28,7 +28,7 @@ from lifl.metrics import RoundReport
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
-NOT_STATE = {"reports", "node", "checkpoint", "resume", "_landing", "_base", "_is_evaluating"}
+NOT_STATE = {"reports", "node", "checkpoint", "resume", "tensorboard", "_landing", "_base", "_is_evaluating"}
 """Attributes of a strategy that are lifl's, and saved elsewhere or not at all."""
 
 REVIVE: dict[str, Callable[[Any], Any]] = {

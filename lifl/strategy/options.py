@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lifl.admission import Limits
 from lifl.runtime import Node
+from lifl.strategy import scalars
 from lifl.terms import Order, Timing
 
 
@@ -63,6 +64,10 @@ class RoundOptions:
         Go on after the last round that is in `checkpoint`; from the beginning if there is no such file.
         Arguments of :meth:`start` are given as for the whole run. Given the same replies, the end is that of
         a run that was never interrupted: with ``order="flower"`` bit by bit, else as near as two such runs are.
+    tensorboard : str or path, optional
+        A folder for TensorBoard, in which :meth:`start` makes one for its run: ``run-1``, ``run-2``, ... A resumed run
+        goes on in the one that it had. After each round there are scalars of who counted, of where the time went, and
+        of all metrics. Needs ``pip install 'lifl[tensorboard]'``. What cannot be written is logged, the run goes on.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -74,6 +79,7 @@ class RoundOptions:
     limits: Limits
     checkpoint: str | PathLike[str] | None
     resume: bool
+    tensorboard: str | PathLike[str] | None
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class RoundOptions:
         total_bytes: int | None = None,
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = False,
+        tensorboard: str | PathLike[str] | None = None,
         **flower: Any,
     ) -> None:
         super().__init__(*args, **flower)
@@ -108,6 +115,9 @@ class RoundOptions:
         if resume and checkpoint is None:
             raise ValueError("resume=True: say from which file, with checkpoint=")
         self.checkpoint, self.resume = checkpoint, resume
+        if tensorboard is not None:
+            scalars.require()
+        self.tensorboard = tensorboard
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lifl import shm
-from lifl.errors import LiflError
+from lifl.errors import EbpfUnavailableError, LiflError
 from lifl.runtime import Node
-from lifl.sizes import parse_bytes
+from lifl.sizes import default_bytes, parse_bytes
 from lifl.superlink import flower
 from lifl.superlink.sampler import Sampler
 
@@ -55,7 +55,16 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
         default=4.0,
         help="How long a SuperNode's request for work is held open while there is none. Default: 4; 0: not at all.",
     )
-
+    group.add_argument(
+        "--lifl-metrics-port",
+        type=int,
+        metavar="PORT",
+        help="Serve metrics to Prometheus at this port, at /metrics (0: any that is free, which the log tells). Needs "
+        "the extra lifl[metrics]. Default: none are served.",
+    )
+    group.add_argument(
+        "--lifl-metrics-host", metavar="ADDRESS", default="127.0.0.1", help="And at this address. Default: 127.0.0.1."
+    )
     group.add_argument("--lifl-profile", metavar="FILE", help="Write where the server's CPU time went, as JSON.")
 
 
@@ -78,6 +87,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"argument {flag}: {error}")
     if own.lifl_workers is not None and not 0 <= own.lifl_workers <= 255:
         parser.error(f"argument --lifl-workers: {own.lifl_workers} is not 0 to 255")
+    if own.lifl_metrics_port is not None and not 0 <= own.lifl_metrics_port <= 65535:
+        parser.error(f"argument --lifl-metrics-port: {own.lifl_metrics_port} is not 0 to 65535")
     if not 0 <= own.lifl_hold < NODE_TIMEOUT_S:
         parser.error(
             f"argument --lifl-hold: {own.lifl_hold} is not from 0 to below {NODE_TIMEOUT_S}: then a SuperNode gives up"
@@ -96,12 +107,33 @@ def main() -> None:
         names.log(WARNING, "flwr %s is outside of what lifl is tested with (%s)", names.version, ", ".join(TESTED))
     names.log(INFO, "Starting lifl-superlink (flwr %s)", names.version)
     _skip_unheard(names.logger)
+    _let_lifl_be_heard(names.logger)
     serve(config, own)
+
+
+def _let_lifl_be_heard(logger: logging.Logger) -> None:
+    """What lifl logs outside of Flower, such as which transport is used, is shown as Flower's lines are."""
+    ours = logging.getLogger("lifl")
+    ours.handlers[:] = logger.handlers
+    ours.setLevel(logger.level)
 
 
 def _skip_unheard(logger: logging.Logger) -> None:
     """Lines that no handler shows are not made: Flower's handlers make one for each object."""
     logger.setLevel(max(logger.level, min((handler.level for handler in logger.handlers), default=0)))
+
+
+def _node(own: argparse.Namespace) -> Node:
+    memory = default_bytes(DEFAULT_MEMORY) if own.lifl_memory is None else own.lifl_memory
+    try:
+        return Node(
+            *(memory, own.lifl_workers),
+            transport=own.lifl_transport,
+            metrics_port=own.lifl_metrics_port,
+            metrics_host=own.lifl_metrics_host,
+        )
+    except ValueError as error:  # the flags have been looked at: it is a variable of the environment
+        sys.exit(f"lifl-superlink: {error}")
 
 
 def serve(config: Any, own: argparse.Namespace) -> None:
@@ -116,15 +148,19 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         from lifl.superlink.plane import Plane
 
         shm.require()
-        memory = min(DEFAULT_MEMORY, shm.available_bytes() // 4) if own.lifl_memory is None else own.lifl_memory
         # Before anything that starts a thread.
-        node = Node(memory, own.lifl_workers, transport=own.lifl_transport)
-        plane = Plane(config, node, parse_bytes(own.lifl_max_object), own.lifl_hold)
+        plane = Plane(config, _node(own), parse_bytes(own.lifl_max_object), own.lifl_hold)
     except (flower.MissingNameError, LiflError) as error:
-        is_asked_for = own.lifl_memory is not None or own.lifl_transport == "ebpf"
+        # Who does not name eBPF, in the environment at least, is never told that it cannot be had.
+        is_asked_for = own.lifl_memory is not None or own.lifl_metrics_port is not None
+        is_asked_for = is_asked_for or isinstance(error, EbpfUnavailableError)
         if isinstance(error, LiflError) and is_asked_for:  # and cannot be had
             sys.exit(f"lifl-superlink: {error}")
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
+    except (ModuleNotFoundError, OSError) as error:
+        if own.lifl_metrics_port is None:
+            raise
+        sys.exit(f"lifl-superlink: {error.strerror if isinstance(error, OSError) else error}")
     sampler = None
     if own.lifl_profile is not None:
         sampler = Sampler(Path(own.lifl_profile), dict if plane is None else plane.count_bytes)

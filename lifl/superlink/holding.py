@@ -27,7 +27,7 @@ class Held:
 
 
 class Holding:
-    """Who waits at this server. All methods but :meth:`note` and :meth:`news` belong to the loop."""
+    """Who waits at this server. All methods but :meth:`note`, :meth:`news` and ``held`` belong to the loop."""
 
     def __init__(self, hold_s: float = HOLD_S) -> None:
         self._hold_s = hold_s
@@ -39,6 +39,12 @@ class Holding:
     def is_on(self) -> bool:
         """False if nothing is held."""
         return self._hold_s > 0
+
+    @property
+    def held(self) -> int:
+        """Requests that are held open now. Any thread."""
+        with self._lock:
+            return sum(held.wake is not None for waiting in self._by_node.values() for held in waiting)
 
     def note(self, node_id: int) -> Held:
         """Before it is looked whether there is a message: one that comes from now on is news. Any thread."""

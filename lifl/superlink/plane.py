@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lifl import wire
 from lifl.runtime import Node
+from lifl.stats import SuperlinkStats
 from lifl.superlink import flower
 from lifl.superlink.flower import MissingNameError
 from lifl.superlink.holding import Holding
@@ -69,6 +70,7 @@ class Plane:
             self.app = self._create_app(flower.part("server"), config)
             self._try(self._add_rounds)
             self._try(lambda: self._add_gateway(max_object_bytes))
+            node.watch.superlink = self.stats
         except BaseException:
             self.node.close()
             raise
@@ -163,6 +165,20 @@ class Plane:
             counts["copied"] += self.rounds.copied_bytes
         return counts
 
+    def stats(self) -> SuperlinkStats:
+        """What there is to tell beside the Node. Any thread; a database is not asked."""
+        counts, rounds = self.count_bytes(), self.rounds
+        return SuperlinkStats(
+            received_bytes=counts.get("received", 0),
+            sent_bytes=counts.get("sent", 0),
+            copied_bytes=counts.get("copied", 0),
+            uploads=0 if self._connections is None else self.gateway.uploads,
+            objects=None if self.store.is_durable else len(self.store),
+            held_requests=self.holding.held,
+            messages=0 if rounds is None else rounds.messages,
+            replies=0 if rounds is None else rounds.replies,
+        )
+
     def close(self) -> None:
         """Ends the workers and gives the memory back."""
         if self.agency is not None:
@@ -181,6 +197,8 @@ class Plane:
         ]
         if self._connections is not None:
             parts.append(f"signatures checked by {self._verifier}")
+        if (address := self.node.metrics_address) is not None:
+            parts.append(f"metrics at http://{address}/metrics")
         if self.agency is not None:
             parts.append(f"ServerApps on this machine at {wire.path_for(self._port)}")
         return ", ".join(parts)

@@ -57,6 +57,7 @@ class Rounds:
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self.served = 0  # rounds so far
+        self.messages = self.replies = 0  # stored so far, of rounds or not; what is said again counts again
         self.copied_bytes = 0  # of replies that did not land where they belong
         # Replies are completed while the loop receives others; several at a time, since one may wait for room.
         self._assembler = ThreadPoolExecutor(ASSEMBLERS, "lifl-assembler")
@@ -181,9 +182,12 @@ class Rounds:
     def _stored(self, message: Any, tree: Any, missing: set[str], session_id: str) -> None:
         meta = message.metadata
         if not meta.reply_to_message_id:
+            with self._lock:
+                self.messages += 1
             self._comings.add(meta.message_id, meta.dst_node_id, missing)
             return
         with self._lock:
+            self.replies += 1
             served = self._asked.get(meta.reply_to_message_id)
             if served is None:
                 return

@@ -23,6 +23,7 @@ from lifl import assignment, books, crew, finish, intake, loan, nursery, pool, r
 
 PR_SET_CHILD_SUBREAPER = 36
 GONE_S = 5.0
+OTHERS_S = 60.0
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
 
 
@@ -88,7 +89,10 @@ def main() -> None:
             lived += 1
         else:
             sys.exit(f"the parent that was to be killed at step {n} ended with status {status}")
-    assert set(os.listdir("/dev/shm")) <= names
+    until = time.monotonic() + OTHERS_S
+    while (left := set(os.listdir("/dev/shm")) - names) and time.monotonic() < until:
+        time.sleep(0.1)  # of other tests beside this one, perhaps
+    assert not left
     print(json.dumps({"killed": killed, "lived": lived, "worst_s": worst}))
 
 

@@ -26,6 +26,8 @@ from stepping import Control, build, stepping
 import lifl
 from lifl import assignment, recovery
 
+pytestmark = pytest.mark.transports
+
 Form = tuple[Any, Any, lifl.Shape]
 UPDATES = 4
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
@@ -159,7 +161,7 @@ def test_killed_between_any_two_instructions(bench: Bench, role: str, form: Form
     """The worker dies between any two instructions of its Python and any two accesses to shared memory."""
     steps = bench.steps(role, form)
     assert steps > 300
-    stride = every(3)
+    stride = every(6)
     for n in range(1, steps + 1, stride):
         bench.case(role, form, n)
     assert bench.singles > 0.8 * steps / stride

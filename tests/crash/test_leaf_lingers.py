@@ -16,6 +16,8 @@ from stepping import Control, build, stepping
 import lifl
 from lifl import assignment
 
+pytestmark = pytest.mark.transports
+
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
 SENT = [{"w": np.full(64, 2.0**i), "n": np.array(2**i)} for i in range(2)]
 WAIT_S = 10.0

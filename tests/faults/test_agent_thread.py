@@ -10,6 +10,8 @@ import pytest
 import lifl
 from lifl.errors import PeerGoneError
 
+pytestmark = pytest.mark.transports
+
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(4)})
 
 

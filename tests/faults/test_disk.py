@@ -13,8 +13,8 @@ NAMESPACE = ("unshare", "--mount")
 
 # One mebibyte holds two checkpoints of this model (the old one and the one being written), and not three.
 BEGIN = f"""
-import logging, random, subprocess
-sys.path.insert(0, {str(Path(__file__).parents[1] / "strategy")!r})
+import logging, pathlib, random, subprocess
+sys.path[:0] = [{str(Path(__file__).parents[1] / "strategy")!r}, {str(Path(__file__).parents[1])!r}]
 from flwr.supercore.task_identity import TaskIdentity
 from scripted import nudge, plain, record, run
 from lifl.errors import CheckpointError
@@ -110,3 +110,46 @@ print(json.dumps([logged, [one == kept[0] for one in kept], listed, [end == whol
     assert kept == [True] * 3
     assert listed == [["filler", "run", "run.lock"]] * 3
     assert ends == [True] * 3
+
+
+def test_disk_fills_up_for_scalars(program: Any, tmp_path: Path) -> None:
+    """What cannot be written for TensorBoard is logged, and the run goes on; with room again the rounds are drawn."""
+    code = """
+from scalar_files import scalars
+folder = os.path.join({folder!r}, "board")
+mounted(folder, "size=64k")
+logged = []
+
+class Listener(logging.Handler):
+    def emit(self, entry):
+        if entry.levelno >= logging.ERROR:
+            logged.append(entry.getMessage())
+
+logging.getLogger("flwr").addHandler(Listener())
+
+def meanwhile(server_round, arrays):
+    if server_round == 1:
+        fill(folder)
+    if server_round == 3:
+        os.unlink(os.path.join(folder, "filler"))
+    return MetricRecord({{name: 1.0 for name in NAMES}})
+
+# Each event is larger than a page, so that none finds room in one that the file has already.
+NAMES = [f"{{number}}-{{'x' * 500}}" for number in range(20)]
+from flwr.app import MetricRecord
+
+with lifl.Node("16MiB", workers=2) as node:
+    strategy = FedAvg(node=node, tensorboard=folder)
+    result, _ = run(strategy, CLIENTS, 4, initial_arrays=FIRST, evaluate_fn=meanwhile)
+drawn = scalars(pathlib.Path(folder) / "run-1")["evaluate_serverapp/" + NAMES[0]]
+print(json.dumps([logged, sorted(drawn), sorted(result.reports), sorted(result.evaluate_metrics_serverapp)]))
+"""
+    logged, drawn, reports, metrics = program(BEGIN + code.format(folder=str(tmp_path)), prefix=NAMESPACE)
+    assert reports == [1, 2, 3, 4]
+    assert metrics == [0, 1, 2, 3, 4]
+    assert 0 in drawn
+    assert {1, 2}.isdisjoint(drawn)
+    assert {3, 4} <= set(drawn)
+    assert logged
+    assert all("No space left on device" in message for message in logged)
+    assert any(message.startswith("Scalars of round 2 cannot be written to ") for message in logged)

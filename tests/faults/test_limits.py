@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.transports
+
 AT_THE_START = """
 before, said = fds(), []
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

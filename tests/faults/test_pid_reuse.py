@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.transports
+
 
 @pytest.mark.usefixtures("namespaces")
 def test_pids_are_reused(program: Any) -> None:

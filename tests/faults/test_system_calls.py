@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.transports
+
 EACH = """
 name, error, workers = {name!r}, {error}, {workers}
 before, said = fds(), []

@@ -1,6 +1,6 @@
 """A run with a checkpoint that kills its own process, for real, at a moment that is named on the command line.
 
-python resumable.py CHECKPOINT OUT [MOMENT]
+python resumable.py CHECKPOINT OUT [MOMENT [TENSORBOARD]]
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def central(server_round: int, arrays: ArrayRecord) -> MetricRecord:
     return MetricRecord({"luck": random.random() + float(np.random.rand())})
 
 
-def main(path: str, out: str, moment: str = "") -> None:
+def main(path: str, out: str, moment: str = "", board: str | None = None) -> None:
     """One process's part of the run; writes the final model, with what was measured in its metadata."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     if not os.path.exists(path):
@@ -133,7 +133,14 @@ def main(path: str, out: str, moment: str = "") -> None:
     clients = {i: client(i) for i in range(1, 8)} | {8: failing}
     with lifl.Node("64MiB", workers=2) as node:
         strategy = Strategy(
-            node=node, checkpoint=path, resume=True, fraction_train=0.75, beta_1=0.9, beta_2=0.99, order="flower"
+            node=node,
+            checkpoint=path,
+            resume=True,
+            tensorboard=board,
+            fraction_train=0.75,
+            beta_1=0.9,
+            beta_2=0.99,
+            order="flower",
         )
         result = strategy.start(Grid(clients), record(first), ROUNDS, evaluate_fn=central)
     reached("end")

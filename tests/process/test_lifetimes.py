@@ -19,6 +19,8 @@ import pytest
 import lifl
 from lifl.errors import LeaseError
 
+pytestmark = pytest.mark.transports
+
 WAIT_S = 60.0
 EXIT_S = 2.0
 """A program that ends without closing its Node ends within this."""

@@ -1,4 +1,4 @@
-"""Ten thousand workers of one Node die; it goes on, with all its blocks."""
+"""Thousands of workers of one Node die; it goes on, with all its blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 
 import lifl
 
-DEATHS = 10_000
+pytestmark = pytest.mark.transports
+
+DEATHS = {"rings": 10_000, "ebpf": 2_000}
 MEMORY_DRIFT = 512 * 1024
 """Bytes: what is kept per death, were it only a hundred bytes, would be 900,000 between the two looks."""
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
@@ -68,15 +70,15 @@ def private_bytes(pid: int) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_ten_thousand_deaths() -> None:
+def test_thousands_of_deaths(transport: str) -> None:
     """Up to two of three workers are killed in every round: each round is exact, and nothing is kept of the dead."""
-    choose = random.Random(5)
+    choose, deaths = random.Random(5), DEATHS[transport]
     with CountingNode("16MiB", workers=3) as node:
         free = node.arena.free_bytes
-        while node.deaths < DEATHS // 10:
+        while node.deaths < deaths // 10:
             one_round(node, choose)
         before = look(node, free)
-        while node.deaths < DEATHS:
+        while node.deaths < deaths:
             one_round(node, choose)
         after = look(node, free)
         assert before["free bytes"] == free

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from resumable import MOMENTS
 from safetensors import safe_open
+from scalar_files import scalars, untimed
 
 from lifl.deployment import Deployment
 
@@ -25,7 +26,7 @@ PROGRAM = Path(__file__).with_name("resumable.py")
 
 def part(checkpoint: Path, out: Path, moment: str = "") -> int:
     """A process that begins or resumes the run; its exit status."""
-    command = [sys.executable, str(PROGRAM), str(checkpoint), str(out), moment]
+    command = [sys.executable, str(PROGRAM), str(checkpoint), str(out), moment, str(checkpoint.with_name("board"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
@@ -58,11 +59,15 @@ def test_killed_and_resumed(moment: str, whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_killed_at_every_moment_of_one_run(whole: Path, tmp_path: Path) -> None:
-    """Killed a dozen times, each time a little further on: the same end."""
+    """Killed a dozen times, each time a little further on: the same end, and the same scalars for TensorBoard."""
     path, out = tmp_path / "run", tmp_path / "out"
     assert [part(path, out, moment) for moment in MOMENTS.values()] == [-signal.SIGKILL] * len(MOMENTS)
     assert part(path, out) == 0
     assert end_of(out) == end_of(whole)
+    drawn = untimed(scalars(tmp_path / "board" / "run-1"))
+    assert drawn == untimed(scalars(whole.with_name("board") / "run-1"))
+    assert drawn["round/accepted"].keys() == {1, 2, 3, 4, 5}
+    assert [folder.name for folder in (tmp_path / "board").iterdir()] == ["run-1"]
 
 
 def test_server_app_of_a_superlink_is_killed(tmp_path: Path) -> None:

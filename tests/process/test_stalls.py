@@ -12,6 +12,8 @@ import pytest
 
 import lifl
 
+pytestmark = pytest.mark.transports
+
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(10_000), "n": np.array(0)})
 STALL_S = 0.4
 WAIT_S = 60.0

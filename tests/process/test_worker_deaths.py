@@ -15,6 +15,8 @@ import pytest
 
 import lifl
 
+pytestmark = pytest.mark.transports
+
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(100_000), "n": np.array(0)})
 WAIT_S = 60.0
 TIMINGS = ["eager", "lazy", "jit"]

@@ -1,0 +1,389 @@
+"""``lifl doctor``: what this machine has, what lifl will use of it and why, and what to do to get more.
+
+Finds out and changes nothing; values only, shown elsewhere. Each thing is found out on its own and tried where that is
+possible; what cannot be found out becomes a line that says so, and the others are not held up by it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lifl.errors import EbpfUnavailableError, LiflError, RoundError, ShmError
+
+# Everything else of lifl is imported by the part that needs it: where that fails, the other parts can still be told.
+
+ROUND_TIMEOUT_S = 20.0
+MANY_FILES = 4096
+"""Descriptors that a server should be allowed: it has one for each SuperNode that is connected."""
+
+EBPF_LOADER = "LIFL_EBPF_LOADER"
+"""``lifl.ebpf.probe.VARIABLE``, which may not be there to be asked."""
+
+PACKAGES = {
+    "torch": ("torch", "torch's tensors in and out"),
+    "ray": ("simulation", "Flower's simulation"),
+    "scikit-learn": ("demo", "lifl demo"),
+    "matplotlib": ("plot", "pictures as PNG and PDF"),
+    "tensorboardX": ("tensorboard", "scalars for TensorBoard"),
+    "prometheus_client": ("metrics", "metrics for Prometheus"),
+    "nvflare": ("peers", "benchmarks against NVFLARE"),
+}
+"""Optional packages: lifl's extra that brings each, and what it is for."""
+
+
+@attrs.frozen
+class Line:
+    """One thing that was found out.
+
+    Attributes
+    ----------
+    name : str
+        What it is, within its section.
+    value : object
+        For programs: what JSON can hold.
+    said : str
+        For people; empty if other lines say it already.
+    remedy : str
+        What to do to have it better; empty if it is as good as it can be.
+    """
+
+    name: str
+    value: Any
+    said: str = ""
+    remedy: str = ""
+
+
+@attrs.frozen
+class Findings:
+    """Everything that was found out, by section."""
+
+    sections: Mapping[str, tuple[Line, ...]]
+
+    @property
+    def can_run(self) -> bool:
+        """False if lifl cannot do a round here at all."""
+        return all(line.value for line in self.sections["lifl"] if line.name == "runs")
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """For JSON: a dict for each section, with what each line says by its name, and ``remedies`` likewise."""
+        return {
+            section: {line.name: line.value for line in lines}
+            | {"remedies": {line.name: line.remedy for line in lines if line.remedy}}
+            for section, lines in self.sections.items()
+        }
+
+
+def examine() -> Findings:
+    """Looks at this machine; takes a few seconds, most of them for Flower's imports. Raises nothing."""
+    return Findings({section: tuple(_found(parts)) for section, parts in SECTIONS.items()})
+
+
+def _found(parts: tuple[Callable[[], Iterator[Line]], ...]) -> Iterator[Line]:
+    for part in parts:
+        try:
+            yield from part()
+        except Exception as error:  # whatever a machine that nobody has seen before may do
+            is_ours = isinstance(error, LiflError)
+            remedy = "the message says what to do" if is_ours else "tell those who make lifl, please"
+            yield Line(part.__name__.strip("_"), None, f"cannot be found out: {_text(error)}", remedy)
+
+
+def _text(error: Exception) -> str:
+    # The text of an OSError begins with its number, which says nothing to a user.
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.1f} GiB"
+
+
+# ---------------------------------------------------------------- lifl and the machine
+
+
+def _lifl() -> Iterator[Line]:
+    from lifl import __version__
+
+    yield Line("version", __version__, f"{__version__}, with Python {platform.python_version()}")
+    try:
+        _do_a_round()
+    except Exception as error:
+        advice = "lifl cannot do a round here before this is mended; the message says what to do"
+        yield Line("runs", False, f"no: {_text(error)}", advice)
+    else:
+        yield Line("runs", True, "yes: a worker was started and has made the mean of a round")
+
+
+def _do_a_round() -> None:
+    import numpy as np
+
+    from lifl import Node, TensorSpec
+    from lifl.sizes import round_bytes
+
+    spec = TensorSpec.from_arrays({"w": np.zeros(8, "float32")})
+    with (
+        Node(round_bytes(spec, 1, 1), workers=1, transport="rings") as node,
+        node.open_round(spec, expected=1) as round_,
+    ):
+        round_.submit({"w": np.arange(8, dtype="float32")}, client_id="doctor")
+        if round_.result(timeout=ROUND_TIMEOUT_S).arrays["w"][7] != 7:
+            raise RoundError("the mean of a round is wrong: build lifl anew, on this machine")
+
+
+def _kernel() -> Iterator[Line]:
+    system = os.uname()
+    yield Line("kernel", system.release, f"{system.sysname} {system.release}")
+    yield Line("architecture", system.machine, system.machine)
+
+
+def _cores() -> Iterator[Line]:
+    from lifl.runtime import cores
+
+    may, there, quota = cores(), os.cpu_count() or 1, _cpu_quota()
+    said = f"{may} of {there} may be used: so many workers a Node has by default"
+    remedy = "" if may >= there else "allow more: taskset, cpuset, or the container's --cpuset-cpus"
+    if quota is not None and quota < may:
+        said += f"; a control group gives time for {quota:g}"
+        remedy = f"Node(workers={max(1, int(quota))}), or a larger share: the container's --cpus"
+    yield Line("cores", may, said, remedy)
+    yield Line("cores_there", there)
+    yield Line("cpu_quota", quota)
+
+
+def _cpu_quota() -> float | None:
+    """Cores that the control group pays for; None if it does not bound them."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _vector_width() -> Iterator[Line]:
+    from lifl import kernels
+
+    width = kernels.vector_width()
+    is_narrow = width == "sse2"
+    remedy = "a processor with AVX2; a virtual machine's may hide it (qemu: -cpu host)" if is_narrow else ""
+    yield Line("vector_width", width, f"the kernels that fold use {width}", remedy)
+
+
+def _memory() -> Iterator[Line]:
+    from lifl import shm
+
+    available, limit = shm.available_bytes(), shm.limit_bytes()
+    yield Line("available_bytes", available, f"{_gib(available)} of memory")
+    bound = "not bounded by a control group" if limit is None else f"a control group bounds it to {_gib(limit)}"
+    yield Line("memory_limit_bytes", limit, bound, "" if limit is None else "a container's --memory gives more")
+
+
+def _open_files() -> Iterator[Line]:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = None if soft == resource.RLIM_INFINITY else soft
+    said = (
+        "not bounded"
+        if limit is None
+        else f"{limit:,} descriptors; lifl-superlink has one for each SuperNode that is connected"
+    )
+    remedy = ""
+    if limit is not None and limit < MANY_FILES:
+        may = hard == resource.RLIM_INFINITY or hard >= MANY_FILES
+        remedy = f"ulimit -n {2**16 if hard < 0 else min(hard, 2**16)}, before the server is started"
+        remedy = remedy if may else f"more than {hard:,}: limits.conf, or LimitNOFILE= of a systemd unit"
+    yield Line("open_files", limit, said, remedy)
+
+
+# ---------------------------------------------------------------- the arena
+
+
+def _arenas() -> Iterator[Line]:
+    from lifl import runtime
+    from lifl.sizes import default_bytes
+    from lifl.superlink import command
+
+    for name, who, most, option in (
+        ("node_bytes", "a Node", runtime.DEFAULT_MEMORY, "memory="),
+        ("superlink_bytes", "lifl-superlink", command.DEFAULT_MEMORY, "--lifl-memory"),
+    ):
+        nbytes = default_bytes(most)
+        is_whole = nbytes >= most
+        why = "the default" if is_whole else f"a quarter of what is available, which is less than {_gib(most)}"
+        remedy = "" if is_whole else f"free memory, or say how much: {option}"
+        yield Line(name, nbytes, f"{who} takes {_gib(nbytes)}: {why}", remedy)
+
+
+def _memfd() -> Iterator[Line]:
+    from lifl import shm
+
+    try:
+        shm.Arena.create(1, 2).close()
+    except ShmError as error:
+        remedy = "Linux 4.14 or newer, and a seccomp profile that allows memfd_create"
+        yield Line("memfd", False, f"no: {_text(error)}", remedy)
+    else:
+        yield Line("memfd", True, "shared memory without a name can be had, and sealed")
+
+
+def _huge_pages() -> Iterator[Line]:
+    from lifl import pages
+
+    chosen = pages.shmem_enabled()
+    is_huge = chosen in ("always", "force", "within_size")
+    said = f"an arena is in {'huge pages where they are free' if is_huge else 'small pages'} (shmem_enabled: {chosen})"
+    remedy = "" if is_huge else f"as root: echo always > {pages.SHMEM_ENABLED}"
+    if chosen is None:
+        said = "the kernel has no huge pages for shared memory"
+        remedy = "a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
+    yield Line("shmem_enabled", chosen, said, remedy)
+    try:
+        pages.collapse()
+    except OSError as error:
+        said, remedy = f"MADV_COLLAPSE does not work on a memfd ({_text(error)})", "Linux 6.1 or newer, and free memory"
+        yield Line("madv_collapse", False, said, remedy)
+    else:
+        yield Line("madv_collapse", True, "MADV_COLLAPSE works on a memfd; lifl does not need it")
+
+
+# ---------------------------------------------------------------- eBPF
+
+
+def _ebpf() -> Iterator[Line]:
+    try:
+        from lifl.ebpf import probe
+
+        found = probe.support()
+        loader, reason, remedy, auto = found.loader, found.reason, found.remedy, "ebpf" if found.available else "rings"
+    except Exception as error:  # a loader is named that there is not, or no Linux is this
+        loader, reason, remedy, auto = None, _text(error), f"on Linux: unset {EBPF_LOADER}", None
+    yield Line("available", loader is not None, f"{'no' if loader is None else 'yes'}: {reason}", remedy)
+    yield Line("loader", loader)
+    yield Line("reason", reason)
+    yield Line("auto", auto, f'transport="auto" uses {auto or "nothing: it is an error"}')
+
+
+def _transport() -> Iterator[Line]:
+    from lifl import transport
+
+    told = os.environ.get(transport.VARIABLE)
+    default = told or "rings"
+    why = f"{transport.VARIABLE} says so" if told else "the default, and the shortest hand-over"
+    remedy = "" if default in transport.NAMES else f"{transport.VARIABLE} is one of {', '.join(transport.NAMES)}"
+    yield Line("default", default, f"{default}, if no transport is named ({why})", remedy)
+
+
+def _capabilities() -> Iterator[Line]:
+    from lifl.ebpf import probe
+
+    # For people they are in the reason.
+    yield Line("missing_capabilities", probe.missing_capabilities())
+    yield Line("kernel", os.uname().release)
+
+
+def _bcc() -> Iterator[Line]:
+    from lifl.ebpf import compiled
+
+    try:
+        where = str(next(iter(compiled.find().__path__)))
+    except EbpfUnavailableError as error:
+        remedy = f"only {EBPF_LOADER}=bcc needs it: {error.remedy}"
+        yield Line("bcc", {"found": False, "path": None, "reason": error.reason}, error.reason, remedy)
+    else:
+        said = f"{where}; used with {EBPF_LOADER}=bcc"
+        yield Line("bcc", {"found": True, "path": where, "reason": ""}, said)
+
+
+# ---------------------------------------------------------------- Flower
+
+
+def _flower() -> Iterator[Line]:
+    from lifl.superlink import command, flower
+
+    install = f"pip install 'flwr=={command.TESTED[-1]}.*'"
+    version = _version("flwr")
+    if version is None:
+        yield Line("version", None, "flwr is not installed: only Node and the planner can be used", install)
+        return
+    is_tested = version.startswith(tuple(f"{one}." for one in command.TESTED))
+    tested = " and ".join(command.TESTED)
+    said = f"flwr {version}, {'' if is_tested else 'not '}among those that lifl is tested with ({tested})"
+    yield Line("version", version, said, "" if is_tested else install)
+    yield Line("is_tested", is_tested)
+    missing = {name: _missing_name(name) for name in flower.NAMES}
+    left = "; ".join(f"{name} ({reason})" for name, reason in missing.items() if reason)
+    said = f"left to Flower by lifl-superlink: {left}" if left else "lifl-superlink has every part of its data plane"
+    yield Line("parts", missing, said, install if left else "")
+
+
+def _missing_name(part: str) -> str | None:
+    """Why a part of the server is left to Flower; None if it is not."""
+    from lifl.superlink import flower
+
+    try:
+        flower.part(part)
+    except Exception as error:  # also whatever Flower's own modules do when they are imported
+        return _text(error)
+    return None
+
+
+def _signatures() -> Iterator[Line]:
+    version = _version("awscrt")
+    if version is None:
+        said = "SuperNodes' signatures are checked by OpenSSL"
+        yield Line("signatures", None, said, "pip install 'lifl[signatures]': AWS-LC is more than twice as fast")
+    else:
+        yield Line("signatures", version, f"SuperNodes' signatures are checked by AWS-LC (awscrt {version})")
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def _packages() -> Iterator[Line]:
+    for name, (extra, purpose) in PACKAGES.items():
+        version = _version(name)
+        said = f"{version or 'not installed'}: {purpose}"
+        yield Line(name, version, said, "" if version else f"pip install 'lifl[{extra}]'")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _calibration() -> Iterator[Line]:
+    from lifl import calibration
+
+    measured = calibration.known() is not None
+    said = "costs were measured on this machine" if measured else "costs are assumed: those of a slow machine"
+    remedy = "" if measured else "lifl bench limits measures them; a strategy's first run on a machine does too"
+    yield Line("is_measured", measured, said, remedy)
+    yield Line("costs", calibration.costs().to_dict())
+    try:
+        path = calibration.path()
+    except RuntimeError as error:
+        yield Line("path", None, f"they can be kept nowhere: {error}", "LIFL_CACHE=FOLDER")
+        return
+    there = next(one for one in path.parents if one.exists())
+    is_writable = os.access(there, os.W_OK)
+    said = f"kept in {path}" if is_writable else f"they cannot be kept in {path}, which this user cannot write"
+    yield Line("path", str(path), said, "" if is_writable else "LIFL_CACHE=FOLDER")
+
+
+SECTIONS: dict[str, tuple[Callable[[], Iterator[Line]], ...]] = {
+    "lifl": (_lifl,),
+    "machine": (_kernel, _cores, _vector_width, _memory, _open_files),
+    "arena": (_arenas, _memfd, _huge_pages),
+    "ebpf": (_ebpf, _transport, _capabilities, _bcc),
+    "flower": (_flower, _signatures),
+    "packages": (_packages,),
+    "calibration": (_calibration,),
+}

@@ -1,0 +1,57 @@
+"""What ``lifl doctor`` found out, to look at: in a terminal, and as a picture of one."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from lifl.doctor import Findings, Line
+
+TITLES = {"lifl": "lifl", "machine": "Machine", "arena": "Arena", "ebpf": "eBPF", "flower": "Flower"}
+TITLES |= {"packages": "Optional packages", "calibration": "Calibration"}
+
+FINE, BETTER, WRONG = Text("✓", "green"), Text("+", "yellow"), Text("✗", "bold red")
+SVG_COLUMNS = 116
+
+
+def findings_table(findings: Findings) -> Table:
+    """A row for each thing, and below it, if there is more to be had, what to do."""
+    table = Table.grid(padding=(0, 1))
+    for _ in range(2):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, (section, lines) in enumerate(findings.sections.items()):
+        if number:
+            table.add_row()
+        table.add_row("", Text(TITLES[section], "bold"))
+        for line in lines:
+            if line.said:
+                name = line.name if section == "packages" else _label(line.name)
+                table.add_row(_mark(line), Text(name, "cyan"), Text(line.said))
+            if line.said and line.remedy:
+                table.add_row("", "", Text(f"→ {line.remedy}", "yellow"))
+    return table
+
+
+def _label(name: str) -> str:
+    return name.removeprefix("is_").removesuffix("_bytes").replace("_", " ")
+
+
+def _mark(line: Line) -> Text:
+    if line.name == "runs" and not line.value:
+        return WRONG
+    return BETTER if line.remedy else FINE
+
+
+def findings_svg(findings: Findings) -> str:
+    """A terminal with the table, as SVG that refers to no other host."""
+    console = Console(width=SVG_COLUMNS, record=True, file=io.StringIO(), force_terminal=True)
+    console.print(findings_table(findings))
+    svg = console.export_svg(title="lifl doctor", unique_id="doctor")
+    return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # they are fetched from a font server

@@ -1,0 +1,237 @@
+"""The figures of a Node for Prometheus, over HTTP: collected when they are asked for, named by its conventions.
+
+Owns the server, its thread and the names. What is told is `lifl.stats`; the default registry of the program is not
+touched. Needs the extra ``metrics``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from lifl.errors import LiflError
+from lifl.forks import keep_from_forks
+from lifl.stats import NodeStats, SuperlinkStats, WorkerStats
+
+log = logging.getLogger("lifl.exporter")
+
+SILENCE_S = 5.0
+"""A connection on which nothing comes for so long is closed."""
+RETRY_S = 0.1
+
+ADVICE = {
+    errno.EADDRINUSE: "give another port, or 0 for any that is free",
+    errno.EACCES: "give a port from 1024 on",
+}
+
+ROLES = ("leaf", "top", "shard", "idle", "off")
+
+
+class Exporter:
+    """Serves what `stats` says at the time of a scrape.
+
+    Parameters
+    ----------
+    stats : callable
+        Gives a :class:`lifl.stats.NodeStats`, or raises :class:`LiflError` when there is nothing to tell any more.
+    port : int
+        0: any that is free.
+    host : str
+        An address of this machine.
+
+    Attributes
+    ----------
+    address : str
+        Host and port.
+
+    Raises
+    ------
+    ValueError
+        If `port` is none.
+    OSError
+        If it cannot be had: with what to do.
+    """
+
+    def __init__(self, stats: Callable[[], NodeStats], port: int, host: str) -> None:
+        if not 0 <= port <= 65535:
+            raise ValueError(f"metrics_port={port}: give 1 to 65535, or 0 for any that is free")
+        registry = CollectorRegistry()
+        registry.register(_Collector(stats))
+        try:
+            family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            self._server = _Server(family, (str(where[0]), int(where[1])))
+        except OSError as error:
+            advice = ADVICE.get(error.errno or 0, "give an address of this machine")
+            why = f"metrics cannot be served at {host} port {port}: {error.strerror or error}; {advice}"
+            raise OSError(error.errno, why) from error
+        keep_from_forks(self._server.socket)
+        self._server.set_app(make_wsgi_app(registry))
+        self.address = self._server.address
+        self._thread = threading.Thread(target=self._server.serve, name="lifl-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread and gives the port back; harmless when closed."""
+        self._server.end()
+        self._thread.join()
+        self._server.server_close()
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = SILENCE_S
+
+    def log_message(self, *_: Any) -> None:
+        """A scrape is nothing to log."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """One thread for each scrape, so that one who does not read holds nobody else up."""
+
+    daemon_threads = True
+    request_queue_size = 64  # who finds the queue full tries again after a second
+
+    def __init__(self, family: int, where: tuple[str, int]) -> None:
+        self.address_family, self._is_ended = family, False
+        super().__init__(where, _Handler)
+
+    def server_bind(self) -> None:
+        """As WSGIServer's, which asks a name server for this machine's name."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    @property
+    def address(self) -> str:
+        name = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
+        return f"{name}:{self.server_port}"
+
+    def serve(self) -> None:
+        # Not serve_forever, which wakes up twice a second.
+        while not self._is_ended:
+            self.handle_request()
+
+    def end(self) -> None:
+        if not self._is_ended:
+            self._is_ended = True
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes who waits for a connection
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError:
+            if not self._is_ended:  # no descriptor is left: who connects waits, and this thread must not spin
+                time.sleep(RETRY_S)
+            raise
+
+    def handle_error(self, *_: Any) -> None:
+        """Who scrapes is gone, or no thread is left."""
+        log.debug("a scrape was not answered", exc_info=True)
+
+
+class _Collector:
+    def __init__(self, stats: Callable[[], NodeStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            stats = self._stats()
+        except LiflError:  # the Node has been closed meanwhile
+            return
+        yield from metrics_of(stats)
+
+
+# ---------------------------------------------------------------- the names
+
+
+def metrics_of(stats: NodeStats) -> Iterator[Metric]:
+    """A snapshot as metric families."""
+    node = {"transport": stats.transport, "loader": stats.loader or "none", "number": str(stats.number)}
+    yield InfoMetricFamily("lifl_node", "The Node: its number in the process, how descriptors travel.", value=node)
+    yield _gauge("lifl_node_uptime_seconds", "Since the Node was made.", stats.uptime_s)
+    yield _gauge("lifl_arena_bytes", "Room in shared memory for updates, sums and models.", stats.memory.total_bytes)
+    yield _gauge("lifl_arena_used_bytes", "Of that, what is not free.", stats.memory.used_bytes)
+    yield from _of_rounds(stats)
+    yield from _of_workers(stats.workers)
+    if stats.superlink is not None:
+        yield from _of_superlink(stats.superlink)
+
+
+def _of_rounds(stats: NodeStats) -> Iterator[Metric]:
+    totals, rounds = stats.totals, stats.rounds
+    yield _gauge("lifl_rounds_open", "Rounds that have not been closed.", stats.open_rounds)
+    yield _gauge("lifl_rounds_open_expected", "Updates that the open rounds wait for in all.", _sum(rounds, "expected"))
+    yield _gauge("lifl_rounds_open_accepted", "Updates that the open rounds have.", _sum(rounds, "accepted"))
+    oldest = max((one.age_s for one in rounds), default=0.0)
+    yield _gauge("lifl_rounds_open_oldest_age_seconds", "Of the oldest open round; 0 without one.", oldest)
+    outcomes = {"done": totals.rounds_done, "failed": totals.rounds_failed}
+    yield _counters("lifl_rounds", "Rounds that have a result, and that have none.", "outcome", outcomes)
+    yield _counter("lifl_updates_accepted", "Updates that were accepted.", totals.accepted)
+    yield _counter("lifl_updates_accepted_bytes", "Bytes of the updates that were accepted.", totals.accepted_bytes)
+    yield _counters(
+        "lifl_updates_refused", "Updates that were refused, by the rule they broke.", "rule", totals.refused
+    )
+
+
+def _of_workers(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
+    now = Counter(role for worker in workers for role in worker.roles)
+    gauge = GaugeMetricFamily("lifl_workers", "Workers in each role now; one may be in several.", labels=["role"])
+    for role in ROLES:
+        gauge.add_metric([role], now[role])
+    yield gauge
+    arrivals = CounterMetricFamily(
+        "lifl_worker_arrivals", "Descriptors that were sent to the worker.", labels=["worker"]
+    )
+    queue = GaugeMetricFamily("lifl_worker_queue", "Descriptors that it has not taken.", labels=["worker"])
+    folded = CounterMetricFamily("lifl_worker_updates_folded", "Updates that it folded as a leaf.", labels=["worker"])
+    busy = CounterMetricFamily("lifl_worker_busy_seconds", "Execution time of the worker.", labels=["worker"])
+    deaths = CounterMetricFamily("lifl_worker_deaths", "Deaths of its process, unasked for.", labels=["worker"])
+    for one in workers:
+        name = [str(one.id)]
+        arrivals.add_metric(name, one.arrivals)
+        queue.add_metric(name, one.queued)
+        folded.add_metric(name, one.folded)
+        busy.add_metric(name, one.busy_s)
+        deaths.add_metric(name, one.deaths)
+    yield from (arrivals, queue, folded, busy, deaths)
+
+
+def _of_superlink(said: SuperlinkStats) -> Iterator[Metric]:
+    yield _counter("lifl_superlink_received_bytes", "Through the gateway, from SuperNodes.", said.received_bytes)
+    yield _counter("lifl_superlink_sent_bytes", "Through the gateway, to SuperNodes.", said.sent_bytes)
+    yield _counter("lifl_superlink_copied_bytes", "Of what was received, copied once more.", said.copied_bytes)
+    yield _gauge("lifl_superlink_uploads", "Objects that are coming in now.", said.uploads)
+    if said.objects is not None:
+        yield _gauge("lifl_superlink_objects", "Objects in the store.", said.objects)
+    yield _gauge("lifl_superlink_held_requests", "Requests for work that are held open.", said.held_requests)
+    yield _counter("lifl_superlink_messages", "Messages that were stored for SuperNodes.", said.messages)
+    yield _counter("lifl_superlink_replies", "Replies that came from SuperNodes.", said.replies)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _counters(name: str, text: str, label: str, values: Any) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _sum(rounds: Any, name: str) -> int:
+    return sum(getattr(one, name) for one in rounds)

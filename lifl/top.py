@@ -1,0 +1,218 @@
+"""Finds the Nodes of this user on this machine, and asks them what they are doing.
+
+Owns the finding and the asking, and what two looks at a Node say together. Draws nothing, and trusts no answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+import attrs
+
+from lifl.beacon import PREFIX, name_of
+from lifl.errors import LiflError, PeerGoneError
+from lifl.stats import NodeStats
+from lifl.wire import uid_of_peer
+
+TIMEOUT_S = 2.0
+"""A Node answers in milliseconds, unless its process is stopped."""
+RETRY_S = 0.005
+MOST_BYTES = 2**24
+MOST_GONE = 5
+"""Nodes that are still in sight after they have gone."""
+LISTENING = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
+
+HOW_TO_START = (
+    "no Node of this user is running on this machine: start a lifl-superlink, run a ServerApp with a strategy of "
+    "lifl.strategy, or make a lifl.Node with workers in a program; then try again"
+)
+
+
+@attrs.frozen(order=True)
+class Place:
+    """Where a Node is asked: its process, and its number in that."""
+
+    pid: int
+    number: int
+
+
+def find_places() -> list[Place]:
+    """The Nodes of this user that can be asked, by process; those without workers cannot.
+
+    Those of other network namespaces (another container's) are not seen.
+    """
+    wanted = re.compile(rf"@{PREFIX}-{os.getuid()}-(\d+)-(\d+)")
+    found = set()
+    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
+        columns = line.split(None, 7)
+        if len(columns) == 8 and int(columns[3], 16) & LISTENING and (match := wanted.fullmatch(columns[7])):
+            found.add(Place(int(match[1]), int(match[2])))
+    return sorted(found)
+
+
+def ask(place: Place, timeout_s: float = TIMEOUT_S) -> NodeStats:
+    """One look at a Node.
+
+    Raises :class:`PeerGoneError` if it is gone, :class:`LiflError` if it does not answer or what answers is none.
+    """
+    who = f"the Node of process {place.pid}"
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(timeout_s)
+        try:
+            _connect(asking, f"\0{name_of(place.pid, place.number)}", timeout_s)
+            if (uid := uid_of_peer(asking)) != os.getuid():  # anybody may take a name that is free
+                raise LiflError(f"{who} is not asked: a process of user {uid} has taken its name")
+            data = bytearray()
+            while (part := asking.recv(2**16)) and len(data) < MOST_BYTES:
+                data += part
+        except ConnectionError as error:
+            raise PeerGoneError(f"{who} is gone") from error
+        except (TimeoutError, BlockingIOError) as error:
+            raise LiflError(f"{who} does not answer: it is stopped, or very busy") from error
+    if not data:
+        raise PeerGoneError(f"{who} is gone")
+    try:
+        said = json.loads(data)
+        if isinstance(said, dict) and "error" in said:
+            raise LiflError(f"{who} has no figures: {said['error']}")
+        return NodeStats.from_dict(said)
+    except (ValueError, RecursionError) as error:
+        raise LiflError(f"{who} says what is not understood, it may be of another version of lifl: {error}") from None
+
+
+def _connect(asking: socket.socket, name: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return asking.connect(name)
+        except BlockingIOError:  # many ask at once, and the queue is full
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_S)
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; empty if it cannot be read."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    except OSError:
+        return ""
+    return " ".join(word.decode(errors="replace") for word in words)
+
+
+# ---------------------------------------------------------------- two looks
+
+
+@attrs.frozen
+class Rates:
+    """What a worker does, from two looks: descriptors that come in a second, and its share of a core."""
+
+    arrivals: float
+    busy: float
+
+
+@attrs.frozen
+class Sight:
+    """What is known of one Node: the newest look at it, and its workers' rates if there was one before.
+
+    ``trouble`` says why there is no newer look; ``now`` is then the last one, or None if there was none. ``received``
+    and ``sent`` are a lifl-superlink's bytes a second.
+    """
+
+    place: Place
+    command: str
+    now: NodeStats | None
+    trouble: str = ""
+    is_gone: bool = False
+    rates: dict[int, Rates] = attrs.field(factory=dict)
+    received: float | None = None
+    sent: float | None = None
+
+
+def rates_of(before: NodeStats, now: NodeStats) -> dict[int, Rates]:
+    """Of each worker that both looks have; empty if no time is between them."""
+    seconds = now.uptime_s - before.uptime_s
+    if seconds <= 0:
+        return {}
+    then = {worker.id: worker for worker in before.workers}
+    # A fold is told of when it is over, and may have begun before the first look.
+    return {
+        worker.id: Rates(
+            (worker.arrivals - then[worker.id].arrivals) / seconds,
+            min(1.0, (worker.busy_s - then[worker.id].busy_s) / seconds),
+        )
+        for worker in now.workers
+        if worker.id in then
+    }
+
+
+class Watcher:
+    """Looks at the Nodes again and again; those that have gone are kept in sight.
+
+    Raises :class:`LiflError` if there is none to begin with.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._pid = pid
+        self._sights: dict[Place, Sight] = {}
+        ask_all(pid)
+
+    def look(self) -> list[Sight]:
+        """A look at all that there are, and at those that were there."""
+        places = [place for place in find_places() if self._pid in (None, place.pid)]
+        for place in {*places, *self._sights}:
+            self._sights[place] = self._look_at(place, self._sights.pop(place, None))
+        gone = [place for place, sight in self._sights.items() if sight.is_gone]
+        for place in gone[:-MOST_GONE]:
+            del self._sights[place]
+        return [self._sights[place] for place in sorted(self._sights)]
+
+    def _look_at(self, place: Place, before: Sight | None) -> Sight:
+        if before is not None and before.is_gone:
+            return before
+        was = None if before is None else before.now
+        command = command_of(place.pid) or ("" if before is None else before.command)
+        try:
+            now = ask(place)
+        except PeerGoneError:
+            return Sight(place, command, was, "gone", is_gone=True)
+        except LiflError as error:
+            return Sight(place, command, was, str(error))
+        if was is None:
+            return Sight(place, command, now)
+        return Sight(place, command, now, "", False, rates_of(was, now), *_bytes_a_second(was, now))
+
+
+def _bytes_a_second(before: NodeStats, now: NodeStats) -> tuple[float | None, float | None]:
+    seconds = now.uptime_s - before.uptime_s
+    if before.superlink is None or now.superlink is None or seconds <= 0:
+        return None, None
+    received = now.superlink.received_bytes - before.superlink.received_bytes
+    return received / seconds, (now.superlink.sent_bytes - before.superlink.sent_bytes) / seconds
+
+
+def ask_all(pid: int | None = None) -> list[NodeStats]:
+    """One look at each Node that answers; raises :class:`LiflError` if none does, with what to do."""
+    found: list[NodeStats] = []
+    trouble = LiflError(HOW_TO_START if pid is None else nothing_of(pid))
+    for place in find_places():
+        if pid in (None, place.pid):
+            try:
+                found.append(ask(place))
+            except PeerGoneError:
+                continue
+            except LiflError as error:
+                trouble = error
+    if not found:
+        raise trouble
+    return found
+
+
+def nothing_of(pid: int) -> str:
+    """What there is to say of a process without a Node."""
+    return f"process {pid} has no Node with workers that this user could ask"

@@ -1,0 +1,162 @@
+"""Looks at a Node while it works: collects its figures, and holds what tells others of them.
+
+Takes the Node's lock for as long as it reads counters, and waits for no worker. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lifl.beacon import Beacon
+from lifl.errors import LeaseError
+from lifl.ring import counts_of, queued
+from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
+
+if TYPE_CHECKING:
+    from lifl.exporter import Exporter
+    from lifl.round import Round
+    from lifl.runtime import Node
+    from lifl.staff import Staff
+
+log = logging.getLogger("lifl.watch")
+
+MOST_ROUNDS_TOLD = 64
+"""Open rounds in a snapshot for another process, which is to fit into what a socket takes."""
+
+_numbers = itertools.count(1)
+
+
+class Watch:
+    """One Node's.
+
+    Attributes
+    ----------
+    number : int
+        Of the Node, in its process.
+    superlink : callable or None
+        What a ``lifl-superlink`` has to tell beside its Node; called by any thread, without the Node's lock.
+    """
+
+    def __init__(self, node: Node, rounds: Mapping[int, Round], staff: Staff) -> None:
+        self._node, self._rounds, self._staff = node, rounds, staff
+        self.number = next(_numbers)
+        self._since_s = time.monotonic()
+        self.superlink: Callable[[], SuperlinkStats] | None = None
+        self._beacon: Beacon | None = None
+        self._exporter: Exporter | None = None
+        if staff.crew is not None:
+            try:
+                self._beacon = beacon = Beacon(self.number, self._told)
+                staff.crew.listen(beacon.fd, beacon.serve)
+            except OSError as error:
+                log.debug("`lifl top` will not find this Node: %s", error)
+
+    # ------------------------------------------------------------ who is told
+
+    def export(self, port: int, host: str) -> None:
+        """Serves the figures to Prometheus; see :class:`lifl.exporter.Exporter`. Closes the Node if that cannot be."""
+        try:
+            from lifl.exporter import Exporter  # late: it needs an extra
+
+            self._exporter = Exporter(self.stats, port, host)
+        except ModuleNotFoundError as error:
+            self._node.close()
+            why = f"metrics_port={port} needs {error.name}, which is not installed: pip install 'lifl[metrics]'"
+            raise ModuleNotFoundError(why, name=error.name) from error
+        except BaseException:
+            self._node.close()
+            raise
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where Prometheus finds them, as "127.0.0.1:9400"; None if they are not served."""
+        return None if self._exporter is None else self._exporter.address
+
+    def _told(self) -> dict[str, Any]:
+        said = self.stats().to_dict()
+        return {**said, "rounds": said["rounds"][:MOST_ROUNDS_TOLD]}
+
+    def close(self) -> None:
+        """Tells nobody any more; harmless when closed."""
+        if self._beacon is not None:
+            self._beacon.close()
+        if self._exporter is not None:
+            self._exporter.close()
+
+    # ------------------------------------------------------------ the figures
+
+    def stats(self) -> NodeStats:
+        """See :meth:`lifl.Node.stats`."""
+        node, transport = self._node, self._staff.transport
+        if node.is_foreign:
+            raise LeaseError(f"this Node belongs to another process, not to its fork {os.getpid()}: ask it there")
+        with node.changed:
+            if node.is_closed:
+                raise LeaseError("the Node is closed: it has no figures any more")
+            memory = MemoryStats(node.arena.block_bytes, node.used_bytes)
+            rounds = tuple(_round_stats(round_) for round_ in self._rounds.values())
+            workers = self._workers()
+            tally = node.tally
+            totals = Totals(tally.done, tally.failed, tally.accepted, tally.accepted_bytes, dict(tally.refused))
+        return NodeStats(
+            pid=os.getpid(),
+            number=self.number,
+            transport=transport.name,
+            loader=transport.loader,
+            uptime_s=time.monotonic() - self._since_s,
+            memory=memory,
+            rounds=rounds,
+            open_rounds=len(rounds),
+            totals=totals,
+            workers=workers,
+            superlink=None if self.superlink is None else self.superlink(),
+        )
+
+    def _workers(self) -> tuple[WorkerStats, ...]:
+        node, crew, tally = self._node, self._staff.crew, self._node.tally
+        ids = range(1, node.arena.participants)
+        pids = dict.fromkeys(ids, os.getpid()) if crew is None else crew.by_number()
+        parts = [(number, round_.course.roles()) for number, round_ in self._rounds.items()]
+        kernel = self._staff.transport.metrics()
+        found = []
+        for me in ids:
+            # Of sockets the kernel keeps its own books, which no worker can get wrong.
+            counted = kernel.get(me)
+            busy_ns, folded = tally.busy_ns[me], tally.folded[me]
+            if counted is not None:
+                busy_ns, folded = counted.busy_ns, counted.folded
+            roles = sorted({has[me] for _, has in parts if me in has})
+            found.append(
+                WorkerStats(
+                    id=me,
+                    pid=pids.get(me),
+                    roles=tuple(roles or ["idle" if me in pids else "off"]),
+                    rounds=tuple(number for number, has in parts if me in has),
+                    arrivals=counts_of(node.arena, me)[0] if counted is None else counted.records,
+                    queued=queued(node.arena, me),
+                    folded=folded,
+                    busy_s=busy_ns / 1e9,
+                    deaths=tally.deaths[me],
+                )
+            )
+        return tuple(found)
+
+
+def _round_stats(round_: Round) -> RoundStats:
+    course = round_.course
+    books = course.books
+    return RoundStats(
+        number=round_.number,
+        phase=course.phase,
+        timing=round_.timing,
+        expected=round_.expected,
+        accepted=len(books.updates),
+        refused=dict(books.refused),
+        accepted_bytes=len(books.updates) * books.update_bytes,
+        age_s=books.now_s(),
+    )
