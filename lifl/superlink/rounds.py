@@ -84,6 +84,9 @@ class Rounds:
                     if served is not None and not stored:
                         self._unbind(served, message)
                 if stored:
+                    if served is not None:
+                        with self._lock:
+                            served.stored.add(message.metadata.message_id)
                     self._stored(message, object_tree, set(missing), session_id)
             return stored, missing
 
@@ -299,7 +302,8 @@ class Rounds:
             self._comings.forget_stale()
             for served in list(self._open):
                 with self._lock:
-                    owed = {i for i in served.asked if i not in served.replied}
+                    # Of one that is being stored Flower would say that it never existed.
+                    owed = served.stored - served.replied
                 try:
                     if owed and not served.is_closed:
                         self._look_for_errors(served, owed)

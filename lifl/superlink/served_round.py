@@ -36,6 +36,7 @@ class ServedRound:
     tell: Callable[[Settled], None]
     expected: Counter[int]
     asked: dict[str, int] = attrs.field(factory=dict)  # message -> node
+    stored: set[str] = attrs.field(factory=set)  # of these, what Flower's state has
     receptions: dict[str, Reception] = attrs.field(factory=dict)  # reply -> its reception
     replied: set[str] = attrs.field(factory=set)  # messages with a reply
     names: Counter[int] = attrs.field(factory=Counter)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -84,3 +87,26 @@ def test_flowers_own_strategy_works_as_on_flowers_server() -> None:
             result = strategy.start(grid, record(model(99)), num_rounds=1)
         check_mean(ArrayRecord({k: a for k, a in result.arrays.items() if "count" not in k}), 2, roundings=4)
         assert rig.plane.rounds.served == 0
+
+
+def test_messages_that_take_long_to_store_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks after nodes that are gone does not ask for them: Flower would say that they never existed."""
+    monkeypatch.setattr("lifl.superlink.rounds.WATCH_S", 0.05)
+    with Rig() as rig:
+        assert rig.plane.rounds is not None
+        comings = rig.plane.rounds._comings
+        noting = comings.noting
+
+        @contextlib.contextmanager
+        def slowly() -> Iterator[None]:
+            with noting():
+                time.sleep(0.5)  # noted as the round's, and not stored yet
+                yield
+
+        monkeypatch.setattr(comings, "noting", slowly)
+        run_id, token = rig.start_run()
+        with Fleet(rig.address, replies(2), is_checking=True), rig.grid(run_id, token) as grid:
+            strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=2, min_train_nodes=2)
+            result = strategy.start(grid, record(model(99)), num_rounds=1)
+        assert len(result.reports[1].accepted) == 2
+        check_mean(result.arrays, 2)
