@@ -25,7 +25,7 @@ TIMEOUT_S = 120
 RUNNABLE = re.compile(r"<!-- runnable -->\n```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
-NAME = re.compile(r"\blifl(?:\.[A-Za-z_]\w*)+")
+NAME = re.compile(r"(?<![\w/])lifl(?:\.[A-Za-z_]\w*)+")
 COMMAND = re.compile(r"^(?:lifl|make)(?: [\w=./'\[\]-]+)*$")
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 ELSEWHERE = ("http:", "https:")
