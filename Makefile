@@ -21,7 +21,7 @@ test: lint types
 
 # The ladder (docs/reliability.md). `make test` has 1 to 5 in minutes; here they are one by one, and longer.
 crash: .venv/dev
-	LIFL_CRASH=all $(BIN)/python -m pytest -s tests/crash
+	LIFL_CRASH=all $(BIN)/python -m pytest -s tests/crash tests/process/test_many_deaths.py tests/process/test_hostile.py
 
 model: .venv/dev
 	$(BIN)/python -m pytest tests/model

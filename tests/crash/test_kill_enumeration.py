@@ -235,7 +235,7 @@ def test_killed_parent(library: Path, tmp_path: Path, record_property: Any) -> N
             return [json.loads(line) for line in done.stdout.splitlines()]
 
         life = int(max(said["steps"] for said in run(0, 0)[:-1]))
-        steps = range(1, life, 1 if ALL else max(1, life // 60))
+        steps = range(1, life, 1 if ALL else max(1, life // 30))
         *_, found = run(*steps)
     assert found["killed"] > 0.8 * len(steps)
     record_property("parents", found)
