@@ -20,6 +20,8 @@ from lifl.clip import CHUNK, FLOATS, Clip
 from lifl.errors import AdmissionError
 from lifl.tensor import NUMPY_DTYPES, Tensor, TensorSpec
 
+pytestmark = pytest.mark.transports
+
 Model = dict[str, np.ndarray[Any, Any]]
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half an ulp, relative: what one rounding to nearest may cost."""

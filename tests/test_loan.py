@@ -14,6 +14,8 @@ import pytest
 import lifl
 from lifl.errors import AdmissionError, LeaseError
 
+pytestmark = pytest.mark.transports
+
 WAIT_S = 60.0
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros((2, 3), np.float32), "steps": np.array(0)})
 HUGE = lifl.TensorSpec.from_arrays({"w": np.zeros(3 * 2**19)})  # 12 MiB

@@ -17,6 +17,8 @@ import lifl
 from lifl.errors import AdmissionError
 from lifl.sizes import units_of
 
+pytestmark = pytest.mark.transports
+
 WAIT_S = 60.0
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(40_000, np.float32)})
 UNIT = units_of(SPEC.nbytes)

@@ -14,6 +14,8 @@ import lifl
 from lifl.errors import AdmissionError, RoundError
 from lifl.tensor import Tensor
 
+pytestmark = pytest.mark.transports
+
 WAIT_S = 60.0
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros((2, 3), np.float32), "steps": np.array(0)})
 FLOATS = ("float16", "bfloat16", "float32", "float64")
