@@ -230,7 +230,7 @@ def test_ctrl_c_ends_a_wait_at_once(start: Callable[[str], Program]) -> None:
     time.sleep(0.1)  # until it waits
     os.killpg(program.pid, signal.SIGINT)
     code, stderr = program.end(EXIT_S)
-    assert code == -signal.SIGINT
+    assert code == -signal.SIGINT, stderr
     assert stderr.splitlines()[-1] == "KeyboardInterrupt"
     assert stderr.count("Traceback") == 1
     assert not wait_until_gone(pids, ORPHAN_S)
