@@ -380,9 +380,10 @@ def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int, socke
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     arena = Arena.attach(arena_fd)
     ring_for(arena, AGENT, bell_fd)
-    inbox: Receiver = Inbox(arena, me)
-    outbox = Outbox.of_rings(arena, me)
-    if socket_fd is not None:
+    inbox: Receiver
+    if socket_fd is None:
+        inbox, outbox = Inbox(arena, me), Outbox.of_rings(arena, me)
+    else:
         from lifl.ebpf.links import ends_of  # late: with rings nobody needs it
 
         inbox, outbox = ends_of(arena, socket_fd, me)

@@ -122,13 +122,16 @@ class Node:
         self.tally = Tally()
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
         self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
-        self.transport, self.outbox, self._crew = staff.transport, staff.outbox, staff.crew
-        self.traffic = staff.traffic
-        self.forecast = Forecast(calibration.costs(), max(workers, 1), self.traffic.take)
-        self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
-        self.watch = Watch(self, self._rounds, staff)
-        if staff.crew is not None:
-            self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
+        self.transport, self.outbox, self.traffic, self._crew = staff.transport, staff.outbox, staff.traffic, staff.crew
+        try:
+            self.forecast = Forecast(calibration.costs(), max(workers, 1), self.traffic.take)
+            self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
+            self.watch = Watch(self, self._rounds, staff)
+            if staff.crew is not None:
+                self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
+        except BaseException:  # there may be no thread to have
+            staff.close()
+            raise
         _nodes.add(self)
         if metrics_port is not None:
             self.watch.export(metrics_port, metrics_host)

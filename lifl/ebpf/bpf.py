@@ -7,6 +7,7 @@ a program and its maps when nobody has a descriptor any more, so that nothing ou
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import struct
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 _SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD, _PROG_ATTACH = 0, 1, 2, 3, 4, 5, 8
-HASH, PERCPU_HASH, SOCKHASH = 1, 5, 18
+PERCPU_HASH, SOCKHASH = 5, 18
 _SK_MSG, _SK_MSG_VERDICT = 16, 7
 _LOG_BYTES = 2**16
 
@@ -28,7 +29,7 @@ def bpf(command: int, attributes: bytes) -> int:
     """The system call; its result, which is a descriptor for what makes one."""
     number = _SYS_BPF.get(platform.machine())
     if number is None:
-        raise OSError(38, f"bpf(2) has no number that lifl knows on {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"bpf(2) has no number that lifl knows on {platform.machine()}")
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
     result: int = _libc.syscall(ctypes.c_long(number), ctypes.c_int(command), buffer, ctypes.c_uint(len(attributes)))
     if result < 0:

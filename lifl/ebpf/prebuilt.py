@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -33,7 +34,7 @@ class Program:
 def load() -> Program:
     """Loads the program that ships with lifl and attaches it; raises ``OSError`` as the kernel gives it."""
     if sys.byteorder != "little":
-        raise OSError(95, "the bytecode that ships with lifl is for little-endian machines")
+        raise OSError(errno.EOPNOTSUPP, "the bytecode that ships with lifl is for little-endian machines")
     return loaded(json.loads((resources.files("lifl.ebpf") / "prebuilt.json").read_text()))
 
 

@@ -261,20 +261,25 @@ with Node("4MiB", workers=1, transport="auto") as node:
 """
 
 
-def test_remedy_for_capabilities_is_enough(tmp_path: Path) -> None:
-    """A user with the two capabilities that the remedy names, and no others of that kind, has eBPF."""
-    if os.geteuid() != 0:
-        give_up("only root can become another user: run it as root")
+def loaded_by(python: list[str], environment: dict[str, str]) -> Any:
+    """What a Node of a Python that is started so has: its transport and the loader; it must not fail."""
     done = subprocess.run(
-        [*DEPRIVED, "just_enough", sys.executable, "-c", LOADED],
-        env=os.environ | {"LIFL_CACHE": str(tmp_path)},
+        [*python, "-c", LOADED],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=WAIT_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["ebpf", "prebuilt"]
+    return json.loads(done.stdout)
+
+
+def test_remedy_for_capabilities_is_enough(tmp_path: Path) -> None:
+    """A user with the two capabilities that the remedy names, and no others of that kind, has eBPF."""
+    if os.geteuid() != 0:
+        give_up("only root can become another user: run it as root")
+    assert loaded_by([*DEPRIVED, "just_enough", sys.executable], {"LIFL_CACHE": str(tmp_path)}) == ["ebpf", "prebuilt"]
 
 
 def test_a_wrong_package_is_in_nobodys_way(tmp_path: Path) -> None:
@@ -285,13 +290,4 @@ def test_a_wrong_package_is_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / "bcc" / "__init__.py").write_text("import bcc.table\nclass Lattice: ...\n")
     (tmp_path / "bcc" / "table.py").write_text("")
     environment = {"PYTHONPATH": str(tmp_path), "LIFL_EBPF_LOADER": "bcc"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["ebpf", "bcc"]
+    assert loaded_by([sys.executable], environment) == ["ebpf", "bcc"]

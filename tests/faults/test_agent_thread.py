@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 
 import numpy as np
@@ -33,3 +34,14 @@ def test_its_end_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
             node.open_round(SPEC, 1)
         assert "Traceback" in caplog.text
         round_.close()
+
+
+def test_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error goes through, and the workers that were started already end: the fixture checks that nothing is left."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        lifl.Node("4MiB", workers=2)

@@ -41,6 +41,15 @@ def a_run(node, path, rounds, resume=False, evaluate_fn=None):
     strategy = FedAvg(node=node, order="flower", checkpoint=path, resume=resume)
     result, _ = run(strategy, CLIENTS, rounds, initial_arrays=FIRST, evaluate_fn=evaluate_fn)
     return plain(result.arrays)["w"].tobytes()
+
+logged = []
+
+class Listener(logging.Handler):
+    def emit(self, entry):
+        if entry.levelno >= logging.ERROR:
+            logged.append(entry.getMessage())
+
+logging.getLogger("flwr").addHandler(Listener())
 """
 
 
@@ -73,14 +82,7 @@ def test_disk_fills_up_during_a_run(program: Any, tmp_path: Path) -> None:
     code = """
 folder = os.path.join({folder!r}, "disk")
 path = mounted(folder, "size=1m")
-logged, kept, listed = [], [], []
-
-class Listener(logging.Handler):
-    def emit(self, entry):
-        if entry.levelno >= logging.ERROR:
-            logged.append(entry.getMessage())
-
-logging.getLogger("flwr").addHandler(Listener())
+kept, listed = [], []
 
 def meanwhile(server_round, arrays):
     if server_round == 2:
@@ -118,15 +120,6 @@ def test_disk_fills_up_for_scalars(program: Any, tmp_path: Path) -> None:
 from scalar_files import scalars
 folder = os.path.join({folder!r}, "board")
 mounted(folder, "size=64k")
-logged = []
-
-class Listener(logging.Handler):
-    def emit(self, entry):
-        if entry.levelno >= logging.ERROR:
-            logged.append(entry.getMessage())
-
-logging.getLogger("flwr").addHandler(Listener())
-
 def meanwhile(server_round, arrays):
     if server_round == 1:
         fill(folder)
