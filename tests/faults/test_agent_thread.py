@@ -37,7 +37,7 @@ def test_its_end_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
 
 def test_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error goes through, and the workers that were started already end: the fixture checks that nothing is left."""
+    """The error goes through, and the workers that were started already end, which the fixture checks."""
 
     def refused(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
