@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 
 GONE_S = 5.0
@@ -28,6 +30,16 @@ def children_of(pid: int) -> list[int]:
         with suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
             found += [int(child) for child in file.read().split()]
     return found
+
+
+def descriptors() -> dict[str, int]:
+    """How many this process has of each kind: a kind that drifts says more than a sum."""
+    found: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one of the listing itself
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            found[f"descriptors, {re.sub('[0-9]+', '', name)}"] += 1
+    return dict(found)
 
 
 def private_bytes(pid: int) -> int:

@@ -22,16 +22,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from clients import MOST, Model
-from processes import children_of, kill_a_parent, private_bytes
+from nodes import SoakedNode
+from processes import children_of, descriptors, kill_a_parent, private_bytes
 
 import lifl
 from lifl.errors import AdmissionError, LeaseError, RoundError, ShmError
-from lifl.shm import Block, State
 from lifl.sizes import units_of
 
 WAIT_S = 60.0
@@ -39,42 +38,14 @@ SETTLE_S = 100.0
 """Longer than a round waits for its result and its end: what is not settled by then is lost or hangs."""
 STALL_S = 1.0
 ROUND_THREADS = 4
+PROCESSES = 8
+"""Three nurseries, three workers and two, and of the elastic Node, when it rests, none."""
 FORK_EVERY_S, PARENT_EVERY_S = 3.0, 15.0
 MEMORY_DRIFT = 8 * 2**20
 """Bytes of private memory that may come and go: the allocator keeps what a burst took, per thread. Thirty minutes are
 some 40,000 deaths and 250,000 rounds: 200 bytes kept of each death, or 32 of each round, would be seen."""
 WARM_S = 300.0
 """Runs that are shorter end before the allocator has warmed up: four times as much may come."""
-
-
-class SoakedNode(lifl.Node):
-    """A Node that counts the workers whose death is proven, and knows all its blocks."""
-
-    deaths = 0
-
-    def __init__(self, memory: str, workers: int, **settings: Any) -> None:
-        super().__init__(memory, workers, **settings)
-        self.all_bytes = self.arena.free_bytes
-
-    def replace(self, pidfd: int) -> None:
-        """Counts a death."""
-        self.deaths += 1
-        super().replace(pidfd)
-
-    @property
-    def nursery(self) -> int:
-        """Its pid."""
-        assert self._crew is not None
-        return self._crew.nursery.pid
-
-    def held(self) -> Iterator[str]:
-        """The blocks that are not free although no round is open, in words. Ends the Node's use."""
-        for index in range(self.arena.block_bytes // units_of(0)):
-            generation, owner, state, nbytes, _ = self.arena.describe(index)
-            if state != State.FREE:
-                yield f"block {index} of participant {owner} is {state.name}, {nbytes:,} bytes"
-            elif self.arena.reclaim(Block(index, generation, nbytes)):
-                yield f"block {index} was freed and not reclaimed, {nbytes:,} bytes"
 
 
 class Soak:
@@ -265,14 +236,14 @@ class Soak:
         with self.quiet:
             time.sleep(0.01)  # the last death of before is seen
             end = time.monotonic() + SETTLE_S
-            while (self.running or self.lost_bytes() or len(self.processes()) != 8) and time.monotonic() < end:
+            while not self.is_settled() and time.monotonic() < end:
                 if self.error is not None:
                     return
                 time.sleep(0.002)
             nurseries = self.hurt_node.nursery, self.calm_node.nursery, self.elastic_node.nursery
             found = {
                 "bytes lost": self.lost_bytes(),
-                "descriptors": len(os.listdir("/proc/self/fd")),
+                **descriptors(),
                 "nurseries' descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in nurseries),
                 "processes": len(self.processes()),
                 "threads": threading.active_count(),
@@ -287,12 +258,19 @@ class Soak:
         if not self.is_over:  # else threads have begun to end
             self.samples.append(found)
 
+    def is_settled(self) -> bool:
+        """True when no round runs, and every process that has ended is known to its agent, which holds its pidfd."""
+        if self.running or self.lost_bytes() or len(self.processes()) != PROCESSES:
+            return False
+        known = {pid for node in self.nodes for pid in node.pids()}
+        return known == {pid for nursery in children_of(os.getpid()) for pid in children_of(nursery)}
+
     def lost_bytes(self) -> int:
         """What is not free, of all Nodes."""
         return sum(node.all_bytes - node.arena.free_bytes for node in self.nodes)
 
     def processes(self) -> list[int]:
-        """Three nurseries, three workers and two, and of the elastic Node, when it rests, none; zombies too."""
+        """Nurseries and workers, zombies too."""
         nurseries = children_of(os.getpid())
         return [*nurseries, *(pid for nursery in nurseries for pid in children_of(nursery))]
 
@@ -341,8 +319,9 @@ class Soak:
         """The medians of the second tenth of all samples, after the warm-up, and of the last."""
         tenth = max(1, len(self.samples) // 10)
         parts = self.samples[tenth : 2 * tenth] or self.samples[:1], self.samples[-tenth:]
-        early, late = [{key: int(statistics.median(s[key] for s in part)) for key in part[0]} for part in parts]
-        return {key: (early[key], late[key]) for key in early}
+        keys = {key: None for part in parts for sample in part for key in sample}  # in order; kinds come and go
+        early, late = [{key: int(statistics.median(s.get(key, 0) for s in part)) for key in keys} for part in parts]
+        return {key: (early[key], late[key]) for key in keys}
 
     def verdict(self, seconds: float) -> int:
         """Prints the tables; 1 if something was wrong."""
