@@ -111,6 +111,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "stats": set(),
     "forks": set(),
+    "heap": set(),
     "beacon": {"errors", "forks", "wire"},
     "exporter": {"errors", "forks", "stats"},
     "watch": {"beacon", "errors", "exporter", "ring", "stats"},
@@ -120,13 +121,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "embedded": {"calibration", "errors", "runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
-    "strategy.exchange": set(),
+    "strategy.exchange": {"heap"},
     "strategy.landing": {
         *("admission", "embedded", "errors", "metrics", "npy", "result", "round", "runtime", "tensor", "terms"),
         *("strategy.reading", "strategy.served"),
     },
     "strategy.reading": {"errors", "tensor"},
-    "strategy.served": {"admission", "errors", "metrics", "result", "shm", "tensor", "terms", "wire"},
+    "strategy.served": {"admission", "errors", "heap", "metrics", "result", "shm", "tensor", "terms", "wire"},
     "strategy.journal": {"checkpoint", "errors", "metrics"},
     "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
     "strategy.fedavg": {

@@ -17,6 +17,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
+from lifl.heap import give_back
+
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 1.0
 PAUSE_SHARE = 0.1
@@ -61,6 +63,7 @@ def exchange(
     asked = [(m.metadata.message_id, m.metadata.dst_node_id) for m in messages]
     nodes = dict(asked)
     messages.clear()  # they hold the model, which the grid has by now
+    give_back()
     replies: list[Message] = []
     at_once = max(FEWEST_PER_PULL, PULL_BYTES // max(reply_bytes, 1))
     last = time.monotonic()

@@ -29,6 +29,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from lifl import wire
 from lifl.admission import Limits
 from lifl.errors import LiflError, PeerGoneError, RoundError
+from lifl.heap import give_back
 from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
 from lifl.shm import Arena, Block
@@ -241,6 +242,7 @@ def exchange_served(
         return None
     # They hold the model, which the grid has by now.
     messages[:] = [make_message(metadata=m.metadata, content=RecordDict()) for m in messages]
+    give_back()
     replies: list[Message] = []
     waiting = dict(asked)
     if waiting:

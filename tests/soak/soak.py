@@ -31,6 +31,7 @@ from processes import children_of, descriptors, kill_a_parent, private_bytes
 
 import lifl
 from lifl.errors import AdmissionError, LeaseError, RoundError, ShmError
+from lifl.heap import give_back
 from lifl.sizes import units_of
 
 WAIT_S = 60.0
@@ -240,6 +241,7 @@ class Soak:
                 if self.error is not None:
                     return
                 time.sleep(0.002)
+            give_back()  # what is left is in use
             nurseries = self.hurt_node.nursery, self.calm_node.nursery, self.elastic_node.nursery
             found = {
                 "bytes lost": self.lost_bytes(),
