@@ -16,6 +16,7 @@ enum lifl_status {
   LIFL_TIMEOUT = 3,  /* nothing came in time */
   LIFL_STALE = 4,    /* the block has another generation, state or owner by now */
   LIFL_OVERFLOW = 5, /* a mean left the range of its dtype */
+  LIFL_GONE = 6,     /* the other end of a socket is closed */
   LIFL_EINVAL = -1,  /* an argument is out of its bounds */
   LIFL_ESYS = -2,    /* a system call failed: errno says which way */
   LIFL_ECORRUPT = -3 /* the arena's header or tables contradict themselves */
@@ -74,6 +75,27 @@ typedef struct {
   uint32_t generations[64];
 } lifl_manifest;
 
+/* What travels through a socket: ebpf/record.h, in the words of cffi. */
+typedef struct {
+  uint32_t dst;
+  uint16_t src;
+  uint16_t line;
+  uint32_t seq;
+  uint32_t busy_us;
+  uint32_t block;
+  uint32_t generation;
+  uint32_t round;
+  uint16_t kind;
+  uint16_t arg;
+} lifl_link_record;
+
+/* What has come through a socket and has not been popped: `have` bytes, of which `next` have been. */
+typedef struct {
+  uint32_t have;
+  uint32_t next;
+  uint8_t bytes[4096];
+} lifl_flow;
+
 typedef struct lifl_arena lifl_arena; /* one process's handle on an arena */
 
 uint64_t lifl_unit_bytes(void);
@@ -114,6 +136,11 @@ int lifl_credit_take(lifl_arena *arena, uint32_t producer, uint32_t consumer, ui
 int lifl_credit_untake(lifl_arena *arena, uint32_t producer, uint32_t consumer);
 int lifl_credit_give(lifl_arena *arena, uint32_t producer, uint32_t consumer, uint32_t number);
 int lifl_credit_reset(lifl_arena *arena, uint32_t consumer);
+int lifl_link_send(lifl_arena *arena, int fd, uint32_t source, uint32_t target, uint32_t dst, uint32_t busy_us,
+                   const lifl_desc *desc);
+int lifl_link_forward(int fd, const uint8_t *record);
+int lifl_link_fill(int fd, int waits, lifl_flow *in);
+int lifl_link_pop(lifl_arena *arena, int fd, lifl_flow *in, lifl_link_record *out);
 int lifl_inbox_counts(lifl_arena *arena, uint32_t consumer, uint64_t *sent, uint64_t *taken);
 int lifl_inbox_pop(lifl_arena *arena, uint32_t consumer, lifl_desc *desc, uint32_t *producer);
 int lifl_inbox_wait(lifl_arena *arena, uint32_t consumer, uint64_t spin_ns, uint64_t timeout_ns);

@@ -1,4 +1,4 @@
-"""Builds the extension module ``lifl._shm_ffi`` from ``_shm.c`` and ``_fold.c``.
+"""Builds the extension module ``lifl._shm_ffi`` from ``_shm.c``, ``_link.c`` and ``_fold.c``.
 
 The module is not named ``lifl._shm``: cffi would then write its generated code over ``_shm.c``.
 """
@@ -15,7 +15,7 @@ ffibuilder.cdef(DECLARATIONS)
 ffibuilder.set_source(
     "lifl._shm_ffi",
     '#include "_shm.h"',
-    sources=["lifl/_shm.c", "lifl/_fold.c"],
+    sources=["lifl/_shm.c", "lifl/_link.c", "lifl/_fold.c"],
     include_dirs=["lifl"],
     # No -march=native: the kernels choose their vector width at run time. No contraction: the same
     # bits on every machine.

@@ -6,29 +6,20 @@ how much is on its way is bounded by credits in the arena. No capability is need
 
 from __future__ import annotations
 
-import errno
+import os
 import select
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 
-from lifl.ebpf.record import RECORD_BYTES, Record, pack
+from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.errors import PeerGoneError
 from lifl.ring import WAIT_CAP_S, Descriptor, Kind, Outbox, Spent
 from lifl.shm import AGENT, Arena, check, ffi, lib
 
 TOP = 0x80000000
 """The top of round r is the aggregator TOP | r, whoever that is: a leaf's sum is sent there."""
-BATCH = 128
-"""Records that are received at a time."""
 BUSY_MOST_US = 2**32 - 1
-# As plain numbers: to join flags of Python's takes longer than to send.
-SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-RECEIVE_FLAGS = int(socket.MSG_DONTWAIT)
-NOT_NOW = frozenset({errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENOMEM, errno.ENOBUFS})
-"""What the kernel says when it cannot take a record in now. EPIPE: the socket that it would redirect to is just being
-closed, because its process dies; a moment later it is gone from the map, and then its successor's is there."""
 
 
 def top_of(number: int) -> int:
@@ -41,7 +32,7 @@ class Sender:
 
     def __init__(self, arena: Arena, own: socket.socket, source: int, target: int, spent: Spent) -> None:
         self._arena, self._socket, self._source, self._target, self._spent = arena, own, source, target, spent
-        self._number = ffi.new("uint32_t *")
+        self._desc = ffi.new("lifl_desc *")
 
     @property
     def capacity(self) -> int:
@@ -50,27 +41,20 @@ class Sender:
 
     def try_push(self, descriptor: Descriptor) -> bool:
         """Sends a descriptor; false if as many are on their way as may be, or if it cannot be taken in now."""
-        line = self._arena.handle, self._source, self._target
-        status = lib.lifl_credit_take(*line, self._number)
-        if status != lib.LIFL_OK:
-            check(status, f"credit for participant {self._target}")
-            return False
-        kind, number, block, generation, arg = descriptor
-        dst = top_of(number) if kind == Kind.SUM and self._target != AGENT else self._target
+        d = self._desc
+        d.kind, d.round, d.block, d.generation, d.arg = descriptor
+        dst = top_of(d.round) if d.kind == Kind.SUM and self._target != AGENT else self._target
         busy_us = min(self._spent.ns // 1000, BUSY_MOST_US)
-        named = dst, self._source, self._target, self._number[0], busy_us
-        try:
-            # All of it or nothing: a record is put together in the kernel before it is looked at.
-            sent = self._socket.send(pack(*named, block, generation, number, kind, arg), SEND_FLAGS)
-        except OSError as error:
-            lib.lifl_credit_untake(*line)
-            if error.errno in NOT_NOW:
-                return False
-            raise PeerGoneError(f"a descriptor to participant {self._target} could not be sent: {error}") from error
-        self._spent.ns -= busy_us * 1000
-        if sent != RECORD_BYTES:
-            raise PeerGoneError(f"{sent} bytes of a descriptor of {RECORD_BYTES} were sent")
-        return True
+        fd = self._socket.fileno()
+        status = lib.lifl_link_send(self._arena.handle, fd, self._source, self._target, dst, busy_us, d)
+        if status == lib.LIFL_OK:
+            self._spent.ns -= busy_us * 1000
+            return True
+        if status == lib.LIFL_ESYS:
+            why = os.strerror(ffi.errno)
+            raise PeerGoneError(f"a descriptor to participant {self._target} could not be sent: {why}")
+        check(status, f"credit for participant {self._target}")
+        return False
 
     def reset(self) -> None:
         """Forgets what is on its way, because its receiver is proven dead: the sidecar's :meth:`bury` has done so."""
@@ -84,9 +68,7 @@ class Receiver:
 
     def __init__(self, arena: Arena, own: socket.socket, me: int, on_stray: Callable[[Record], None]) -> None:
         self._arena, self._socket, self._me, self._on_stray = arena, own, me, on_stray
-        self._come: deque[Record] = deque()
-        self._room = memoryview(bytearray(RECORD_BYTES * BATCH))
-        self._begun = 0  # bytes of a record whose rest has not come
+        self._flow, self._record = ffi.new("lifl_flow *"), ffi.new("lifl_link_record *")
         self._spin_s = 0.0
         self._poll = select.poll()
         self._poll.register(own, select.POLLIN)
@@ -98,71 +80,57 @@ class Receiver:
 
     def try_pop(self) -> tuple[int, Descriptor] | None:
         """The next descriptor and who sent it, or ``None``; in order per sender."""
-        while self._come or self._receive():
-            record = self._come.popleft()
-            if lib.lifl_credit_give(self._arena.handle, record.src, record.line, record.seq) != lib.LIFL_OK:
-                continue  # no participant of this arena has sent it
+        r = self._record
+        while self._is_there(lib.lifl_link_pop(self._arena.handle, self._socket.fileno(), self._flow, r)):
+            dst = r.dst
             # A role is whose the kernel says, which may have changed meanwhile; what nobody has comes to the agent.
-            is_for_my_role = record.dst & TOP and self._me != AGENT
-            if record.dst != self._me and not is_for_my_role:
-                self._on_stray(record)
-                continue
-            return record.src, Descriptor(record.kind, record.round, record.block, record.generation, record.arg)
+            if dst == self._me or (dst & TOP and self._me != AGENT):
+                return r.src, Descriptor(r.kind, r.round, r.block, r.generation, r.arg)
+            self._on_stray(Record.unpack(ffi.buffer(r))[0])
         return None
 
-    def _receive(self) -> bool:
+    def _fill(self, *, waits: bool = False) -> bool:
         _ = self._arena.handle  # raises in a fork, before it takes what is for the process that it was made of
-        try:
-            count = self._socket.recv_into(self._room[self._begun :], 0, RECEIVE_FLAGS)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise PeerGoneError(f"the socket of participant {self._me} is broken: {error}") from error
-        if not count:
+        return self._is_there(lib.lifl_link_fill(self._socket.fileno(), waits, self._flow))
+
+    def _is_there(self, status: int) -> bool:
+        if status == lib.LIFL_GONE:
             raise PeerGoneError("the agent is gone: it has closed its end of the socket")
-        end = self._begun + count
-        self._begun = end % RECORD_BYTES
-        self._come.extend(Record.unpack(self._room[: end - self._begun]))
-        if self._begun:
-            self._room[: self._begun] = bytes(self._room[end - self._begun : end])
-        return bool(self._come)
+        if status == lib.LIFL_ESYS:
+            raise PeerGoneError(f"the socket of participant {self._me} is broken: {os.strerror(ffi.errno)}")
+        return bool(status == lib.LIFL_OK)
 
     def wait(self, spin_s: float, timeout_s: float) -> bool:
-        """Waits until there is something: looks again for up to `spin_s` seconds (adaptive), then sleeps in poll.
+        """Waits until there is something: looks again for up to `spin_s` seconds (adaptive), then sleeps.
 
-        False at the time-out; from ``WAIT_CAP_S`` on there is none. On a ring sleeps are capped because a wake-up can
-        be lost with who owed it; a socket's cannot, and it tells of the agent's death too. A signal's handler runs
-        meanwhile.
+        False at the time-out, or when a signal came; from ``WAIT_CAP_S`` on there is no time-out. On a ring sleeps are
+        capped because a wake-up can be lost with who owed it; a socket's cannot, and it tells of the agent's death too.
         """
-        if self._come:
-            return True
         if spin_s:
             # As the rings do: a spin that was answered doubles the next one, one in vain halves it.
             self._spin_s = min(max(self._spin_s, spin_s / 64), spin_s)
             end_s = time.monotonic() + min(self._spin_s, timeout_s)
             while time.monotonic() < end_s:
-                if self._receive():
+                if self._fill():
                     self._spin_s *= 2
                     return True
             self._spin_s /= 2
-        if self._poll.poll(None if timeout_s >= WAIT_CAP_S else timeout_s * 1000):
-            return self._receive()
-        return False
+        if timeout_s >= WAIT_CAP_S:
+            return self._fill(waits=True)
+        return self._fill() or bool(self._poll.poll(timeout_s * 1000) and self._fill())
 
     def arm(self) -> bool:
         """True: a socket with something in it is readable, so that nothing has to be asked for."""
-        return not self._come
+        return bool(self._flow.have - self._flow.next < RECORD_BYTES)
 
 
 def sent_on(own: socket.socket) -> Callable[[Record], None]:
     """What a worker does with a record for another: the kernel is asked once more who that is."""
 
     def send(record: Record) -> None:
-        try:
-            own.send(record.pack(), socket.MSG_NOSIGNAL)
-        except OSError as error:
-            if error.errno not in NOT_NOW:  # else who should have it is dying, and its successor is told again
-                raise PeerGoneError(f"a stray descriptor could not be sent on: {error}") from error
+        # If the kernel cannot take it in now, who should have it is dying, and its successor is told again.
+        if lib.lifl_link_forward(own.fileno(), record.pack()) == lib.LIFL_ESYS:
+            raise PeerGoneError(f"a stray descriptor could not be sent on: {os.strerror(ffi.errno)}")
 
     return send
 

@@ -36,7 +36,7 @@ def build(target: Path, flags: list[str]) -> None:
     command = [compiler, *flags, "-o", str(target)]
     if subprocess.run([*command, str(probe)], capture_output=True, check=False).returncode:
         give_up(f"{compiler} has no {flags}: install gcc's libasan and libubsan")
-    files = [HERE / "test_shm.c", LIFL / "_shm.c", LIFL / "_fold.c"]
+    files = [HERE / "test_shm.c", LIFL / "_shm.c", LIFL / "_link.c", LIFL / "_fold.c"]
     subprocess.run([*command, *FLAGS, *map(str, files), "-lm", "-lpthread"], check=True)
 
 

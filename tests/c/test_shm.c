@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -263,6 +264,41 @@ static uint64_t consume(lifl_arena *a, uint64_t count, uint64_t spin_ns) {
     i++;
   }
   return lost;
+}
+
+static void test_link_sends_and_pops(void) {
+  lifl_arena *a;
+  int fds[2];
+  lifl_flow flow = {0};
+  lifl_link_record got;
+  CHECK(lifl_arena_create(1, 3, 1, &a) == LIFL_OK);
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+  CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_EMPTY);
+  int capacity = lifl_ring_capacity(a, 1, 2), sent = 0;
+  for (uint32_t i = 0; lifl_link_send(a, fds[0], 1, 2, 2, 7, &(lifl_desc){i, 5, 6, 3, 4}) == LIFL_OK; i++) sent++;
+  CHECK(sent == capacity);
+  for (int i = 0; i < sent; i++) {
+    CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_OK);
+    CHECK(got.block == (uint32_t)i && got.seq == (uint32_t)i && got.generation == 5 && got.round == 6);
+    CHECK(got.dst == 2 && got.src == 1 && got.line == 2 && got.busy_us == 7 && got.kind == 3 && got.arg == 4);
+  }
+  CHECK(lifl_link_send(a, fds[0], 1, 2, 2, 0, &(lifl_desc){0}) == LIFL_OK); /* the credits have come back */
+  CHECK(lifl_link_send(a, fds[0], 1, 3, 3, 0, &(lifl_desc){0}) == LIFL_EINVAL);
+  /* A record in two pieces, of a participant that this arena has not; then one that it has. */
+  lifl_link_record stranger = {.src = 9, .line = 2}, known = {.src = 0, .line = 2, .arg = 8};
+  CHECK(write(fds[0], &stranger, 5) == 5);
+  CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_OK);
+  CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_EMPTY);
+  CHECK(write(fds[0], (char *)&stranger + 5, sizeof stranger - 5) == (ssize_t)sizeof stranger - 5);
+  CHECK(lifl_link_forward(fds[0], (const uint8_t *)&known) == LIFL_OK);
+  CHECK(lifl_link_fill(fds[1], 1, &flow) == LIFL_OK);
+  CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_OK && got.arg == 8);
+  close(fds[0]);
+  CHECK(lifl_link_fill(fds[1], 1, &flow) == LIFL_GONE);
+  CHECK(lifl_link_send(a, fds[0], 1, 2, 2, 0, &(lifl_desc){0}) == LIFL_ESYS && errno == EBADF);
+  CHECK(lifl_link_pop(a, -1, &flow, &got) == LIFL_ESYS && errno == EBADF);
+  close(fds[1]);
+  lifl_arena_detach(a);
 }
 
 static void test_ring_between_processes(void) {
@@ -665,6 +701,7 @@ int main(void) {
   test_ring_is_full_at_its_capacity();
   test_credits_bound_what_is_on_its_way();
   test_credits_of_the_dead_come_back();
+  test_link_sends_and_pops();
   test_ring_between_processes();
   test_no_wake_up_is_lost();
   test_eventfd_rings_when_armed();

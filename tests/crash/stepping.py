@@ -31,7 +31,7 @@ ffi.cdef("void lifl_steps_use(const char *path, uint32_t me); void lifl_step(voi
 ffi.set_source(
     "_shm_ffi",
     '#include "_shm.h"\\nvoid lifl_steps_use(const char *path, uint32_t me); void lifl_step(void);',
-    sources=[f"{lifl}/_shm.c", f"{lifl}/_fold.c", f"{here}/steps.c"],
+    sources=[f"{lifl}/_shm.c", f"{lifl}/_link.c", f"{lifl}/_fold.c", f"{here}/steps.c"],
     include_dirs=[lifl],
     define_macros=[("LIFL_STEPS", None)],
     extra_compile_args=["-std=gnu11", "-O1", "-ffp-contract=off"],
