@@ -21,7 +21,7 @@ import fedavg_runs
 import numpy as np
 import pytest
 from fedavg_runs import Runs
-from servers import Servers, make_key
+from servers import WAIT_S, Servers, make_key
 
 from lifl import _janitor, wire
 from lifl.ebpf.probe import support
@@ -32,8 +32,6 @@ HERE = Path(__file__).parent
 HAS_EBPF = support().available or os.environ.get("CI") == "true"
 WATCHED = (sys.executable, str(HERE / "watched_superlink.py"))
 leaves_children = pytest.mark.leaves("Flower's programs reap the processes of their tasks late")
-WAIT_S = 60.0
-"""How long anything may take: a bound on liveness, not a measurement."""
 
 
 def wait_until(is_so: Callable[[], Any], what: str) -> None:

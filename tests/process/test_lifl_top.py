@@ -22,7 +22,7 @@ from servers import Servers
 from lifl import top
 from lifl.stats import NodeStats
 
-WAIT_S = 60.0
+WAIT_S = 240.0
 
 
 def lifl_top(*arguments: str, status: int = 0) -> str:
