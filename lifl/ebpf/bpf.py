@@ -54,10 +54,10 @@ class Map:
     @classmethod
     def create(cls, kind: int, key_bytes: int, value_bytes: int, most: int, name: str) -> Map:
         """A new map."""
+        values = possible_cpus() if kind == PERCPU_HASH else 1  # first: no descriptor may be left for that
         fd = bpf(_MAP_CREATE, struct.pack("=5I2I16s", kind, key_bytes, value_bytes, most, 0, 0, 0, name.encode()[:15]))
         os.set_inheritable(fd, False)
-        per_cpu = possible_cpus() if kind == PERCPU_HASH else 1
-        return cls(fd, value_bytes * per_cpu)
+        return cls(fd, value_bytes * values)
 
     def _call(self, command: int, key: Bytes | None, value: Bytes | None, flags: int = 0) -> int:
         pointers = (ctypes.addressof(one) if one is not None else 0 for one in (key, value))
