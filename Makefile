@@ -2,7 +2,7 @@
 # headers), a C compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
-BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_shm.c lifl/_link.c lifl/_fold.c lifl/ebpf/record.h
+BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_steps.h lifl/_shm.c lifl/_link.c lifl/_fold.c lifl/ebpf/record.h
 
 JOBS ?= 2
 SOAK_MINUTES ?= 30

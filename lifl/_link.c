@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 
 #include "_shm.h"
+#include "_steps.h"
 #include "ebpf/record.h"
 
 _Static_assert(sizeof(struct lifl_record) == LIFL_RECORD_BYTES, "a record has holes");
@@ -25,7 +26,9 @@ static int is_not_now(int error) {
 /* Sends a whole record on as it came, its credit with it. LIFL_FULL: the kernel cannot take it in now. */
 int lifl_link_forward(int fd, const uint8_t *record) {
   /* All of it or nothing: a record is put together in the kernel before it is looked at. */
+  STEP();
   ssize_t sent = send(fd, record, LIFL_RECORD_BYTES, MSG_DONTWAIT | MSG_NOSIGNAL);
+  STEP();
   if (sent == LIFL_RECORD_BYTES) return LIFL_OK;
   if (sent >= 0) errno = EMSGSIZE;
   return is_not_now(errno) ? LIFL_FULL : LIFL_ESYS;
@@ -67,6 +70,7 @@ int lifl_link_fill(int fd, int waits, lifl_flow *in) {
   ssize_t count = recv(fd, in->bytes + in->have, sizeof in->bytes - in->have, waits ? 0 : MSG_DONTWAIT);
   if (count < 0) return errno == EAGAIN || errno == EINTR ? LIFL_EMPTY : LIFL_ESYS;
   if (count == 0) return LIFL_GONE;
+  STEP(); /* the kernel has it no more */
   in->have += (uint32_t)count;
   return in->have >= LIFL_RECORD_BYTES ? LIFL_OK : LIFL_EMPTY;
 }
@@ -78,6 +82,9 @@ int lifl_link_pop(lifl_arena *a, int fd, lifl_flow *in, lifl_link_record *out) {
     if (status != LIFL_OK) return status;
     memcpy(out, in->bytes + in->next, LIFL_RECORD_BYTES);
     in->next += LIFL_RECORD_BYTES;
-    if (lifl_credit_give(a, out->src, out->line, out->seq) == LIFL_OK) return LIFL_OK;
+    STEP();
+    status = lifl_credit_give(a, out->src, out->line, out->seq);
+    STEP();
+    if (status == LIFL_OK) return LIFL_OK;
   }
 }

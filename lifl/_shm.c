@@ -16,6 +16,7 @@
  * into a local, checked, then used. */
 #define _GNU_SOURCE
 #include "_shm.h"
+#include "_steps.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -40,14 +41,6 @@
 #define MAX_PARTICIPANTS 1024u
 #define HEADER_BYTES 4096u
 #define LINE 64
-
-/* Between any two of these a process may be killed: tests/crash kills at each. Nothing in a release. */
-#ifdef LIFL_STEPS
-void lifl_step(void);
-#define STEP() lifl_step()
-#else
-#define STEP() ((void)0)
-#endif
 
 _Static_assert(sizeof(lifl_desc) == 16, "a descriptor is 16 bytes");
 _Static_assert(sizeof(lifl_manifest) <= MANIFEST_BYTES, "the manifest fits before its sum");

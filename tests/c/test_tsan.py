@@ -53,7 +53,7 @@ def test_seeded_races_are_reported(tmp_path: Path, bug: str) -> None:
     """The same threads over a core with a known bug: TSan says which line races."""
     core = tmp_path / "lifl"
     core.mkdir()
-    for name in ("_shm.c", "_shm.h"):
+    for name in ("_shm.c", "_shm.h", "_steps.h"):
         shutil.copy(LIFL / name, core)
     subprocess.run(["git", "apply", "--include=lifl/_shm.c", str(BUGS / f"{bug}.patch")], cwd=tmp_path, check=True)
     assert (core / "_shm.c").read_text() != (LIFL / "_shm.c").read_text()
