@@ -46,12 +46,12 @@ def tracer(rooms):
 real = aggregator.main
 
 
-def main(arena_fd, bell_fd, me, spin_s, parent):
+def main(arena_fd, bell_fd, me, spin_s, parent, *given):
     """A worker's life, counted."""
     lib.lifl_steps_use(PAGE.encode(), me)
     if DETAIL != "steps":
         sys.settrace(tracer([aggregator]))
-    real(arena_fd, bell_fd, me, 0.0, parent)
+    real(arena_fd, bell_fd, me, 0.0, parent, *given)
 
 
 aggregator.main = main

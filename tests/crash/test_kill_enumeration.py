@@ -4,7 +4,7 @@ The worker, its successor at every step of its own, the recovery in between, whi
 Every accepted update counts once, or is refused by name, and nothing is lost.
 
 A step is what lies between two accesses to shared memory in the C core, and, in the finest detail, between two
-instructions of the worker's Python. ``LIFL_CRASH=all`` leaves out no pair; without it every n-th is taken.
+instructions of the worker's Python. ``LIFL_CRASH=all`` leaves out none; without it every n-th is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepping import Control, build, stepping
+from stepping import Control, stepping
 
 import lifl
 from lifl import assignment, recovery
@@ -49,12 +49,6 @@ ROLES = [
     *(("shard", form) for form in FORMS[3:]),
 ]
 """Who is killed in which form of a round: timing, order, shape."""
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core with steps, built once."""
-    return build(tmp_path_factory.mktemp("steps"))
 
 
 class Bench:
@@ -143,9 +137,9 @@ EVERY_ROLE = pytest.mark.parametrize(
 )
 
 
-def every(n: int) -> int:
-    """The stride: 1 if all cases are wanted."""
-    return 1 if ALL else n
+def some(life: int, n: int, transport: str) -> range:
+    """Every n-th step of a life, others on one transport than on the other; all of them if all are wanted."""
+    return range(1, life + 1) if ALL else range(1 + n // 2 * (transport == "ebpf"), life + 1, n)
 
 
 def tell(record_property: Any, bench: Bench) -> None:
@@ -157,34 +151,39 @@ def tell(record_property: Any, bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", [("opcodes", 20.0)], indirect=True)
 @EVERY_ROLE
-def test_killed_between_any_two_instructions(bench: Bench, role: str, form: Form, record_property: Any) -> None:
+def test_killed_between_any_two_instructions(
+    bench: Bench, role: str, form: Form, transport: str, record_property: Any
+) -> None:
     """The worker dies between any two instructions of its Python and any two accesses to shared memory."""
     steps = bench.steps(role, form)
     assert steps > 300
-    stride = every(6)
-    for n in range(1, steps + 1, stride):
+    cases = some(steps, 10, transport)
+    for n in cases:
         bench.case(role, form, n)
-    assert bench.singles > 0.8 * steps / stride
+    assert bench.singles > 0.8 * len(cases)
     tell(record_property, bench)
 
 
 @pytest.mark.parametrize("bench", [("steps", 20.0)], indirect=True)
 @EVERY_ROLE
-def test_successor_is_killed_too(bench: Bench, role: str, form: Form, record_property: Any) -> None:
+def test_successor_is_killed_too(bench: Bench, role: str, form: Form, transport: str, record_property: Any) -> None:
     """Whoever takes over from the dead dies as well, at each of its steps: (step, step) pairs."""
     steps = bench.steps(role, form)
-    for n in range(1, steps + 1, every(2)):
+    stride = 2 if role == "shard" else 4  # who has fewer steps
+    for n in some(steps, stride, transport):
         m, was_late = 1, 0
         while was_late < 3:  # the successor's steps depend on n: until it outlives the round
             was_late = 0 if bench.case(role, form, n, m) else was_late + 1
-            m += every(4)
+            m += 1 if ALL else stride
     assert bench.pairs > (steps**2 / 3 if ALL else 10)
     tell(record_property, bench)
 
 
 @pytest.mark.parametrize("bench", [("steps", 20.0)], indirect=True)
 @pytest.mark.parametrize("role", ["leaf", "top"])
-def test_recovery_is_killed(bench: Bench, role: str, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
+def test_recovery_is_killed(
+    bench: Bench, role: str, transport: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
     """The sweep is killed at each of its writes to shared memory and done again, while the peer goes on."""
     real_sweep, real_move = recovery.sweep, lifl.shm.Arena.move
     writes_left, was_killed = 0, False
@@ -211,7 +210,7 @@ def test_recovery_is_killed(bench: Bench, role: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(assignment.recovery, "sweep", sweep)
     pairs = 0
     for form in FORMS[:3]:
-        for n in range(1, bench.steps(role, form) + 1):
+        for n in some(bench.steps(role, form), 2, transport):
             for m in range(1, 20):
                 writes_left, was_killed = m, False
                 bench.case(role, form, n)
@@ -224,7 +223,7 @@ def test_recovery_is_killed(bench: Bench, role: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.timeout(1800)  # with LIFL_CRASH=all some fifteen hundred processes, one after another
-def test_killed_parent(library: Path, tmp_path: Path, record_property: Any) -> None:
+def test_killed_parent(library: Path, transport: str, tmp_path: Path, record_property: Any) -> None:
     """Whoever made the Node, submits, lends and recovers is killed at a step: all its processes are gone soon."""
     with stepping(library, tmp_path, "lines"):
         program = [sys.executable, str(Path(__file__).parent / "parents.py")]
@@ -235,7 +234,7 @@ def test_killed_parent(library: Path, tmp_path: Path, record_property: Any) -> N
             return [json.loads(line) for line in done.stdout.splitlines()]
 
         life = int(max(said["steps"] for said in run(0, 0)[:-1]))
-        steps = range(1, life, 1 if ALL else max(1, life // 30))
+        steps = some(life - 1, max(1, life // 15), transport)
         *_, found = run(*steps)
     assert found["killed"] > 0.8 * len(steps)
     record_property("parents", found)
@@ -244,9 +243,9 @@ def test_killed_parent(library: Path, tmp_path: Path, record_property: Any) -> N
 
 @pytest.mark.parametrize("bench", [("steps", 0.02)], indirect=True)
 @pytest.mark.parametrize(("role", "form"), [("leaf", FORMS[0]), ("top", FORMS[0]), ("shard", FORMS[3])])
-def test_stopped_at_any_step(bench: Bench, role: str, form: Form, record_property: Any) -> None:
+def test_stopped_at_any_step(bench: Bench, role: str, form: Form, transport: str, record_property: Any) -> None:
     """A worker that stops for ever at any step is killed when its time is over; it writes nothing afterwards."""
-    for n in range(1, bench.steps(role, form) + 1, every(2)):
+    for n in some(bench.steps(role, form), 2, transport):
         bench.case(role, form, n, sent=signal.SIGSTOP)
     assert bench.singles > (15 if role != "shard" else 1)
     tell(record_property, bench)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stepping import Control, build, stepping
+from stepping import Control, stepping
 
 import lifl
 from lifl import assignment
@@ -85,11 +85,11 @@ def wait_for(is_there: object, what: str) -> None:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+def pair(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     """Two workers that are not killed for being stopped; the first leaf is the top."""
     monkeypatch.setattr(assignment.Assignment, "_choose_top", lambda self: self.leaves[0])
     with (
-        stepping(build(tmp_path), tmp_path, "steps") as control,
+        stepping(library, tmp_path, "steps") as control,
         lifl.Node("8MiB", workers=2, stall_timeout=600.0) as node,
     ):
         yield Pair(node, control)
