@@ -52,15 +52,21 @@ def odd_update(seed: int) -> dict[str, Any]:
     return update
 
 
+@pytest.fixture(scope="session")
+def odd() -> tuple[list[dict[str, Any]], list[float], dict[str, Any], dict[str, Any]]:
+    """Updates, weights, their slow mean and its tolerance."""
+    updates, weights = [odd_update(i) for i in range(5)], [3.0, 1.0, 4.5, 1e-3, 700.0]
+    return updates, weights, fold.mean_reference(updates, weights), fold.tolerance(updates, weights, ODD)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "shape", [lifl.Shape(1, 0), lifl.Shape(2, 0), *(lifl.Shape(n, s) for n in (0, 1, 2) for s in (1, 2, 3, 7))], ids=str
 )
 @pytest.mark.parametrize("timing", ["eager", "lazy", "jit"])
-def test_every_shape_gives_the_reference(workers: int, shape: lifl.Shape, timing: Any) -> None:
+def test_every_shape_gives_the_reference(workers: int, shape: lifl.Shape, timing: Any, odd: Any) -> None:
     """Odd lengths of every dtype, in ranges that end in the middle of them: as exact as the slow mean says."""
-    updates, weights = [odd_update(i) for i in range(5)], [3.0, 1.0, 4.5, 1e-3, 700.0]
-    expected, bound = fold.mean_reference(updates, weights), fold.tolerance(updates, weights, ODD)
+    updates, weights, expected, bound = odd
     with (
         lifl.Node("32MiB", workers=workers) as node,
         node.open_round(ODD, 5, timing, shape=shape) as round_,
