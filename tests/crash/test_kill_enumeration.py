@@ -175,7 +175,8 @@ def test_successor_is_killed_too(bench: Bench, role: str, form: Form, transport:
         while was_late < 3:  # the successor's steps depend on n: until it outlives the round
             was_late = 0 if bench.case(role, form, n, m) else was_late + 1
             m += 1 if ALL else stride
-    assert bench.pairs > (steps**2 / 3 if ALL else 10)
+    # How many steps a life has varies more on sockets: one call may receive several records.
+    assert bench.pairs > (steps**2 / (3 if transport == "rings" else 6) if ALL else 10)
     tell(record_property, bench)
 
 
