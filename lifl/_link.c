@@ -20,14 +20,18 @@ _Static_assert(sizeof(((lifl_flow *)0)->bytes) % LIFL_RECORD_BYTES == 0, "room f
 /* What the kernel says when it cannot take a record in now. EPIPE: the socket that it would redirect to is just being
  * closed, because its process dies; a moment later it is gone from the map, and then its successor's is there. */
 static int is_not_now(int error) {
-  return error == EAGAIN || error == EINTR || error == EPIPE || error == ECONNRESET || error == ENOMEM || error == ENOBUFS;
+  return error == EAGAIN || error == EPIPE || error == ECONNRESET || error == ENOMEM || error == ENOBUFS;
 }
 
-/* Sends a whole record on as it came, its credit with it. LIFL_FULL: the kernel cannot take it in now. */
-int lifl_link_forward(int fd, const uint8_t *record) {
-  /* All of it or nothing: a record is put together in the kernel before it is looked at. */
+/* Sends a whole record as it is, its credit with it. LIFL_FULL: the kernel cannot take it in now, which with `waits` is
+ * not for want of room. */
+int lifl_link_forward(int fd, int waits, const uint8_t *record) {
+  ssize_t sent;
   STEP();
-  ssize_t sent = send(fd, record, LIFL_RECORD_BYTES, MSG_DONTWAIT | MSG_NOSIGNAL);
+  /* All of it or nothing: a record is put together in the kernel before it is looked at. */
+  do {
+    sent = send(fd, record, LIFL_RECORD_BYTES, (waits ? 0 : MSG_DONTWAIT) | MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
   STEP();
   if (sent == LIFL_RECORD_BYTES) return LIFL_OK;
   if (sent >= 0) errno = EMSGSIZE;
@@ -52,7 +56,7 @@ int lifl_link_send(lifl_arena *a, int fd, uint32_t source, uint32_t target, uint
       .kind = desc->kind,
       .arg = desc->arg,
   };
-  status = lifl_link_forward(fd, (const uint8_t *)&record);
+  status = lifl_link_forward(fd, 0, (const uint8_t *)&record);
   if (status == LIFL_OK) return LIFL_OK;
   int saved = errno;
   lifl_credit_untake(a, source, target);

@@ -138,7 +138,7 @@ int lifl_credit_give(lifl_arena *arena, uint32_t producer, uint32_t consumer, ui
 int lifl_credit_reset(lifl_arena *arena, uint32_t consumer);
 int lifl_link_send(lifl_arena *arena, int fd, uint32_t source, uint32_t target, uint32_t dst, uint32_t busy_us,
                    const lifl_desc *desc);
-int lifl_link_forward(int fd, const uint8_t *record);
+int lifl_link_forward(int fd, int waits, const uint8_t *record);
 int lifl_link_fill(int fd, int waits, lifl_flow *in);
 int lifl_link_pop(lifl_arena *arena, int fd, lifl_flow *in, lifl_link_record *out);
 int lifl_inbox_counts(lifl_arena *arena, uint32_t consumer, uint64_t *sent, uint64_t *taken);

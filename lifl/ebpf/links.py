@@ -129,7 +129,7 @@ def sent_on(own: socket.socket) -> Callable[[Record], None]:
 
     def send(record: Record) -> None:
         # If the kernel cannot take it in now, who should have it is dying, and its successor is told again.
-        if lib.lifl_link_forward(own.fileno(), record.pack()) == lib.LIFL_ESYS:
+        if lib.lifl_link_forward(own.fileno(), True, record.pack()) == lib.LIFL_ESYS:
             raise PeerGoneError(f"a stray descriptor could not be sent on: {os.strerror(ffi.errno)}")
 
     return send

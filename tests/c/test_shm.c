@@ -290,7 +290,7 @@ static void test_link_sends_and_pops(void) {
   CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_OK);
   CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_EMPTY);
   CHECK(write(fds[0], (char *)&stranger + 5, sizeof stranger - 5) == (ssize_t)sizeof stranger - 5);
-  CHECK(lifl_link_forward(fds[0], (const uint8_t *)&known) == LIFL_OK);
+  CHECK(lifl_link_forward(fds[0], 0, (const uint8_t *)&known) == LIFL_OK);
   CHECK(lifl_link_fill(fds[1], 1, &flow) == LIFL_OK);
   CHECK(lifl_link_pop(a, fds[1], &flow, &got) == LIFL_OK && got.arg == 8);
   close(fds[0]);

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -175,6 +176,26 @@ def test_a_stray_whose_receiver_is_dying_is_let_go() -> None:
         send(record(2, 0))
     with pytest.raises(PeerGoneError, match=r"could not be sent on: .*Bad file descriptor"):
         send(record(2, 0))
+
+
+def test_a_stray_waits_for_room() -> None:
+    """Its sender thinks that it is on its way: a socket that is full for a moment must not lose it."""
+    near, far = socket.socketpair()
+    with near, far:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        filled = 0
+        with suppress(BlockingIOError):
+            while True:
+                filled += near.send(bytes(RECORD_BYTES), socket.MSG_DONTWAIT)
+        sending = threading.Thread(target=sent_on(near), args=(record(2, 7),))
+        sending.start()
+        sending.join(0.05)
+        assert sending.is_alive()
+        data = far.recv(filled, socket.MSG_WAITALL)
+        sending.join(HANG_S)
+        assert not sending.is_alive()
+        assert data == bytes(filled)
+        assert Record.unpack(far.recv(4096)) == [record(2, 7)]
 
 
 # ---------------------------------------------------------------- credits
