@@ -34,7 +34,7 @@ GOALS_US = {"ring_spinning": 5.0, "ring_sleeping": 30.0}
 """Medians that lifl is meant to reach on two idle cores, in microseconds."""
 CHOOSE = (
     "Rings hand over the fastest and need no privileges. Choose the eBPF sidecar where the kernel is to count and "
-    "route, or aggregators have network namespaces of their own: it takes the place of a proxy."
+    "route, or aggregators have network namespaces of their own: it does the work of a proxy in less time."
 )
 
 
