@@ -27,6 +27,7 @@ from itertools import islice
 import attrs
 
 from lifl import fold, order
+from lifl.errors import PeerGoneError
 from lifl.order import BATCH_SHIFT, FLOWER
 from lifl.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Receiver, ring_for
 from lifl.shm import AGENT, Arena, Block, Mapping, State, lib
@@ -355,8 +356,7 @@ class Aggregator:
             fold.flower_at(layout, mean.address, inputs, weights, part)
             finite = True
         else:
-            at = self._manifest_bytes
-            totals = [s.address + at for s in sums]
+            totals = [s.address + self._manifest_bytes for s in sums]
             finite = fold.finish_at(layout, mean.address, totals, what.weight, inputs, weights, part)
         end = lib.lifl_now_ns()
         self._outbox.spent.ns += end - begin
@@ -369,10 +369,7 @@ class Aggregator:
 
 
 def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int, socket_fd: int | None = None) -> None:
-    """A worker process's life, after the fork of the clean process that makes workers, `parent`.
-
-    With a socket it hears and speaks through that, else through rings.
-    """
+    """A worker's life, a fork of the clean process `parent`. It speaks through its socket if it has one, else rings."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then ends its workers
     die_with(parent)
     # Who wakes a worker goes on, and wakes the next one: a batch task does not preempt it.
@@ -388,7 +385,8 @@ def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int, socke
 
         inbox, outbox = ends_of(arena, socket_fd, me)
     outbox.push(AGENT, Descriptor(Kind.HELLO, 0))
-    Aggregator(arena, me, inbox, outbox).run(spin_s)
+    with contextlib.suppress(PeerGoneError):  # a socket may tell of the agent's death before the kernel's signal comes
+        Aggregator(arena, me, inbox, outbox).run(spin_s)
 
 
 def die_with(parent: int) -> None:

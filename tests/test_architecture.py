@@ -98,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # the processes
     "transport": {"ebpf.sidecar", "errors", "ring", "shm"},
-    "aggregator": {"ebpf.links", "fold", "order", "ring", "shm", "tensor"},
+    "aggregator": {"ebpf.links", "errors", "fold", "order", "ring", "shm", "tensor"},
     "nursery": {"aggregator", "ebpf.links", "errors"},
     "crew": {"errors", "nursery"},
     "pool": {"crew", "errors"},
