@@ -82,7 +82,7 @@ class Assignment:
         encoded = layout.encode(flags)
         control = wait_for_block(host, cls.control_bytes(host, layout, expected), 0, "a round's control block")
         host.arena.buffer(control)[: len(encoded)] = encoded
-        mean = wait_for_block(host, layout.mean_bytes, 0, "a round's mean", apart=True)
+        mean = wait_for_block(host, layout.mean_bytes, 0, "a round's mean")
         pair = []
         if not flags & order.FLOWER:
             pair = [wait_for_block(host, sum_bytes_of(layout), 0, "a leaf's sum", apart=True) for _ in range(2)]
@@ -159,7 +159,6 @@ class Assignment:
     def flush(self) -> None:
         """All have come: the leaves commit and send, to the top in a tree, else to the agent."""
         block = (NO_BLOCK, 0)
-        self._place_mean()
         if self.shape.shards:
             self._take_back()
         else:
@@ -171,18 +170,6 @@ class Assignment:
         self._flushed = Descriptor(Kind.FLUSH, self._number, *block, self.top << 8 | len(self._sums))
         for leaf in self._sums:
             self._host.outbox.push(leaf, self._flushed)
-
-    def _place_mean(self) -> None:
-        """Takes memory that was used before for the mean, if there is a run of it by now: the model before, mostly.
-
-        It is the machine's already, and mapped; what was reserved goes back unwritten.
-        """
-        arena, spare = self._host.arena, self._host.arena.alloc(self.layout.mean_bytes)
-        if spare is None:
-            return
-        if spare.index < self.mean.index and arena.describe(spare.index)[4] == 1:
-            self.mean, spare = spare, self.mean
-        arena.reclaim(spare)
 
     def _choose_top(self) -> int:
         """The leaf that is done first: it changes its role, and no process is started for it."""

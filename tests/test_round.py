@@ -151,44 +151,6 @@ def test_more_clients_than_fit_from_several_threads(node: lifl.Node, timing: Any
         assert means(two.result(WAIT_S)) == {50.0}
 
 
-@pytest.mark.parametrize("timing", ["eager", "lazy"])
-def test_mean_takes_the_place_of_what_was_given_up(node: lifl.Node, timing: Any) -> None:
-    """The model before may live until the updates are in: its memory is the next mean's, and no more is used."""
-    with node.open_round(BIG, 1, timing=timing) as first:
-        first.submit(big(1.0))
-        before = first.result()
-        place = first.mean.index
-    with node.open_round(BIG, 3, timing=timing) as second:
-        second.submit(big(2.0))
-        second.submit(big(4.0))
-        reserved = second.mean.index
-        assert means(before) == {1.0}
-        del before, first
-        second.close_early()
-        assert means(second.result()) == {3.0}
-        assert second.mean.index <= place < reserved
-
-
-def test_mean_stays_where_it_was_reserved(node: lifl.Node) -> None:
-    """The model before is still looked at, and the arena is full: the next mean has a place of its own all the same."""
-    with node.open_round(BIG, 1) as first:
-        first.submit(big(1.0))
-        before = first.result()
-    with node.open_round(BIG, 1) as second:
-        reserved = second.mean.index
-        filling = []
-        while (block := node.arena.alloc(2**20)) is not None:
-            filling.append(block)
-        block = filling.pop(0)  # for the update
-        node.arena.reclaim(block)
-        second.submit(big(2.0))
-        assert means(second.result()) == {2.0}
-        assert second.mean.index == reserved
-        assert means(before) == {1.0}
-        for block in filling:
-            node.arena.reclaim(block)
-
-
 def test_more_updates_than_a_ring_holds(node: lifl.Node) -> None:
     """Hundreds of tiny updates in a lazy round overflow every ring and batch, and all are counted and freed."""
     free = node.arena.free_bytes
