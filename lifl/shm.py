@@ -125,7 +125,7 @@ class Arena:
         # A block that is given back while a view of it lives waits in _deferred. The last view may die
         # in the garbage collector, while a lock is held, so that only leaves a note in _orphans; the
         # next allocation sees to it.
-        self._views: dict[int, weakref.ref[Any]] = {}
+        self._views: dict[int, set[object]] = {}  # of each block that had any, those that live
         self._deferred: set[Block] = set()
         self._orphans: deque[Block] = deque()
         self.participants = participants
@@ -230,8 +230,7 @@ class Arena:
         # Noted before looking, so that a view that dies in between is not missed; doing both is
         # harmless, the second reclaim finds the block free.
         self._deferred.add(block)
-        view = self._views.get(block.index)
-        if view is not None and view() is not None:
+        if self._views.get(block.index):
             return True
         self._deferred.discard(block)
         with self._lock:
@@ -285,17 +284,18 @@ class Arena:
 
     def buffer(self, block: Block) -> Any:
         """A block as a writable buffer that every view of it keeps alive, and the mapping with it."""
-        mapping = self.map(block.index, block.generation)
+        mapping, me = self.map(block.index, block.generation), object()
+        living = self._views.setdefault(block.index, set())
+        living.add(me)
 
         def last_view_gone(_: Any) -> None:
             mapping.close()
-            if block in self._deferred:
+            living.discard(me)
+            if not living and block in self._deferred:  # a block may have several buffers
                 self._deferred.discard(block)
                 self._orphans.append(block)
 
-        buffer = ffi.buffer(ffi.gc(ffi.cast("char *", mapping.address), last_view_gone), mapping.nbytes)
-        self._views[block.index] = weakref.ref(buffer)
-        return buffer
+        return ffi.buffer(ffi.gc(ffi.cast("char *", mapping.address), last_view_gone), mapping.nbytes)
 
 
 class Mapping:

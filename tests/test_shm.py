@@ -436,3 +436,18 @@ def test_missing_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ShmError, match="no such thing") as caught:
             use()
         assert caught.value.errno == errno.ENOSYS
+
+
+@pytest.mark.parametrize("first_to_die", [0, 1])
+def test_block_with_two_buffers_waits_for_both(arena: Arena, first_to_die: int) -> None:
+    """It comes free when the last view of any of them is gone, whichever that is."""
+    block = arena.alloc(100)
+    assert block is not None
+    free = arena.free_bytes
+    views = [memoryview(arena.buffer(block))[:10], memoryview(arena.buffer(block))[:10]]
+    assert arena.reclaim(block)
+    del views[first_to_die]
+    assert arena.free_bytes == free
+    views[0][:] = bytes(10)
+    views.clear()
+    assert arena.free_bytes > free
