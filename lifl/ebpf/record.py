@@ -19,10 +19,6 @@ METRICS_BYTES = _METRICS.size
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
-pack = _RECORD.pack
-"""The bytes of a record's fields, in the order in which :class:`Record` has them."""
-
-
 class Record(NamedTuple):
     """One record; see record.h."""
 
@@ -39,7 +35,7 @@ class Record(NamedTuple):
 
     def pack(self) -> bytes:
         """Its 32 bytes."""
-        return pack(*self)
+        return _RECORD.pack(*self)
 
     @classmethod
     def unpack(cls, data: Buffer) -> list[Record]:
