@@ -121,7 +121,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "embedded": {"calibration", "errors", "runtime", "shm", "sizes", "tensor", "terms"},
     # Flower
-    "strategy.exchange": {"heap"},
+    "strategy.extent": set(),
+    "strategy.pulling": {"errors", "strategy.extent"},
+    "strategy.exchange": {"heap", "strategy.pulling"},
     "strategy.landing": {
         *("admission", "embedded", "errors", "metrics", "npy", "result", "round", "runtime", "tensor", "terms"),
         *("strategy.reading", "strategy.served"),
@@ -272,6 +274,7 @@ PURE = {
     "clip": {"collections", "math", "numpy", "typing"},
     "npy": {"attrs", "io", "numpy", "re", "typing"},
     "order": {"attrs", "collections", "struct", "typing"},
+    "strategy.extent": {"attrs", "collections", "json", "re"},
     "superlink.body": {"attrs"},
     "superlink.geometry": {"attrs", "collections", "functools", "io", "numpy"},
     "superlink.derived": {"collections", "hashlib", "json", "typing"},

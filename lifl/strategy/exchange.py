@@ -1,7 +1,8 @@
 """Messages out, replies in as they become ready: what replaces Flower's poll every three seconds.
 
 Owns no round. Works with any Grid: it asks only `push_messages` and `pull_messages` of it, for few
-message ids at a time, because one pull inflates every reply that is ready.
+message ids at a time, because one pull inflates every reply that is ready. Of Flower's HttpGrid replies are
+pulled one by one, see :mod:`lifl.strategy.pulling`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
 from lifl.heap import give_back
+from lifl.strategy.pulling import puller
 
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 1.0
@@ -62,6 +64,7 @@ def exchange(
     waiting = {i: None for i in ids if i}
     asked = [(m.metadata.message_id, m.metadata.dst_node_id) for m in messages]
     nodes = dict(asked)
+    pull = puller(grid, max(reply_bytes, _largest(messages)))
     messages.clear()  # they hold the model, which the grid has by now
     give_back()
     replies: list[Message] = []
@@ -70,9 +73,7 @@ def exchange(
     end = None if timeout is None else last + timeout
     while waiting:
         for subset in _subsets(list(waiting), at_once):
-            came = list(grid.pull_messages(subset))
-            while came:
-                reply = came.pop(0)
+            for reply in pull(subset):
                 if reply.metadata.reply_to_message_id not in waiting:
                     log(WARNING, "A second reply of node %s to one message is left out", reply.metadata.src_node_id)
                     continue
@@ -92,6 +93,17 @@ def exchange(
         if message_id not in answered:
             missing(node_id)
     return replies
+
+
+def _largest(messages: list[Message]) -> int:
+    """Bytes of the arrays in the largest message; many messages share their records."""
+    known: dict[int, int] = {}
+    largest = 0
+    for message in messages:
+        records = message.content.array_records.values() if message.has_content() else ()
+        known |= {id(record): record.count_bytes() for record in records if id(record) not in known}
+        largest = max(largest, sum(known[id(record)] for record in records))
+    return largest
 
 
 def _subsets(ids: list[str], size: int) -> Iterator[list[str]]:
