@@ -24,6 +24,9 @@ MAX_TEXT = 1000
 
 MAX_DIMENSIONS = 64  # NumPy's own limit
 
+MAX_VALUES = 2**18
+"""Values of a MetricRecord or ConfigRecord and texts in its lists, which may have two bytes each and cost time."""
+
 NAMING_BYTES = 250
 """An entry of a record, an Array object, a value: Python's objects around them."""
 
@@ -104,8 +107,14 @@ class _Reply:
             if record.kind == "ArrayRecord":
                 self._known[object_id] = self._sum_of_names(record, self._array)
             else:
-                self._known[object_id] = self._sum(record, _values(record.body))
+                self._known[object_id] = self._sum(record, self._values(record))
         return self._known[object_id]
+
+    def _values(self, record: _Object) -> Iterator[int]:
+        for count, nbytes in enumerate(_values(record.body)):
+            if count >= MAX_VALUES:
+                raise ValueError(f"{record.name} has more than {MAX_VALUES:,} values")
+            yield nbytes
 
     def _array(self, object_id: str) -> int:
         if object_id not in self._known:

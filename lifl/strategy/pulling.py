@@ -103,7 +103,7 @@ class Puller:
     def __init__(self, grid: HttpGrid, sent_bytes: int) -> None:
         self._grid, self._client, self._run_id = grid, grid._runtime_client, grid.run.run_id
         self._sent_bytes = sent_bytes
-        self._arriving: dict[str, _Arriving] = {}
+        self._arriving: list[_Arriving] = []
         self._pull_object = make_pull_object_fn_protobuf(self._client.PullObject, grid.node, self._run_id)
 
     def pull(self, message_ids: list[str]) -> Iterator[Message]:
@@ -117,7 +117,7 @@ class Puller:
         for arriving in self._announced(message_ids):
             reply = self._receive(arriving)
             if reply is not None:
-                del self._arriving[arriving.metadata.message_id]
+                self._arriving.remove(arriving)
                 arriving.contents.clear()
                 yield reply
                 del reply  # not held while the next one comes
@@ -125,10 +125,10 @@ class Puller:
     def _announced(self, message_ids: list[str]) -> list[_Arriving]:
         """The replies to these messages that have been announced, now or before."""
         asked = set(message_ids)
-        before = [one for one in self._arriving.values() if one.metadata.reply_to_message_id in asked]
+        before = [one for one in self._arriving if one.metadata.reply_to_message_id in asked]
         # The SuperLink forgets a message when it hands over the reply to it: it is never asked a second time.
         asked -= {one.metadata.reply_to_message_id for one in before}
-        new = {}
+        new = []
         if asked:
             ids = [message_id for message_id in message_ids if message_id in asked]
             try:
@@ -140,9 +140,9 @@ class Puller:
                 log(ERROR, "The SuperLink finds a request for %s replies at once too large", len(ids))
                 return before
             for message, tree in zip(said.messages_list, said.message_object_trees, strict=True):
-                new[message.metadata.message_id] = _Arriving(message.metadata, _ids_of(tree))
-        self._arriving.update(new)
-        return [*before, *new.values()]
+                new.append(_Arriving(message.metadata, _ids_of(tree)))
+        self._arriving += new
+        return before + new
 
     def _receive(self, arriving: _Arriving) -> Message | None:
         """A reply, or the error reply in its place; None if not all of it is there yet."""
