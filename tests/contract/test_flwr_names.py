@@ -34,9 +34,9 @@ DOCUMENTED = ("flwr.app", "flwr.serverapp", "flwr.serverapp.strategy")
 
 PRIVATE = {
     "flwr.app.error.Error": "landing.py: the error reply in the place of a refused one",
-    "flwr.app.message.make_message": "landing.py: the error reply in the place of a refused one",
+    "flwr.app.message.make_message": "landing.py and pulling.py: the error reply in the place of a refused one",
     "flwr.app.message.remove_content_from_message": "superlink/prebuilt.py: a reply as it is pushed",
-    "flwr.common.constant.ErrorCode": "landing.py: the code of that error",
+    "flwr.common.constant.ErrorCode": "landing.py and pulling.py: the code of that error",
     "flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL": "superlink/virtual_node.py: what a SuperNode promises",
     "flwr.common.constant.SType": "landing.py: which serialisation is NumPy's",
     "flwr.common.constant.TIMESTAMP_HEADER": "superlink/caller.py: signed calls",
@@ -46,14 +46,18 @@ PRIVATE = {
     "flwr.proto.fleet_pb2": "superlink/virtual_node.py: the Fleet API",
     "flwr.proto.heartbeat_pb2": "superlink/virtual_node.py: the Fleet API",
     "flwr.proto.message_pb2": "superlink/virtual_node.py and prebuilt.py: the Fleet API",
+    "flwr.proto.message_pb2.ConfirmMessageReceivedRequest": "pulling.py: the SuperLink may delete a reply's objects",
     "flwr.proto.message_pb2.Message": "served.py: a reply's metadata",
+    "flwr.proto.message_pb2.ObjectTree": "pulling.py: the ids of a reply's objects",
     "flwr.proto.node_pb2": "superlink/virtual_node.py: the Fleet API",
     "flwr.proto.run_pb2": "superlink/virtual_node.py: the Fleet API",
+    "flwr.proto.runtime_pb2.PullAppMessagesRequest": "pulling.py: which replies are there (else Flower pulls)",
     "flwr.serverapp.strategy.strategy_utils.aggregate_arrayrecords": "reference.py: what benchmarks compare with",
     "flwr.serverapp.strategy.strategy_utils.aggregate_metricrecords": "fedavg.py: the default function for metrics",
     "flwr.supercore.constant.FLEET_HTTP_PUBLIC_KEY_HEADER": "superlink/caller.py: signed calls",
     "flwr.supercore.constant.FLEET_HTTP_SIGNATURE_HEADER": "superlink/caller.py: signed calls",
     "flwr.supercore.constant.FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "superlink/virtual_node.py: how many at a time",
+    "flwr.supercore.constant.SYSTEM_MESSAGE_TYPE": "pulling.py: an error reply of nobody's (else Flower pulls)",
     "flwr.supercore.date.now": "superlink/caller.py: the time that is signed",
     "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": "superlink/prebuilt.py: a reply's objects",
     "flwr.supercore.inflatable.inflatable_object.get_object_head_values_from_object_content": "served.py: a record",
@@ -61,14 +65,19 @@ PRIVATE = {
     "flwr.supercore.inflatable.inflatable_object.iterate_object_tree": "superlink/: an object's parts before it",
     "flwr.supercore.inflatable.inflatable_object.no_object_id_recompute": "superlink/prebuilt.py: ids made once",
     "flwr.supercore.inflatable.inflatable_utils.inflatable_class_registry": "served.py: a record of a reply",
+    "flwr.supercore.inflatable.inflatable_protobuf_utils.make_pull_object_fn_protobuf": "pulling.py: one object",
+    "flwr.supercore.inflatable.inflatable_utils.ObjectPullError": "pulling.py: an object is gone",
+    "flwr.supercore.inflatable.inflatable_utils.ObjectUnavailableError": "pulling.py: an object is not there yet",
     "flwr.supercore.inflatable.inflatable_utils.get_num_workers": "superlink/virtual_node.py: how many at a time",
+    "flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents": "pulling.py: a Message of its objects",
+    "flwr.supercore.inflatable.inflatable_utils.pull_objects": "pulling.py: a reply's objects, several at a time",
     "flwr.supercore.log": "fedavg.py and exchange.py: lines in Flower's log",
     "flwr.supercore.primitives.asymmetric.generate_key_pairs": "superlink/caller.py: a node's identity",
     "flwr.supercore.primitives.asymmetric.public_key_to_bytes": "superlink/caller.py: a node's identity",
     "flwr.supercore.primitives.asymmetric.sign_message": "superlink/caller.py: signed calls",
     "flwr.supercore.protobuf.constants.PROTOBUF_MEDIA_TYPE": "superlink/caller.py: the kind of body",
     "flwr.supercore.runtime_version_compatibility.RuntimeVersionMetadata": "superlink/caller.py: version headers",
-    "flwr.superlink.grid.http_grid.HttpGrid": "served.py: a grid of which the server may be on this machine",
+    "flwr.superlink.grid.http_grid.HttpGrid": "served.py and pulling.py: the grid of a SuperLink",
 }
 
 
@@ -163,6 +172,7 @@ def test_constants() -> None:
     s_type, code = resolve("flwr.common.constant.SType"), resolve("flwr.common.constant.ErrorCode")
     assert s_type.NUMPY == "numpy.ndarray", broke("SType.NUMPY has changed", "landing.py (_views)")
     assert isinstance(code.MOD_FAILED_PRECONDITION, int), broke("the error code is gone", "landing.py (error_reply)")
+    assert isinstance(code.MESSAGE_UNAVAILABLE, int), broke("the error code is gone", "pulling.py (Puller)")
     assert MessageType.TRAIN == "train", broke("MessageType.TRAIN has changed", "fedavg.py (_send_and_receive)")
 
 
@@ -393,6 +403,67 @@ def test_an_http_grid_pulls_just_what_it_is_asked_for() -> None:
     assert [list(request.message_ids) for request in asked] == [["a", "b"]], broke(
         "HttpGrid.pull_messages asks for other ids", "exchange.py (exchange)"
     )
+
+
+def test_an_http_grid_pulls_in_these_steps() -> None:
+    """HttpGrid.pull_messages does what lifl does in its place, of the same grid: these calls, and no others."""
+    from flwr.superlink.grid import HttpGrid
+
+    where = "pulling.py (Puller)"
+    tree = tree_of(HttpGrid.pull_messages)
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    client = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self._runtime_client"
+    }
+    assert client == {"PullMessages", "PullObject", "ConfirmMessageReceived"}, broke(
+        "it asks for something else", where
+    )
+    functions = {call.id for call in calls if isinstance(call, ast.Name)}
+    expected = {"pull_objects", "iterate_object_tree", "make_pull_object_fn_protobuf", "inflate_object_from_contents"}
+    more = {"PullAppMessagesRequest", "ConfirmMessageReceivedRequest", "make_message", "Metadata", "Error", "now"}
+    assert functions == expected | more | {"cast", "zip", "log"}, broke("it calls other functions", where)
+    grid = http_grid()
+    assert grid._runtime_client is grid._client, broke("its client has another name", where)
+    assert grid.node.node_id == 1, broke("its node has another name", where)
+
+
+def test_an_object_that_is_not_there_yet_is_told_from_one_that_is_gone() -> None:
+    """What the function that pulls an object raises, and that pull_objects raises what a pull raises."""
+    where = "pulling.py (Puller._fetch)"
+    names = "flwr.supercore.inflatable."
+    make = resolve(f"{names}inflatable_protobuf_utils.make_pull_object_fn_protobuf")
+    pull_objects = resolve(f"{names}inflatable_utils.pull_objects")
+    for found, error in ((False, "ObjectPullError"), (True, "ObjectUnavailableError")):
+        answer = SimpleNamespace(object_found=found, object_available=False)
+        pull = make(lambda _, answer=answer: answer, http_grid().node, 1)
+        with pytest.raises(resolve(f"{names}inflatable_utils.{error}")):
+            pull("a")
+
+    def raises(_: str) -> bytes:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        pull_objects(["a", "b"], raises)
+    assert pull_objects(["a"], lambda _: b"x") == {"a": b"x"}, broke("pull_objects gives something else", where)
+
+
+def test_a_message_object_has_this_form() -> None:
+    """A Message's object says in its head and body what pulling.py and extent.py read; inflating gives it back."""
+    from lifl.strategy import extent
+
+    where = "extent.py (built_bytes)"
+    make_message = resolve("flwr.app.message.make_message")
+    nested = resolve("flwr.supercore.inflatable.inflatable_object.get_all_nested_objects")
+    inflate = resolve("flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents")
+    content = RecordDict({"a": ArrayRecord({"x": Array(np.arange(3.0))}), "m": MetricRecord({"n": [1]})})
+    made = make_message(metadata=metadata("", "b"), content=content)
+    contents = {object_id: one.deflate() for object_id, one in nested(made).items()}
+    assert extent.built_bytes(made.object_id, contents, 10**6) > 24, broke("a Message has another form", where)
+    again = inflate(made.object_id, contents)
+    assert again.content == content, broke("inflating gives something else", where)
+    assert again.metadata.reply_to_message_id == "b", broke("a Message's object has other metadata", where)
 
 
 def test_an_in_memory_grid_pulls_just_what_it_is_asked_for() -> None:
