@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from lifl import order, recovery
 from lifl.books import Update
-from lifl.errors import ArenaCorruptError, ShmError
+from lifl.errors import ArenaCorruptError, PeerGoneError, ShmError
 from lifl.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.shape import Shape
@@ -96,8 +96,16 @@ class Assignment:
     # ------------------------------------------------------------ to the leaves
 
     def enlist(self) -> bool:
-        """One more leaf, if there is a worker that is none, and room for its sums; false if not."""
-        chosen = self._host.pool.choose(1, self._sums)
+        """One more leaf, if there is a worker that is none, and room for its sums; false if not.
+
+        Raises :class:`PeerGoneError` if there is no leaf yet and no worker can be had.
+        """
+        try:
+            chosen = self._host.pool.choose(1, self._sums)
+        except PeerGoneError:
+            if not self._sums:
+                raise
+            return False  # the leaves that are there fold everything, in more time
         pair = (self._pair or self._take_pair()) if chosen else []
         if not pair:
             return False
@@ -253,11 +261,11 @@ class Assignment:
         """Frees everything that the dead worker still owned."""
         recovery.free(self._host.arena, me, [*self._reserved(), *(update.block for update in self.held_by(me))])
 
-    def sweep(self, me: int) -> Remains:
-        """What the dead worker left, made ready for its successor."""
+    def sweep(self, me: int, of_work: bool) -> Remains:
+        """What the dead worker left, made ready for its successor; what it read is suspect if it died of its work."""
         remains = recovery.sweep(self._host.arena, me, self._sums[me], self.held_by(me))
         for update in remains.again:
-            update.deaths += update.block.index in remains.suspects
+            update.deaths += of_work and update.block.index in remains.suspects
         return remains
 
     def refuse(self, update: Update) -> None:

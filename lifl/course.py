@@ -6,15 +6,17 @@ its host (a Node) carries descriptors to and from it, with the host's lock held.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import attrs
 
 from lifl.assignment import Assignment
 from lifl.books import Books, Update
-from lifl.errors import ArenaCorruptError, RoundError
+from lifl.errors import ArenaCorruptError, PeerGoneError, RoundError
 from lifl.finish import Finish
 from lifl.host import Host
 from lifl.metrics import Rejection, RoundReport
@@ -69,14 +71,27 @@ class Course:
         work.shape = pace.shape
         is_last = len(self.books.updates) == self._terms.expected
         self._host.pool.prepare(work.shape.shards)
-        if is_folding and self._terms.order == "any" and not (is_last and work.shape.shards):
-            work.give()
-        if is_last:
-            self.flush()
+        with self._ended_without_workers():
+            if is_folding and self._terms.order == "any" and not (is_last and work.shape.shards):
+                work.give()
+            if is_last:
+                self.flush()
+
+    @contextlib.contextmanager
+    def _ended_without_workers(self) -> Iterator[None]:
+        """If there is no worker and none can be started the round fails, and its result says why.
+
+        The error must not reach whoever hands in an update: that counts already. Nor who needs room in another round.
+        """
+        try:
+            yield
+        except PeerGoneError as error:
+            self.fail(error)
 
     def press(self) -> None:
         """Makes leaves fold what is held, because memory is short. The host holds the lock."""
-        self._assignment.press()
+        with self._ended_without_workers():
+            self._assignment.press()
 
     @property
     def is_moving(self) -> bool:
@@ -86,8 +101,9 @@ class Course:
     def enlist(self, leaves: int) -> None:
         """Takes on so many leaves now, if there is room for their sums; others join when there is work for them."""
         self._assignment.shape = self._pace.shape
-        while len(self._assignment.leaves) < leaves and self._assignment.enlist():
-            pass
+        with contextlib.suppress(PeerGoneError):  # the first update asks again
+            while len(self._assignment.leaves) < leaves and self._assignment.enlist():
+                pass
 
     @property
     def engaged(self) -> set[int]:
@@ -109,8 +125,9 @@ class Course:
     def flush(self) -> None:
         """Everything that will come has come: commit, then make the mean."""
         self.phase = "folding"
-        self._assignment.flush()
-        self._make_mean()
+        with self._ended_without_workers():
+            self._assignment.flush()
+            self._make_mean()
 
     def _make_mean(self) -> None:
         """Orders the mean as soon as every sum of which it is made is there; a tree's top needs no order."""
@@ -227,11 +244,11 @@ class Course:
         for block in self._assignment.take_all():
             self._host.arena.reclaim(block)
 
-    def recover(self, me: int, has_started: bool) -> list[Descriptor]:
+    def recover(self, me: int, of_work: bool) -> list[Descriptor]:
         """Takes up what a dead worker left of this round; what its successor has to be told, in order.
 
-        One that had not started has died of nothing that it was given. The host holds the lock and has heard all that
-        the dead one had said.
+        Not `of_work`: one that had not started, or whose parent died, has died of nothing that it was given. The host
+        holds the lock and has heard all that the dead one had said.
         """
         work = self._assignment
         if me not in self.workers or self.phase in ("done", "closed"):
@@ -253,21 +270,21 @@ class Course:
         if me not in work.working and me not in self._finish.makers:
             return []
         self.books.deaths += 1
-        self._deaths_in_vain += has_started
+        self._deaths_in_vain += of_work
         if self._deaths_in_vain >= MOST_DEATHS_IN_VAIN:
             died = f"{self._deaths_in_vain} workers died of it, one after another"
             self.fail(RoundError(f"round {self.number}: {died}{self.books.refusals()}"))
             work.free(me)
             return [work.aborted]
-        told = self._recover_leaf(me) if me in work.working else []
+        told = self._recover_leaf(me, of_work) if me in work.working else []
         if self.phase == "folding" and me in self._finish.makers:
-            told += self._recover_shard(me) if has_started else self._finish.tell_again(me)
+            told += self._recover_shard(me) if of_work else self._finish.tell_again(me)
         self._make_mean()
         return told
 
-    def _recover_leaf(self, me: int) -> list[Descriptor]:
+    def _recover_leaf(self, me: int, of_work: bool) -> list[Descriptor]:
         work = self._assignment
-        remains = work.sweep(me)
+        remains = work.sweep(me, of_work)
         for update in remains.counted:
             self._settle(update)
         for update in [update for update in work.held_by(me) if update.deaths >= MOST_DEATHS]:

@@ -12,24 +12,33 @@ import math
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Container
+from functools import partial
 
 import attrs
 
 from lifl.errors import PeerGoneError
-from lifl.nursery import Nursery
+from lifl.nursery import KILL_TIMEOUT_S, Nursery
 
 log = logging.getLogger("lifl.crew")
 
 MOST_DEATHS_IN_A_ROW = 8
 TICKS_PER_STALL = 4
 LONGEST_TICK_S = 1.0
+MOST_TRIES = 3
+"""Nurseries that are made for one worker, before it is given up."""
+MOST_LOST_IN_A_ROW = 8
+"""Nurseries that may be lost without a worker's having done anything meanwhile."""
+RESTART_TIMEOUT_S = 15.0
+"""For the first answer of a nursery that replaces one: rounds wait. Its files were read before; it takes 0.3 s."""
 
 
 @attrs.define
 class _Worker:
     me: int
     pid: int
+    parent: Nursery
     is_asked: bool = False
     silent_s: float = 0.0  # since it was asked
     rests_since_s: float | None = None
@@ -39,17 +48,34 @@ class _Worker:
 
 @attrs.frozen
 class Dead:
-    """Who is proven dead: whether it had said a word since its start, and whether it had been told to stop."""
+    """Who is proven dead.
+
+    Attributes
+    ----------
+    was_heard : bool
+        It had said a word since its start.
+    was_leaving : bool
+        It had been told to stop.
+    was_orphaned : bool
+        The nursery had died or been killed, and the kernel then kills its workers, whatever they do.
+    """
 
     me: int
     pid: int
     was_heard: bool
     was_leaving: bool
+    was_orphaned: bool = False
+
+    @property
+    def died_of_work(self) -> bool:
+        """True if what it was given may have killed it."""
+        return self.was_heard and not self.was_orphaned
 
 
 class Crew:
     """The nursery and its workers, at first 1 to `count`; raises :class:`PeerGoneError` if they cannot be started.
 
+    A nursery that is dead, stopped or stuck is replaced when a worker has to be started.
     `admit` is asked for the descriptor that a worker is given when it starts, which is closed here.
     """
 
@@ -69,12 +95,15 @@ class Crew:
         self.tick_s = min(LONGEST_TICK_S, stall_timeout / TICKS_PER_STALL)
         self._vacant: set[int] = set()  # buried, and not decided yet whether they have a successor
         self._calls: dict[int, Callable[[], None]] = {}  # by descriptor that is listened to
-        self.nursery = Nursery(arena_fd, bell_fd, spin_s)
+        self._make_nursery = partial(Nursery, arena_fd, bell_fd, spin_s)
+        self._lost_in_a_row = 0  # nurseries
+        self.nursery = self._make_nursery()
         self._poll = select.epoll()
         try:
             self._poll.register(bell_fd, select.EPOLLIN)
             for me in range(1, 1 + count):
-                self.start(me)
+                # At first one try: what is wrong with the first nursery is wrong with the next.
+                self._start(me, tries=1)
         except BaseException:
             self.close()
             raise
@@ -119,18 +148,50 @@ class Crew:
         return frozenset(worker.me for worker in self._workers.values() if worker.is_leaving)
 
     def start(self, me: int) -> None:
-        """Starts worker `me`."""
+        """Starts worker `me`. Raises :class:`PeerGoneError` if it cannot be started, with the reason."""
+        self._start(me, MOST_TRIES)
+
+    def _start(self, me: int, tries: int) -> None:
         if self._deaths.get(me, 0) > MOST_DEATHS_IN_A_ROW:
             raise PeerGoneError(f"worker {me} died {MOST_DEATHS_IN_A_ROW} times before it had started")
         given = self._admit(me)
         try:
-            pid, pidfd = self.nursery.start_worker(me, given)
+            pid, pidfd = self._fork(me, given, tries)
         finally:
             if given is not None:
                 os.close(given)
-        self._workers[pidfd] = _Worker(me, pid)
+        self._workers[pidfd] = _Worker(me, pid, self.nursery)
         self._vacant.discard(me)
         self._poll.register(pidfd, select.EPOLLIN)
+
+    def _fork(self, me: int, given: int | None, tries: int) -> tuple[int, int]:
+        """Asks the nursery for a worker; if that is gone, another one."""
+        if self._lost_in_a_row >= MOST_LOST_IN_A_ROW and self.nursery.is_gone:
+            self._lost_in_a_row = 0  # a later round may try again
+            raise PeerGoneError(
+                f"the process that starts workers died {MOST_LOST_IN_A_ROW} times before a worker had done anything: "
+                "see what kills it (memory, limits, the kernel's log)"
+            )
+        for left in reversed(range(tries)):
+            try:
+                if self.nursery.is_gone:
+                    self._replace_nursery()
+                return self.nursery.start_worker(me, given)
+            except PeerGoneError as error:
+                if not self.nursery.is_gone or tries == 1:
+                    raise
+                log.warning("%s", str(error))  # a record that is kept must not keep the frames
+                if not left:
+                    advice = "see the log, and whether memory, processes and descriptors are left"
+                    raise PeerGoneError(f"{error} ({tries} tries): {advice}") from error
+        raise AssertionError("the last try has returned or raised")
+
+    def _replace_nursery(self) -> None:
+        """The old one is reaped. Its workers are dead when their own pidfds say so, not before."""
+        self._lost_in_a_row += 1
+        self.nursery.kill()
+        old, self.nursery = self.nursery, self._make_nursery(RESTART_TIMEOUT_S)
+        log.warning("the process that starts workers (pid %d) is gone: pid %d replaces it", old.pid, self.nursery.pid)
 
     def bury(self, pidfd: int) -> Dead:
         """A worker is proven dead.
@@ -140,10 +201,12 @@ class Crew:
         worker = self._workers.pop(pidfd)
         self._poll.unregister(pidfd)
         os.close(pidfd)
-        if not worker.is_leaving:
+        # Exact: workers that the kernel kills with the nursery are dead only after its pidfd says that it is.
+        was_orphaned = worker.parent.is_gone
+        if not worker.is_leaving and not was_orphaned:
             self._deaths[worker.me] = self._deaths.get(worker.me, 0) + 1
         self._vacant.add(worker.me)
-        return Dead(worker.me, worker.pid, worker.is_heard, worker.is_leaving)
+        return Dead(worker.me, worker.pid, worker.is_heard, worker.is_leaving, was_orphaned)
 
     def leave_empty(self, me: int) -> None:
         """Worker `me`, who was buried, has no successor for now."""
@@ -178,6 +241,8 @@ class Crew:
     def heard(self, me: int, has_worked: bool) -> None:
         """Worker `me` said something: that it has worked, or only that it is there."""
         self._deaths[me] = 0
+        if has_worked:
+            self._lost_in_a_row = 0
         for worker in self._workers.values():
             if worker.me == me:
                 worker.is_asked, worker.silent_s, worker.is_heard = False, 0.0, True
@@ -220,7 +285,11 @@ class Crew:
     def close(self) -> None:
         """Ends the nursery and every worker; returns when they are gone."""
         self.nursery.close()
-        for pidfd in self._workers:
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        for pidfd in self._workers:  # those of a nursery that was killed die a moment later than it
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             os.close(pidfd)
         self._workers = {}
         self._poll.close()

@@ -7,19 +7,26 @@ lifl's worker, and that, single-threaded, forks with `multiprocess`. A worker co
 
 Who dies with whom: the agent's end of a socket closes when it ends, however it ends, and the nursery
 then ends its workers; the kernel kills the workers if the nursery is killed.
+
+A worker begins when its agent has its pidfd and has said so. One that the agent does not know, because the
+nursery was killed or the agent was interrupted meanwhile, ends before it touches shared memory: no two
+processes are ever the same participant.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import select
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lifl.errors import PeerGoneError
@@ -29,15 +36,26 @@ BOOT = (
     "from lifl.nursery import main; main(*map(int, sys.argv[2:]))"
 )
 START_TIMEOUT_S = 60.0
+"""For the first answer of a Node's first nursery, whose files may come from a slow disk; nothing waits meanwhile."""
+FORK_TIMEOUT_S = 5.0
+"""For a later answer. A fork takes milliseconds: a nursery that is silent for longer is stopped or stuck."""
 STOP_GRACE_S = 0.2
+KILL_TIMEOUT_S = 5.0
+"""A killed process is gone at once, unless the kernel has it wait for a device."""
 
 
 class Nursery:
-    """The agent's handle: starts workers, is told of their death, ends them."""
+    """The agent's handle: starts workers, knows whether their parent lives, ends them.
 
-    def __init__(self, arena_fd: int, bell_fd: int, spin_s: float) -> None:
+    Raises :class:`PeerGoneError` if the process cannot be made.
+    """
+
+    def __init__(self, arena_fd: int, bell_fd: int, spin_s: float, start_timeout_s: float = START_TIMEOUT_S) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(START_TIMEOUT_S)
+        self._socket.setblocking(False)
+        self._timeout_s = start_timeout_s  # the first answer includes the start of the interpreter
+        self._number = 0
+        self._is_closed = False
         fds = (theirs.fileno(), arena_fd, bell_fd)
         # One BLAS thread: NumPy would start one per core at import, and a process with threads must
         # not fork. Workers do not use BLAS.
@@ -56,62 +74,201 @@ class Nursery:
             except OSError as error:
                 self._socket.close()
                 raise PeerGoneError(f"{sys.executable!r} cannot be run to start workers: {error}") from error
+        try:
+            # A wait by pid tells nothing where SIGCHLD is ignored, which a program may have been started with.
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError as error:
+            self._socket.close()
+            self._process.kill()
+            self._process.wait()
+            raise PeerGoneError(f"no pidfd of the process that starts workers: {error}") from error
 
     def start_worker(self, me: int, socket_fd: int | None = None) -> tuple[int, int]:
         """Forks the worker that is participant `me`; its pid and a pidfd of it, which the caller closes.
 
         It gets a copy of the socket, if there is one, and nobody else keeps one but the caller. Raises
-        :class:`PeerGoneError` if the nursery cannot.
+        :class:`PeerGoneError` if the nursery cannot; :attr:`is_gone` says whether it ever will. One that gives no
+        answer in time is killed, and its workers with it.
         """
-        try:
-            given = [] if socket_fd is None else [socket_fd]
-            socket.send_fds(self._socket, [json.dumps({"start": me}).encode()], given)
-            data, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
-        except OSError as error:
-            raise PeerGoneError(f"the process that starts workers is gone: {error}") from error
-        if not fds and (reason := json.loads(data or b"{}").get("error")):
-            raise PeerGoneError(f"the process that starts workers could not start one: {reason}")
-        if not fds and data:
-            raise PeerGoneError("no descriptor is left for a worker's pidfd: raise the limit (ulimit -n)")
+        self._number += 1
+        given = [] if socket_fd is None else [socket_fd]
+        self._say({"start": me}, given)
+        answer, fds = self._hear()
         if not fds:
-            code = self._process.poll()
-            raise PeerGoneError(f"the process that starts workers ended with status {code}: see its output above")
-        return int(json.loads(data)["pid"]), fds[0]
+            self._say({"drop": me})  # it is of no use without its pidfd
+            reason = answer.get("error")
+            if reason is None:
+                raise PeerGoneError("no descriptor is left for a worker's pidfd: raise the limit (ulimit -n)")
+            raise PeerGoneError(f"the process that starts workers could not start one: {reason}")
+        with contextlib.suppress(PeerGoneError):  # a nursery that died took the worker along, as its pidfd will tell
+            self._say({"go": me})
+        return int(answer["pid"]), fds[0]
+
+    def _say(self, what: dict[str, int], given: list[int] | None = None) -> None:
+        try:
+            data = json.dumps(what | {"number": self._number}).encode()
+            socket.send_fds(self._socket, [data], given or [], socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise self._lost(str(error)) from error
+
+    def _hear(self) -> tuple[dict[str, Any], list[int]]:
+        """The answer to the last request, with the descriptor that came with it."""
+        deadline = time.monotonic() + self._timeout_s
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = poll.poll(left * 1000)
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, 256, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                if any(fd == self._pidfd for fd, _ in ready):  # a fork of it may hold its end of the socket open
+                    raise self._lost("it is dead") from None
+                continue
+            except OSError as error:
+                raise self._lost(str(error)) from error
+            if not data:
+                raise self._lost("it closed its end")
+            answer = json.loads(data)
+            if answer["number"] == self._number:
+                self._timeout_s = FORK_TIMEOUT_S
+                return answer, fds
+            for fd in fds:  # Ctrl-C has ended the wait for this one
+                os.close(fd)
+        timeout_s = self._timeout_s
+        self.kill()
+        raise PeerGoneError(
+            f"the process that starts workers (pid {self.pid}) gave no answer for {timeout_s:g} s and was killed"
+        )
+
+    def _lost(self, how: str) -> PeerGoneError:
+        self.kill()
+        status = self._process.returncode
+        if status and status > 0:  # 0 may be a death that somebody else reaped
+            how = f"it ended with status {status}, see its output above"
+        elif status:
+            how = f"it was killed by signal {-status}"
+        return PeerGoneError(f"the process that starts workers (pid {self.pid}) is gone: {how}")
 
     @property
     def pid(self) -> int:
         """The nursery's process id."""
         return self._process.pid
 
+    @property
+    def is_gone(self) -> bool:
+        """True when it is dead or has been ended: it starts no worker any more, and those it had die with it."""
+        if self._is_closed:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
-        """Ends the nursery and with it every worker; returns when they are gone."""
+        """Ends the nursery and with it every worker; returns when they are gone. Harmless when closed."""
+        self._end(STOP_GRACE_S + 3)
+
+    def kill(self) -> None:
+        """Ends the nursery at once; the kernel kills its workers when it is gone. Harmless when closed."""
+        self._end(0.0)
+
+    def _end(self, grace_s: float) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         # Not only closed: a fork of the user's process may hold a copy.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        try:
-            self._process.wait(STOP_GRACE_S + 3)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # its workers go with it, by their parent-death signal
-            self._process.wait()
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(grace_s * 1000):
+            signal.pidfd_send_signal(
+                self._pidfd, signal.SIGKILL
+            )  # its workers go with it, by their parent-death signal
+            poll.poll(KILL_TIMEOUT_S * 1000)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0)
+        os.close(self._pidfd)
 
 
 # ---------------------------------------------------------------- in the clean process
 
 
+class _Workers:
+    """The workers that were forked here. The youngest waits at a gate, a pipe, until the agent knows it."""
+
+    def __init__(self, selector: selectors.BaseSelector, begin: Callable[[int, list[int]], None]) -> None:
+        import multiprocess
+
+        self._context = multiprocess.get_context("fork")
+        self._selector, self._begin = selector, begin
+        self._all: list[Any] = []
+        self._gate: int | None = None
+
+    def start(self, me: int, given: list[int]) -> tuple[int, int]:
+        """Forks one; its pid and a pidfd of it. Raises OSError if no descriptor or no process is left."""
+        self.open_gate(is_known=False)
+        way_in, self._gate = os.pipe()
+        try:
+            worker = self._context.Process(target=self._wait_at, args=(way_in, self._gate, me, given), daemon=True)
+            worker.start()
+        finally:
+            os.close(way_in)
+        self._all.append(worker)
+        self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
+        return worker.pid, os.pidfd_open(worker.pid)
+
+    def _wait_at(self, way_in: int, gate: int, me: int, given: list[int]) -> None:
+        os.close(gate)
+        if os.read(way_in, 1):  # nothing: it is not wanted, or its parent is dead
+            os.close(way_in)
+            self._begin(me, given)
+
+    def open_gate(self, is_known: bool) -> None:
+        """The youngest begins, if the agent knows it; else it ends. Harmless when it has begun."""
+        gate, self._gate = self._gate, None
+        if gate is None:
+            return
+        if is_known:
+            with contextlib.suppress(BrokenPipeError):  # it was killed before it began
+                os.write(gate, b"!")
+        os.close(gate)
+
+    def reap(self, worker: Any) -> None:
+        """One has ended."""
+        self._selector.unregister(worker.sentinel)
+        worker.join()
+        worker.close()  # its descriptors: there may be thousands of workers, one after another
+        self._all.remove(worker)
+
+    def end(self) -> None:
+        """Waits a moment for workers that were told to stop, all of them together; kills the rest.
+
+        Nothing is lost by that: nobody is left who could ask for what they hold.
+        """
+        self.open_gate(is_known=False)
+        deadline = time.monotonic() + STOP_GRACE_S
+        for worker in self._all:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        for worker in self._all:
+            if worker.exitcode is None:
+                worker.kill()
+        for worker in self._all:
+            worker.join()
+
+
 def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: int) -> None:
     """Forks workers as asked until the agent is gone or closes its end of the socket, then ends them."""
-    import multiprocess
-
+    # It may be ignored in whatever started the agent: the kernel would reap the workers, and a wait for one would fail.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from lifl import aggregator
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=socket_fd)
-    context = multiprocess.get_context("fork")
-    workers: list[Any] = []
     parent = os.getpid()
 
-    def child(me: int, given: list[int]) -> None:
+    def begin(me: int, given: list[int]) -> None:
         control.close()  # else the agent's death would go unnoticed while a worker lives
         aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9, parent, *given)
 
@@ -120,53 +277,50 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
     except ProcessLookupError:
         return
     with selectors.DefaultSelector() as selector:
+        workers = _Workers(selector, begin)
         selector.register(control, selectors.EVENT_READ)
         # The socket alone does not tell: a fork of the agent may hold a copy of its end.
         selector.register(agent, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
                 if key.fileobj == agent:
-                    end(workers)
+                    workers.end()
                     return
-                if key.fileobj is not control:  # a worker ended: reap it
-                    selector.unregister(key.fileobj)
-                    key.data.join()
-                    key.data.close()  # its descriptors: there may be thousands of workers, one after another
-                    workers.remove(key.data)
-                    continue
-                request, given, _, _ = socket.recv_fds(control, 256, 1)
-                if not request:
-                    end(workers)
+                if key.fileobj is not control:
+                    workers.reap(key.data)
+                elif not obey(control, workers):
+                    workers.end()
                     return
-                if given:
-                    import lifl.ebpf.links  # noqa: F401 - once, here: in each worker it would take as long as the fork
-                worker = context.Process(target=child, args=(json.loads(request)["start"], given), daemon=True)
-                try:
-                    try:
-                        worker.start()
-                    finally:
-                        for fd in given:  # its socket is to be gone when it is
-                            os.close(fd)
-                    workers.append(worker)
-                    selector.register(worker.sentinel, selectors.EVENT_READ, worker)
-                    pidfd = os.pidfd_open(worker.pid)
-                except OSError as error:  # no descriptor or no process is left; the other workers go on
-                    control.send(json.dumps({"error": str(error)}).encode())
-                    continue
-                socket.send_fds(control, [json.dumps({"pid": worker.pid}).encode()], [pidfd])
-                os.close(pidfd)
 
 
-def end(workers: list[Any]) -> None:
-    """Waits a moment for workers that were told to stop, all of them together; kills the rest.
+def obey(control: socket.socket, workers: _Workers) -> bool:
+    """Does what the agent asks for next; false if it has closed its end."""
+    data, given, flags, _ = socket.recv_fds(control, 256, 1)
+    if not data:
+        return False
+    request = json.loads(data)
+    if "start" not in request:
+        workers.open_gate(is_known="go" in request)
+        return True
+    number = {"number": request["number"]}
+    try:
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if given:
+            import lifl.ebpf.links  # noqa: F401 - once, here: in each worker it would take as long as the fork
+        pid, pidfd = workers.start(request["start"], given)
+    except OSError as error:  # no descriptor or no process is left; the other workers go on
+        answer(control, number | {"error": str(error)})
+        return True
+    finally:
+        for fd in given:  # its socket is to be gone when it is
+            os.close(fd)
+    answer(control, number | {"pid": pid}, pidfd)
+    os.close(pidfd)
+    return True
 
-    Nothing is lost by that: nobody is left who could ask for what they hold.
-    """
-    deadline = time.monotonic() + STOP_GRACE_S
-    for worker in workers:
-        worker.join(max(0.0, deadline - time.monotonic()))
-    for worker in workers:
-        if worker.exitcode is None:
-            worker.kill()
-    for worker in workers:
-        worker.join()
+
+def answer(control: socket.socket, said: dict[str, Any], *fds: int) -> None:
+    """Tells the agent; one that is gone is noticed by who waits for its next request."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        socket.send_fds(control, [json.dumps(said).encode()], fds)

@@ -189,7 +189,7 @@ class Node:
             try:
                 self.transport.bury(me)
                 self.outbox.reset(me)
-                told = [d for round_ in list(self._rounds.values()) for d in round_.course.recover(me, dead.was_heard)]
+                told = [d for r in list(self._rounds.values()) for d in r.course.recover(me, dead.died_of_work)]
                 if told or not dead.was_leaving or self.engaged()[me]:
                     crew.start(me)
                 else:

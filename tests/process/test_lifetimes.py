@@ -70,7 +70,11 @@ class Program:
 
     def __init__(self, code: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
+            [sys.executable, "-c", PROGRAM + code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
         )
         self.pid = self._process.pid
 
@@ -80,6 +84,12 @@ class Program:
         line = self._process.stdout.readline()
         assert line, self.end(WAIT_S)
         return json.loads(line)
+
+    def say(self) -> None:
+        """Ends its wait for a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
 
     def end(self, within_s: float) -> tuple[int, str]:
         """Its exit status and what it wrote to stderr; fails if it does not end in time."""
@@ -280,20 +290,27 @@ def test_workers_of_a_program_that_is_cut_off_end(start: Callable[[str], Program
 
 
 def test_workers_of_a_killed_nursery_end(start: Callable[[str], Program]) -> None:
-    """When the nursery is SIGKILLed its workers go too, and the agent's round is told."""
+    """When the nursery is SIGKILLed its workers go too; the agent's round goes on with others, and nothing is left."""
     code = """
 round_ = node.open_round(spec, 2)
+round_.submit(model)
 tell()
-try: round_.result()
-except lifl.errors.PeerGoneError: node.close()
-print("[0]")
+sys.stdin.readline()
+round_.submit(model)
+mean = round_.result(30).num_updates
+tell(mean)
+node.close()
 """
     program = start(code)
-    pids = program.hear()
-    os.kill(pids[0], signal.SIGKILL)
-    assert not wait_until_gone(pids[1:], ORPHAN_S)
-    assert program.hear() == [0]
-    assert program.end(WAIT_S) == (0, "")
+    old = program.hear()
+    os.kill(old[0], signal.SIGKILL)
+    assert not wait_until_gone(old[1:], ORPHAN_S)
+    program.say()
+    *new, counted = program.hear()
+    assert counted == 2
+    assert not set(new) & set(old)
+    assert program.end(WAIT_S)[0] == 0
+    assert not wait_until_gone([*old, *new], ORPHAN_S)
 
 
 @pytest.mark.parametrize(

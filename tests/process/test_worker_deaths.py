@@ -116,14 +116,3 @@ def test_killed_worker_is_replaced(timing: Any, shards: int, which: int) -> None
         assert result.report.deaths == 1
         assert "workers replaced: 1" in str(result.report)
         assert len(set(node.pids()) - set(before)) == 1
-
-
-def test_dead_nursery_is_the_end_of_the_node() -> None:
-    """Without the process that starts workers there is no successor: the round says so, and close works."""
-    with lifl.Node("16MiB", workers=1) as node, node.open_round(SPEC, 2) as round_:
-        round_.submit(update(1))
-        assert node._crew is not None
-        os.kill(node._crew.nursery.pid, signal.SIGKILL)
-        with pytest.raises(lifl.errors.PeerGoneError, match="no successor"):
-            round_.result(WAIT_S)
-        assert not node.is_open
