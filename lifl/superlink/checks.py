@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,23 @@ class _Request:
         self.headers, self.app, self.state = _Headers(headers), app, SimpleNamespace(protobuf_request=message)
 
 
+class _AnyNode:
+    """A message of whichever node has the key: Flower's check compares its id with that of the key's node."""
+
+    found = 0
+
+    @property
+    def node_id(self) -> _AnyNode:
+        return self
+
+    def __eq__(self, node_id: object) -> bool:
+        if isinstance(node_id, int):  # None if no node has the key
+            self.found = node_id
+        return isinstance(node_id, int)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Checks:
     """For one app."""
 
@@ -91,6 +109,12 @@ class Checks:
     def fleet(self, headers: Any, message: Any) -> None:
         """The SuperNode is who it says: NodeAuthMiddleware's check."""
         _names.authenticate_node(_Request(headers, self._app, message))
+
+    def sender(self, headers: Any) -> int:
+        """The node whose key has signed a head, before its body has come; whom it speaks for is checked later."""
+        said = _AnyNode()
+        _names.authenticate_node(_Request(headers, self._app, said))
+        return said.found
 
     def run_of_late(self, message: Any) -> None:
         """The same as :meth:`run`, by what was found in the last moments."""
@@ -124,17 +148,16 @@ class Checks:
         if message.node.node_id != _names.SUPERLINK_NODE_ID:
             raise _names.FlowerError(_names.ApiErrorCode.RUNTIME_UNEXPECTED_NODE_ID, "Unexpected node ID.")
 
-    def answer_error(self, error: BaseException, protocol: Any, headers: Any) -> None:
-        """Answers as Flower's outermost middleware does."""
+    def answer_error(self, error: BaseException, path: str, headers: Any, answer: Callable[..., None]) -> None:
+        """Answers as Flower's outermost middleware does: with a body, a status and headers."""
 
         async def raise_it(_: Request) -> Any:
             raise error
 
         async def translate() -> None:
-            path = protocol.url.decode("latin-1")
             response = await _names.translate_error(self._request(headers, path), raise_it)
             kept = [(name, value) for name, value in response.raw_headers if name != b"content-length"]
-            protocol.answer(bytes(response.body), response.status_code, kept)
+            answer(bytes(response.body), response.status_code, kept)
 
         task = asyncio.get_running_loop().create_task(translate())
         _pending.add(task)

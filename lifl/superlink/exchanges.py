@@ -11,18 +11,22 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from lifl.superlink import flower
+from lifl.superlink.allowance import Share
 from lifl.superlink.checks import Checks
 from lifl.superlink.content import answer_head
 from lifl.superlink.holding import Holding
-from lifl.superlink.protocol import GatewayProtocol
+from lifl.superlink.protocol import FREE_BYTES, GatewayProtocol
 from lifl.superlink.store import ArenaStore, DurableStore
 from lifl.superlink.targets import Sink
 from lifl.superlink.upload import Target, Upload
 
 _names = flower.part("gateway")
 
-MAX_REQUEST_BYTES = 2**26
-"""Of a request without an object: ids of a message's objects, 70 bytes each."""
+MAX_REQUEST_BYTES = 2**16
+"""Of a request without an object or its tree: a node, a run and an id."""
+
+MAX_TREE_BYTES = 2**26
+"""Of one that announces a message: ids of its objects, 70 to 140 bytes each."""
 
 _STORED = {flag: _names.PushObjectResponse(stored=flag).SerializeToString() for flag in (True, False)}
 
@@ -63,6 +67,17 @@ class Server(Protocol):
     def wait_for_room(self, ask: Callable[[], bool]) -> None:
         """Asks again, in turn with others, until it is told that there was room."""
 
+    def admit(
+        self,
+        path: str,
+        headers: Any,
+        client: Any,
+        give_up: Callable[[], None],
+        then: Callable[[Share], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        """Looks who sends a body of more than ``FREE_BYTES``; see ``protocol.Desk``."""
+
 
 class Exchange:
     """One request to one of the routes below; the protocol's ``Exchange``."""
@@ -77,7 +92,10 @@ class Exchange:
     @property
     def is_welcome(self) -> bool:
         """False leaves it to Flower."""
-        return self.length <= MAX_REQUEST_BYTES
+        return True
+
+    def begin(self) -> None:
+        """Taken by the protocol."""
 
     def fail(self, error: BaseException) -> None:
         """Answers as Flower answers what its handlers and middlewares raise."""
@@ -85,7 +103,7 @@ class Exchange:
             return
         self.protocol.discard()
         self.is_gone = True
-        self.gateway.checks.answer_error(error, self.protocol, self.headers)
+        self.gateway.checks.answer_error(error, self.protocol.path, self.headers, self.protocol.answer)
 
     def drop(self) -> None:
         """Nothing comes of it any more."""
@@ -105,27 +123,74 @@ class Unary(Exchange):
     """A request without an object: its body is collected, then checked and handed to Flower's handler."""
 
     kind: Any  # the protobuf message
+    max_bytes = MAX_REQUEST_BYTES
     is_long = True  # it is done in a thread
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._body = bytearray()
+        self._share: Share | None = None
+        self._is_asked_for = self._waits = False
         self.request: Any = None
 
     @property
     def is_complete(self) -> bool:
-        """True when the body has come."""
-        return len(self._body) == self.length
+        """True when the body has come, and may be here."""
+        return len(self._body) == self.length and not self._waits
+
+    def begin(self) -> None:
+        """Refuses what is too long, by what is declared."""
+        if self.length > self.max_bytes:
+            self.protocol.refuse(413, f"a request of {self.length:,} bytes, which may have {self.max_bytes:,}")
 
     def feed(self, data: bytes) -> None:
-        """More of the body."""
+        """More of the body; beyond ``FREE_BYTES`` only of a sender who is known, and within its share."""
         self._body += data
+        if len(self._body) <= FREE_BYTES:
+            return
+        if self._share is not None:
+            self._grow(len(data))
+        elif not self._is_asked_for:
+            self._is_asked_for = True
+            self._wait()
+            self.gateway.admit(
+                self.protocol.path, self.headers, self.protocol.client, self._give_up, self._admit, self.fail
+            )
+
+    def _admit(self, share: Share) -> None:
+        if self.is_gone:
+            share.close()
+            return
+        self._share = share
+        self._grow(len(self._body))
+
+    def _grow(self, nbytes: int) -> None:
+        assert self._share is not None
+        if self._share.grow(nbytes, self._proceed):
+            self._proceed()
+        else:
+            self._wait()
+
+    def _wait(self) -> None:
+        self._waits = True
+        self.protocol.wait()
+
+    def _proceed(self) -> None:
+        if self._waits:
+            self._waits = False
+            self.protocol.proceed()
+
+    def _give_up(self) -> None:
+        self.protocol.refuse(503, "the server has no memory for this request now: try again")
 
     def complete(self) -> None:
         """Parses it and has it done."""
-        self.request = self.kind()
+        if self._share is not None:
+            self._share.is_whole = True
+        self.request, body = self.kind(), bytes(self._body)
+        self._body = bytearray()
         try:
-            self.request.ParseFromString(bytes(self._body))
+            self.request.ParseFromString(body)
         except Exception as error:
             self.fail(_names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, f"Invalid payload: {error!r}"))
             return
@@ -143,14 +208,26 @@ class Unary(Exchange):
 
     def then(self, response: Any) -> None:
         """Answers."""
+        self._close_share()
         if not self.is_gone:
             self.protocol.answer(response.SerializeToString())
+
+    def drop(self) -> None:
+        """Nothing more is needed of the body."""
+        super().drop()
+        self._body = bytearray()
+        self._close_share()
+
+    def _close_share(self) -> None:
+        if self._share is not None:
+            self._share.close()
 
 
 class PushMessages(Unary):
     """A reply is announced: its objects are registered."""
 
     kind = _names.PushMessagesRequest
+    max_bytes = MAX_TREE_BYTES
 
     def handle(self) -> Any:
         """Flower's."""
@@ -176,6 +253,7 @@ class PullMessages(Unary):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._held: Any = None
+        self._is_hurried = False
 
     def handle(self) -> Any:
         """Flower's."""
@@ -196,6 +274,9 @@ class PullMessages(Unary):
             self.gateway.holding.forget(self._held)
             if not self.is_gone:
                 super().then(response)
+        elif self._is_hurried:
+            self.gateway.holding.forget(self._held)
+            self._again()
         else:
             self.gateway.holding.hold(self._held, self._again)
 
@@ -204,7 +285,8 @@ class PullMessages(Unary):
             self.gateway.run_aside(self.handle, super().then, self.fail)
 
     def hurry(self) -> None:
-        """The server ends: it need not wait any more."""
+        """It is not held any longer."""
+        self._is_hurried = True
         self.gateway.holding.release(self._held)
 
     def drop(self) -> None:

@@ -37,6 +37,7 @@ NAMES: dict[str, dict[str, str]] = {
     "gateway": {
         "HttpProtocol": "uvicorn.protocols.http.httptools_impl.HttpToolsProtocol",
         "STATUS_LINE": "uvicorn.protocols.http.httptools_impl.STATUS_LINE",
+        "FlowControl": "uvicorn.protocols.http.flow_control.FlowControl",
         "authenticate_node": "flwr.superlink.routers.fleet.node_auth.authenticate_node",
         "node_auth": "flwr.superlink.routers.fleet.node_auth",
         "bytes_to_public_key": "flwr.superlink.routers.fleet.node_auth.bytes_to_public_key",

@@ -16,9 +16,18 @@ from typing import Any, Protocol
 
 from lifl.shm import available_bytes
 from lifl.superlink import flower
+from lifl.superlink.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
 from lifl.superlink.checks import Checks
 from lifl.superlink.content import SMALL_BYTES, BlockContent
-from lifl.superlink.exchanges import ConfirmMessage, PullMessages, PullObject, PushMessages, PushObject
+from lifl.superlink.exchanges import (
+    MAX_REQUEST_BYTES,
+    MAX_TREE_BYTES,
+    ConfirmMessage,
+    PullMessages,
+    PullObject,
+    PushMessages,
+    PushObject,
+)
 from lifl.superlink.holding import Holding
 from lifl.superlink.protocol import GatewayProtocol
 from lifl.superlink.store import ArenaStore, DurableStore
@@ -29,6 +38,13 @@ _names, _server = flower.part("gateway"), flower.part("server")
 
 RETRY_S = 0.005
 """While somebody waits for room in the arena it is looked for so often."""
+
+RELIEF_S = 0.25
+"""And so often among what slow readers hold."""
+
+MAX_BODY_BYTES = 2**26
+FIELDS_BYTES = 2**13
+"""A body has at most so much beside an object; see ``lifl.superlink.body``."""
 
 FULL_S = 4.0
 """When there was none for so long, half of many messages may hold it all: then objects are kept as Flower keeps them.
@@ -96,6 +112,17 @@ class Gateway:
         self._routes[b"/v1/fleet/pull-messages"] = PullMessages
         self._routes[b"/v1/fleet/push-messages"] = PushMessages
         self._routes[b"/v1/fleet/confirm-message-received"] = ConfirmMessage
+        self.max_body_bytes = max(MAX_BODY_BYTES, max_object_bytes + FIELDS_BYTES)
+        self._limits = {path.decode(): MAX_REQUEST_BYTES for path in self._routes}
+        self._limits["/v1/fleet/push-messages"] = MAX_TREE_BYTES
+        for name in ("fleet", "runtime"):
+            self._limits[f"/v1/{name}/push-object"] = max_object_bytes + FIELDS_BYTES
+        total_bytes = max(TOTAL_BYTES, 4 * self.max_body_bytes)
+        # Strangers have an allowance of their own: they take nothing away from those who are known.
+        self.allowance = Allowance(max(SENDER_BYTES, self.max_body_bytes), total_bytes)
+        self.strangers = Allowance(max(SENDER_BYTES, self.max_body_bytes), total_bytes // 2)
+        self.relieve: Callable[[], bool] = lambda: False  # frees what slow readers hold; set by the plane
+        self._relieved_s = 0.0
 
     @property
     def state(self) -> Any:
@@ -112,6 +139,40 @@ class Gateway:
             return exchange
         exchange.drop()
         return None
+
+    def limit_of(self, path: str) -> int:
+        """How long the body of a request that is left to Flower may be."""
+        return self._limits.get(path, self.max_body_bytes)
+
+    def admit(
+        self,
+        path: str,
+        headers: Any,
+        client: Any,
+        give_up: Callable[[], None],
+        then: Callable[[Share], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        """Looks who sends a long body: a SuperNode by its signature, a ServerApp by its token, others by address."""
+        if path.startswith("/v1/fleet/"):
+            self.run(lambda: self.checks.sender(headers), lambda node: then(self.allowance.share(node, give_up)), fail)
+        elif path.startswith("/v1/runtime/"):
+
+            def let_in(task: Any) -> None:
+                then(self.allowance.share(("run", task.run_id), give_up))
+
+            self.run(lambda: self.checks.runtime(headers, None), let_in, fail)
+        else:
+            then(self.strangers.share(client[0] if client else "", give_up))
+
+    def answer_error(self, error: BaseException, path: str, headers: Any, answer: Callable[..., None]) -> None:
+        """Calls `answer` with what Flower answers to an error."""
+        self.checks.answer_error(error, path, headers, answer)
+
+    def look(self, now_s: float) -> None:
+        """Called now and then: bodies that hold memory which others need are given up."""
+        self.allowance.look(now_s)
+        self.strangers.look(now_s)
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None], fail: Callable[[BaseException], None]) -> None:
         """Does what asks the LinkState: here if it is in memory, else in a thread."""
@@ -176,6 +237,10 @@ class Gateway:
             asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
 
     def _ask_again(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._relieved_s >= RELIEF_S:
+            self._relieved_s = now_s
+            self.relieve()
         if self._is_stuck:  # the first may wait for what the others hold
             self._waiting = deque([ask for ask in self._waiting if not ask()])
         while self._waiting and self._waiting[0]():

@@ -61,6 +61,7 @@ class Plane:
         self.agency: Agency | None = None
         self.protocol: Any = "auto"
         self._connections: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._verifier = "Flower"
         self._port = config.port
         try:
@@ -130,10 +131,13 @@ class Plane:
         self._verifier = hasten(flower.part("gateway").node_auth)
         self.gateway = Gateway(self.app, self.store, self.node.arena, self.rounds, self.holding, max_object_bytes)
         self.protocol = self._connections = protocol_of(self.gateway)
+        self.gateway.relieve = self.relieve
+        if self.rounds is not None:
+            self.rounds.relieve = self._relieve_soon
 
     def startup(self) -> None:
         """In the loop, before requests come."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self.holding.loop = loop
         if self.agency is not None:
             try:
@@ -147,13 +151,26 @@ class Plane:
             self._sweep(loop)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Looks for uploads that have stalled."""
+        """Looks for peers that are too slow."""
         from lifl.superlink.protocol import STALL_S
+        from lifl.superlink.rates import look_s
 
         now_s = time.monotonic()
-        for connection in list(self._connections.busy):
+        for connection in list(self._connections.open):
             connection.give_up_if_stalled(now_s)
-        loop.call_later(STALL_S / 8, self._sweep, loop)
+        self.gateway.look(now_s)
+        loop.call_later(look_s(STALL_S), self._sweep, loop)
+
+    def relieve(self) -> bool:
+        """Frees memory of the arena that slow readers hold, for somebody who waits; in the loop."""
+        from lifl.superlink.relief import relieve
+
+        return relieve(self._connections.open)
+
+    def _relieve_soon(self) -> None:
+        """The same, from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.relieve)
 
     def count_bytes(self) -> dict[str, int]:
         """What came in through the gateway, how much of it was copied once more in this process, and what went out."""

@@ -1,19 +1,33 @@
 """uvicorn's HTTP protocol, with a way past ASGI for the routes of the data plane.
 
-The parser, keep-alive, TLS, limits and everything else are uvicorn's. Of a request that a :class:`Desk` takes, the
-head goes to it when it has come, the body to whatever the desk gives room in, and the answer from wherever it lies.
+The parser, keep-alive, TLS and everything else are uvicorn's. Of a request that a ``Desk`` takes, the head goes to it
+when it has come, the body to whatever the desk gives room in, and the answer from wherever it lies. A request behind
+one that is not answered is uvicorn's, which answers it in turn.
+
+A body, whoever's, has a bound, and so has the time that a peer may take for it, for a head and for an answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import sys
+import termios
 import time
+import urllib.parse
 from collections import deque
-from typing import Any, Protocol
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import httptools
 
 from lifl.superlink import flower
+from lifl.superlink.allowance import Share
+from lifl.superlink.desk import Desk, Exchange
+from lifl.superlink.rates import Rates
+from lifl.superlink.turns import Body, Flow, Turn
 
 _names = flower.part("gateway")
 
@@ -21,50 +35,30 @@ READ_BYTES = 2**16
 WRITE_BYTES = 2**17
 """An answer is written in such pieces, so that asyncio, which copies what a socket does not take, copies little."""
 
-STALL_S = 30.0
-"""A body of which nothing comes for so long is given up."""
+STALL_S = 10.0
+"""Over so long a peer has to be faster than ``MIN_RATE``, in either direction; a head has to come in that time."""
+
+LINGER_S = 1.0
+"""A connection that ends before all of its request has come is read from for so long: else the answer may be lost."""
+
+FREE_BYTES = 2**16
+"""More of a body is taken only for a sender who is known, or within what strangers may take together."""
 
 MAX_DISCARD_BYTES = 2**26
 """More than this of a refused body is not read: the connection ends."""
 
+MAX_HEAD_BYTES = 2**16
+MAX_PIPELINED = 64
+
+SAID_S = 5.0
+"""Dropped peers are logged at most so often."""
+
+_COPIES = sys.version_info < (3, 12)
+"""asyncio copies what a socket does not take; later ones keep a view of it, which would pin the arena."""
+
 _scratch = memoryview(bytearray(READ_BYTES))  # one loop reads at a time, and what is read is used at once
-
-
-class Exchange(Protocol):
-    """One request and its answer, as the desk sees it."""
-
-    @property
-    def is_aimed(self) -> bool:
-        """True if the body may be written to :meth:`room`, False if it has to be fed."""
-
-    @property
-    def is_complete(self) -> bool:
-        """True when the body has come whole."""
-
-    def feed(self, data: bytes) -> None:
-        """Takes bytes of the body."""
-
-    def room(self) -> Any:
-        """Where the next bytes of the body go."""
-
-    def advance(self, nbytes: int) -> None:
-        """So many have been written there."""
-
-    def complete(self) -> None:
-        """The body is complete: the answer is due, now or later, by :meth:`GatewayProtocol.answer`."""
-
-    def drop(self) -> None:
-        """The connection is gone, or the body is given up."""
-
-    def hurry(self) -> None:
-        """The server ends: what is held open is to be answered now."""
-
-
-class Desk(Protocol):
-    """Who takes requests past ASGI."""
-
-    def begin(self, protocol: GatewayProtocol, path: bytes, headers: list[tuple[bytes, bytes]], length: int) -> Any:
-        """An :class:`Exchange` for a POST request of which the head has come, or None to leave it to Flower."""
+_PLAIN = (b"content-type", b"text/plain; charset=utf-8")
+_CLOSE = (b"connection", b"close")
 
 
 class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc,name-defined]
@@ -73,32 +67,52 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     Attributes
     ----------
     desk : Desk
+    open : set
+        All connections.
     busy : set
         The connections that have an exchange going on.
     """
 
     desk: Desk
+    open: set[GatewayProtocol]
     busy: set[GatewayProtocol]
+    _said_s = -SAID_S
+    _unsaid = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._exchange: Exchange | None = None
+        self.path = ""
         self._left = 0  # bytes of the exchange's body that have not come
         self._is_ours = False  # the message that the parser is in
+        self._is_nobodys = False  # or of it nothing is wanted
         self._has_ended = False  # all of the exchange's body has come
         self._is_past_parser = False
         self._is_answered = False
         self._discarding = False
         self._sending: deque[Any] = deque()
-        self._closes = False
-        self._is_waiting = False
-        self._last_s = 0.0
+        self._is_private = False  # what is sent has been copied out of the arena
+        self._closes = self._says_so = False
+        self._turn = Turn()
+        self.cycle: Any = None
+        self._bodies: dict[Any, Body] = {}  # of the cycles that are not complete
+        self._last_words: bytes | None = None  # to be said when all is answered; then the connection ends
+        self._is_ending = False  # they have been said
+        self._awaits: str | None = None  # the rest of a "head" or "body"
+        self._extra_bytes = 0  # of this message, that are not its body
+        self.rates = Rates(time.monotonic())
+
+    def connection_made(self, transport: Any) -> None:
+        """uvicorn's."""
+        super().connection_made(transport)
+        self.flow = Flow(transport, self.pipeline)
+        self.open.add(self)
 
     # ------------------------------------------------------------ bytes in
 
     def get_buffer(self, sizehint: int) -> Any:
         """Where the socket writes next."""
-        if self._is_past_parser:
+        if self._is_past_parser and not self._is_ending:
             if self._discarding:
                 return _scratch[: self._left]
             assert self._exchange is not None
@@ -109,13 +123,18 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
 
     def buffer_updated(self, nbytes: int) -> None:
         """So much has been written there."""
+        if self._is_ending:
+            return
+        self.rates.came_bytes += nbytes
         if not self._is_past_parser:
+            self._extra_bytes += nbytes
             self.data_received(bytes(_scratch[:nbytes]))
             if self._exchange is not None and self._left and not self.transport.is_closing():
                 self._is_past_parser = True  # the parser would copy
+            elif self._awaits and self._extra_bytes > MAX_HEAD_BYTES + READ_BYTES:
+                self.end_with(431, f"a request's head may have {MAX_HEAD_BYTES:,} bytes")
             return
         self._unset_keepalive_if_required()
-        self._last_s = time.monotonic()
         exchange = self._exchange
         self._left -= nbytes
         if self._discarding or exchange is None:
@@ -126,75 +145,126 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._feed(bytes(_scratch[:nbytes]))
         if not self._left:
             self._is_past_parser = self._is_ours = False
+            self._awaits = None
             self.parser = httptools.HttpRequestParser(self)  # which has not seen the end of this body
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self._body_ended()
 
     # ------------------------------------------------------------ the parser's callbacks
 
+    @property
+    def _is_over(self) -> bool:
+        """True if no request is taken any more."""
+        return self._last_words is not None or self._is_ending or self.transport.is_closing()
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        self._awaits, self._extra_bytes = "head", 0
+        self.rates.begin_in()
+
     def on_headers_complete(self) -> None:
-        """Gives the request to the desk if it wants it."""
-        if self._exchange is not None:  # pipelined behind one that is not answered: nobody does that with POST
-            self.transport.close()
+        """Gives the request to the desk if it wants it, else to Flower."""
+        self._awaits = "body"
+        self._is_ours, self._is_nobodys = False, True
+        if self._is_over:
+            self._awaits = None
             return
-        if self._is_free and self.parser.get_method() == b"POST" and (length := self._length()) is not None:
-            exchange = self.desk.begin(self, self.url, self.headers, length)
-            if exchange is not None:
-                self._exchange, self._left, self._is_ours = exchange, length, True
-                self._has_ended = self._is_answered = self._discarding = False
-                self._closes = self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive()
-                self._last_s = time.monotonic()
-                self.busy.add(self)
-                if self.expect_100_continue:
-                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        path = urllib.parse.unquote(httptools.parse_url(self.url).path.decode("ascii"))  # as uvicorn does
+        declared = next((int(v) for name, v in self.headers if name == b"content-length" and v.strip().isdigit()), 0)
+        is_upgrade, is_free = self.parser.should_upgrade(), self._is_free
+        if is_free and not is_upgrade and self.parser.get_method() == b"POST" and self._has_plain_length:
+            if declared > self.desk.max_body_bytes:
+                self._refuse_length(declared, self.desk.max_body_bytes)
                 return
+            exchange = self.desk.begin(self, self.url, self.headers, declared)
+            if exchange is not None:
+                self._take(exchange, path, declared)
+                return
+        limit = self.desk.limit_of(path)
+        if declared > limit:
+            self._refuse_length(declared, limit)
+        elif len(self.pipeline) >= MAX_PIPELINED:
+            self.end_with(503, f"more than {MAX_PIPELINED} requests that wait for answers")
+        else:
+            self._leave_to_flower(path, limit)
+
+    def _take(self, exchange: Exchange, path: str, length: int) -> None:
+        self._overtake()
+        self._turn.response_complete = False
+        self.cycle = self._turn
+        self._exchange, self.path, self._left = exchange, path, length
+        self._is_ours, self._is_nobodys = True, False
+        self._has_ended = self._is_answered = self._discarding = False
+        self._says_so = _CLOSE in self.headers
+        self._closes = self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive()
+        self.busy.add(self)
+        exchange.begin()
+        if self.expect_100_continue and not self._is_answered:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _leave_to_flower(self, path: str, limit: int) -> None:
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is before:
+            return  # it becomes a WebSocket
+        self._is_nobodys = False
+        self._bodies[self.cycle] = Body(self.cycle, path, self.headers, limit)
+        self.cycle.on_response = partial(self._cycle_ended, self.cycle)
+        if self._exchange is not None:
+            self._exchange.hurry()
+
+    def _overtake(self) -> None:
+        """The last cycle's answer is whole, though it has not said so: when it does, that is the end of nothing."""
+        if self.cycle in self._bodies:
+            self._forget(self.cycle)
+            self.cycle.on_response = lambda: None
+            self.server_state.total_requests += 1
 
     @property
     def _is_free(self) -> bool:
-        """True if the client has had all of the last answer that came through ASGI.
+        """True if the client has had all of the last answer.
 
         Flower's middlewares end an answer with an empty piece, a little after its last byte: a quick client's next
         request comes in between. uvicorn would take it for pipelined, and so the one after it, and so on.
         """
         cycle = self.cycle
+        if self._exchange is not None:
+            return False
         if cycle is None or cycle.response_complete:
             return True
         is_whole = cycle.chunked_encoding is False and cycle.expected_content_length == 0
         return bool(cycle.response_started and is_whole and cycle.keep_alive)
 
-    def on_response_complete(self) -> None:
-        """An answer has been sent: while an exchange goes on, the one before it, which ended with an empty piece."""
-        if self._exchange is None:
-            super().on_response_complete()
-        else:
-            self.server_state.total_requests += 1
-
-    def _length(self) -> int | None:
-        """The declared length of the body, if there is one that can be relied on."""
-        found = None
+    @property
+    def _has_plain_length(self) -> bool:
+        """True if the body is what is sent, as long as declared."""
         for name, value in self.headers:
-            if name == b"transfer-encoding" or name == b"content-encoding":
-                return None
-            if name == b"content-length" and value.isdigit():
-                found = int(value)
-        return found
+            if name == b"transfer-encoding" or (name == b"content-encoding" and value.strip().lower() != b"identity"):
+                return False
+        return any(name == b"content-length" for name, _ in self.headers)
 
     def on_body(self, body: bytes) -> None:
-        """Feeds the exchange."""
-        if not self._is_ours:
-            super().on_body(body)
-            return
-        self._left -= len(body)
-        if self._exchange is not None and not self._discarding:
-            self._feed(body)
+        """Feeds the exchange, or counts what goes to Flower."""
+        self._extra_bytes -= min(17 * len(body), self._extra_bytes)  # chunks of one byte have five around it
+        if self._is_ours:
+            self._left -= len(body)
+            if self._exchange is not None and not self._discarding:
+                self._feed(body)
+        elif not self._is_nobodys and not self._is_over:
+            said = self._bodies.get(self.cycle)
+            if said is None or self._may_come(said, len(body)):
+                super().on_body(body)
 
     def on_message_complete(self) -> None:
         """All of the body has come through the parser."""
+        self._awaits = None
         if self._is_ours:
             self._is_ours = False
             self._body_ended()
-        else:
+        elif not self._is_nobodys:
+            if (said := self._bodies.get(self.cycle)) is not None and said.share is not None:
+                said.share.is_whole = True
             super().on_message_complete()
 
     def _feed(self, data: bytes) -> None:
@@ -218,16 +288,91 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
 
     def proceed(self) -> None:
         """The exchange has got what it waited for: reading goes on, or its body is complete."""
-        self._is_waiting, self._last_s = False, time.monotonic()
-        self.flow.resume_reading()
+        self.rates.begin_in()
+        self._let_go()
         exchange = self._exchange
         if exchange is not None and self._has_ended and exchange.is_complete:
             exchange.complete()
 
     def wait(self) -> None:
         """The exchange has to wait for something: nothing more is read, so the client's socket fills up."""
-        self._is_waiting = True
-        self.flow.pause_reading()
+        self.flow.hold()
+
+    def _let_go(self) -> None:
+        if self._last_words is None or self._is_ending:
+            self.flow.let_go()
+
+    def handle_websocket_upgrade(self) -> None:
+        """The connection is somebody else's from now on."""
+        self.open.discard(self)
+        super().handle_websocket_upgrade()
+
+    # ------------------------------------------------------------ bodies that go to Flower
+
+    def _may_come(self, body: Body, nbytes: int) -> bool:
+        body.nbytes += nbytes
+        if body.nbytes > body.limit:
+            self._cut(body)
+            self._refuse_length(body.nbytes, body.limit)
+            return False
+        if body.nbytes <= FREE_BYTES or body.cycle.response_complete:
+            return True
+        if body.share is None:
+            body.unshared_bytes += nbytes
+            self.flow.hold()
+            if not body.is_asked_for:
+                body.is_asked_for = True
+                give_up = partial(self._give_up, body)
+                then, fail = partial(self._admit, body), partial(self._refuse_sender, body)
+                self.desk.admit(body.path, body.headers, self.client, give_up, then, fail)
+        elif not body.share.grow(nbytes, self._let_go):
+            self.flow.hold()
+        return True
+
+    def _admit(self, body: Body, share: Share) -> None:
+        if body.cycle not in self._bodies:
+            share.close()
+            return
+        body.share = share
+        share.is_whole = not body.cycle.more_body
+        if share.grow(body.unshared_bytes, self._let_go):
+            self._let_go()
+
+    def _refuse_sender(self, body: Body, error: BaseException) -> None:
+        def answer(text: bytes, status: int, headers: Any) -> None:
+            if body.cycle in self._bodies:
+                self._cut(body)
+                self.end_with(status, text, headers)
+
+        self.desk.answer_error(error, body.path, body.headers, answer)
+
+    def _give_up(self, body: Body) -> None:
+        self._cut(body)
+        self.end_with(503, "the server has no memory for this request now: try again")
+
+    def _cut(self, body: Body) -> None:
+        """Flower gets no more of a request: it is not begun, or hears that the client has gone."""
+        cycle = body.cycle
+        self._forget(cycle)
+        self._is_nobodys = True
+        waiting = [one for one in self.pipeline if one[0] is cycle]
+        if waiting:
+            self.pipeline.remove(waiting[0])
+        else:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:  # nothing can be said in the middle of an answer
+                self.transport.close()
+
+    def _forget(self, cycle: Any) -> None:
+        body = self._bodies.pop(cycle, None)
+        if body is not None and body.share is not None:
+            body.share.close()
+
+    def _cycle_ended(self, cycle: Any) -> None:
+        self._forget(cycle)
+        super().on_response_complete()
+        self._say_last_words()
 
     # ------------------------------------------------------------ bytes out
 
@@ -236,25 +381,25 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         if self._exchange is None or self._is_answered or self.transport.is_closing():
             return
         self._is_answered = True
-        head = [_names.STATUS_LINE[status]]
-        for name, value in self.server_state.default_headers:
-            head += [name, b": ", value, b"\r\n"]
-        for name, value in headers or ((b"content-type", _names.MEDIA_TYPE.encode()),):
-            head += [name, b": ", value, b"\r\n"]
-        if self._closes:
-            head.append(b"connection: close\r\n")
         parts = body if isinstance(body, tuple) else (body,)
         length = sum(map(len, parts))
-        head.append(b"content-length: %d\r\n\r\n" % length)
+        head = self._head(status, length, headers or ((b"content-type", _names.MEDIA_TYPE.encode()),), self._says_so)
         if status >= 400 and self.access_log:
             client = f"{self.client[0]}:{self.client[1]}" if self.client else ""
-            self.access_logger.info('%s - "%s %s HTTP/%s" %d', client, "POST", self.url.decode("ascii"), "1.1", status)
+            self.access_logger.info('%s - "%s %s HTTP/%s" %d', client, "POST", self.path, "1.1", status)
+        self.rates.begin_out(len(head) + length)
         if length <= READ_BYTES:
-            self.transport.write(b"".join((*head, *parts)))
+            self.transport.write(b"".join((head, *parts)))
             self._sent()
         else:
-            self._sending.extend((b"".join(head), *(memoryview(part) for part in parts)))
+            self._sending.extend((head, *(memoryview(part) for part in parts)))
             self._send()
+
+    def _head(self, status: int, length: int, headers: Iterable[tuple[bytes, bytes]], closes: bool) -> bytes:
+        lines = [_names.STATUS_LINE[status]]
+        for name, value in (*self.server_state.default_headers, *headers, *((_CLOSE,) if closes else ())):
+            lines += [name, b": ", value, b"\r\n"]
+        return b"".join((*lines, b"content-length: %d\r\n\r\n" % length))
 
     def _send(self) -> None:
         while self._sending and not self.flow.write_paused and not self.transport.is_closing():
@@ -262,8 +407,9 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             if len(part) > WRITE_BYTES:
                 self._sending.appendleft(part[WRITE_BYTES:])
                 part = part[:WRITE_BYTES]
-            self.transport.write(part)
+            self.transport.write(part if _COPIES else bytes(part))
             if not self._sending:
+                self._is_private = False
                 self._sent()
 
     def resume_writing(self) -> None:
@@ -274,7 +420,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     def refuse(self, status: int, reason: str) -> None:
         """Answers with an error; the rest of the body is read and forgotten."""
         self.discard()
-        self.answer(reason.encode(), status, ((b"content-type", b"text/plain; charset=utf-8"),))
+        self.answer(reason.encode(), status, (_PLAIN,))
 
     def discard(self) -> None:
         """What is still to come of the body is not wanted; an answer is due all the same."""
@@ -282,8 +428,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._discarding = True
             self._exchange.drop()
             if self._left > MAX_DISCARD_BYTES:
-                self._closes = True
-            self.flow.resume_reading()
+                self._closes = self._says_so = True
+            self._let_go()
 
     def _sent(self) -> None:
         """The answer is with the transport."""
@@ -294,27 +440,120 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         self.busy.discard(self)
         self._exchange = None
         self._is_past_parser = False
-        if self._closes:
+        self._turn.response_complete = True
+        if self._closes and not self._has_ended:
+            self._linger()
+        elif self._closes:
             self.transport.close()
-        self.on_response_complete()  # uvicorn's: counts, and starts the keep-alive clock
+        if self._is_ending:
+            self.server_state.total_requests += 1
+        else:
+            super().on_response_complete()  # counts, and begins the next request or the keep-alive clock
+        self._say_last_words()
 
     # ------------------------------------------------------------ ends
 
-    def give_up_if_stalled(self, now_s: float) -> None:
-        """Ends a connection of which a body has not gone on for too long; called now and then for all of them."""
-        if self._exchange is None or self._has_ended or self._is_waiting or now_s - self._last_s < STALL_S:
+    def send_400_response(self, msg: str) -> None:
+        """What comes is no request; behind an exchange its answer is first, since it is done."""
+        if self._exchange is not None:
+            self.end_with(400, msg)
+        elif not self._is_over:
+            super().send_400_response(msg)
+
+    def _refuse_length(self, nbytes: int, limit: int) -> None:
+        self.end_with(
+            413,
+            f"a body of {nbytes:,} bytes or more, this server takes {limit:,} here: for larger objects give it "
+            "--lifl-max-object, or send smaller chunks",
+        )
+
+    def end_with(self, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]] = (_PLAIN,)) -> None:
+        """Answers the request that is coming in when all before it are answered; then the connection ends."""
+        self._is_nobodys = True
+        self._awaits = None
+        if self._is_over:
             return
-        self.logger.warning("An upload of which nothing came for %g s is given up", STALL_S)
-        self._exchange.drop()
-        self.transport.close()
+        body = reason if isinstance(reason, bytes) else reason.encode()
+        self._last_words = self._head(status, len(body), headers, True) + body
+        self.flow.hold()
+        if self._exchange is not None:
+            self._exchange.hurry()
+        self._say_last_words()
+
+    def _say_last_words(self) -> None:
+        is_answered = self._exchange is None and (not self._bodies or self._is_free)
+        if self._last_words is not None and is_answered and not self._is_ending and not self.transport.is_closing():
+            self.transport.write(self._last_words)
+            self._linger()
+
+    def _linger(self) -> None:
+        self._is_ending = True
+        self.flow.let_go()
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def give_up_if_stalled(self, now_s: float) -> None:
+        """Ends a connection whose peer is too slow; called now and then for all of them."""
+        if self.flow is None:
+            return
+        awaits = None if self.flow.is_paused or self._is_ending else self._awaits
+        is_sending = bool(self._sending) or self.transport.get_write_buffer_size() > 0
+        reason = self.rates.look(now_s, STALL_S, awaits, self._unsent() if is_sending else None)
+        if reason is not None:
+            self.drop(reason)
+
+    def _unsent(self) -> int:
+        """Bytes that the peer has not had, those in the kernel included: it takes them in large steps."""
+        queued = bytearray(4)
+        with contextlib.suppress(OSError, ValueError):
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        here = sum(map(len, self._sending)) + self.transport.get_write_buffer_size()
+        return int(here) + int.from_bytes(queued, sys.byteorder)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the arena that are still to be sent, which hold their blocks."""
+        if self._is_private:
+            return 0
+        return sum(len(part) for part in self._sending if not isinstance(getattr(part, "obj", part), bytes))
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes still to be sent that were copied out of the arena."""
+        return sum(map(len, self._sending)) if self._is_private else 0
+
+    def unpin(self) -> None:
+        """Copies what is still to be sent out of the arena, whose blocks come free."""
+        self._sending = deque(memoryview(bytes(part)) for part in self._sending)
+        self._is_private = True
+
+    def drop(self, reason: str) -> None:
+        """Ends the connection at once, and says why, though not for each of many."""
+        cls, now_s = type(self), time.monotonic()
+        if now_s - cls._said_s < SAID_S:
+            cls._unsaid += 1
+        else:
+            more = f" (and {cls._unsaid} others since the last such line)" if cls._unsaid else ""
+            cls._said_s, cls._unsaid = now_s, 0
+            peer = f"{self.client[0]}:{self.client[1]}" if self.client else "a peer"
+            self.logger.warning("The connection of %s is dropped: %s%s", peer, reason, more)
+        self._sending.clear()
+        exchange, self._exchange = self._exchange, None
+        self.busy.discard(self)
+        if exchange is not None:
+            exchange.drop()
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Gives back what the exchange held."""
         exchange, self._exchange = self._exchange, None
         self._sending.clear()
         self.busy.discard(self)
+        self.open.discard(self)
         if exchange is not None:
             exchange.drop()
+        for cycle in list(self._bodies):
+            self._forget(cycle)
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -328,4 +567,4 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
 
 def protocol_of(desk: Desk) -> type[GatewayProtocol]:
     """The protocol class for one server, whose requests go to `desk`."""
-    return type("Protocol", (GatewayProtocol,), {"desk": desk, "busy": set()})
+    return type("Protocol", (GatewayProtocol,), {"desk": desk, "open": set(), "busy": set()})

@@ -61,6 +61,7 @@ class Rounds:
         self.copied_bytes = 0  # of replies that did not land where they belong
         # Replies are completed while the loop receives others; several at a time, since one may wait for room.
         self._assembler = ThreadPoolExecutor(ASSEMBLERS, "lifl-assembler")
+        self.relieve: Callable[[], None] = lambda: None  # frees memory that slow readers hold; set by the plane
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="lifl-watch", daemon=True)
         store.on_available = self._comings.available
@@ -137,6 +138,7 @@ class Rounds:
                 # What is in the way may be objects of a round before, which go when the nodes have them.
                 if waits <= 0 or not self._node.used_bytes or self._stop.wait(0.1):
                     raise
+                self.relieve()
                 waits -= 0.1
         with self._lock:
             geometry = self._geometries.get(spec)

@@ -165,12 +165,13 @@ def test_uploads_that_stall_are_given_up(here: Here) -> None:
         lines[-1].send(head(PUSH, headers, len(body)) + body[:end])
     with here.line() as slow:
         slow.send(head(PUSH, here.headers, len(bodies[3])) + bodies[3][:150_000])
-        for at in range(150_000, 150_000 + 16 * 8, 8):
-            slow.send(bodies[3][at : at + 8])
+        step = 1500  # faster than what every peer has to be
+        for at in range(150_000, 150_000 + 16 * step, step):
+            slow.send(bodies[3][at : at + step])
             time.sleep(0.05)
         assert lines[3].answer()[0] == 401
         assert all(line.is_closed for line in lines)
-        slow.send(bodies[3][150_000 + 16 * 8 :])
+        slow.send(bodies[3][150_000 + 16 * step :])
         assert slow.answer() == (200, STORED)
     for line in lines:
         line.close()
@@ -226,8 +227,9 @@ def test_a_client_that_goes_in_the_middle(here: Here, end: str, sent: int) -> No
     assert here.node.push(here.run_id, session_id, object_id, content)
 
 
-def test_a_client_that_does_not_read_its_answers(here: Here) -> None:
+def test_a_client_that_does_not_read_its_answers(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """It asks for a large object again and again: what waits for it is bounded, and goes with it."""
+    monkeypatch.setattr(here.rig.plane.protocol, "give_up_if_stalled", lambda *_: None)
     object_id, content, session_id = here.announce(LIMIT - 100)  # more than sockets hold
     assert here.node.push(here.run_id, session_id, object_id, content)
     used_bytes = here.rig.used_bytes
@@ -376,8 +378,8 @@ def test_one_place_of_an_update_is_written_twice_at_once(here: Here, how: str, m
 # ---------------------------------------------------------------- other ways to speak HTTP
 
 
-def test_pipelined_requests_are_answered_in_order_or_not_at_all(here: Here) -> None:
-    """Two objects in one piece; and behind a request that takes its time the connection ends."""
+def test_pipelined_requests_are_answered_in_order(here: Here) -> None:
+    """Several objects in one piece, and one behind a request that takes its time."""
     announced = [here.announce(1000 * (n + 1)) for n in range(3)]
     bodies = [here.body(*one) for one in announced]
     with here.line() as line:
@@ -391,8 +393,8 @@ def test_pipelined_requests_are_answered_in_order_or_not_at_all(here: Here) -> N
         poll_whole = head("/v1/fleet/pull-messages", here.headers, len(poll)) + poll
         line.send(poll_whole + head(PUSH, here.headers, len(push)) + push)
         answers = line.answers(2)
-    assert [status for status, _ in answers] == [200] * len(answers)
-    assert here.has(object_id) == (len(answers) == 2)
+    assert [status for status, _ in answers] == [200, 200]
+    assert here.has(object_id)
 
 
 @pytest.mark.parametrize("pieces", [1, 40])
