@@ -6,6 +6,7 @@ touched. Needs the extra ``metrics``.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
@@ -17,6 +18,7 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+import attrs
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
@@ -26,8 +28,12 @@ from lifl.stats import NodeStats, SuperlinkStats, WorkerStats
 
 log = logging.getLogger("lifl.exporter")
 
-SILENCE_S = 5.0
-"""A connection on which nothing comes for so long is closed."""
+REQUESTS = 8
+"""So many are answered at once, each in a thread."""
+REQUEST_S = 5.0
+"""A request that takes longer, from the connection to the last byte of the answer, is cut."""
+GRACE_S = 0.05
+"""While all places are taken, a connection has so long to bring its request before it is cut for the next one."""
 RETRY_S = 0.1
 
 ADVICE = {
@@ -89,21 +95,105 @@ class Exporter:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = SILENCE_S
+    timeout = REQUEST_S
+    server: _Server
+
+    def parse_request(self) -> bool:
+        """WSGI's; the server is told when the head has come whole."""
+        is_whole = super().parse_request()
+        if is_whole:
+            self.server.note_whole(self.connection)
+        return is_whole
 
     def log_message(self, *_: Any) -> None:
         """A scrape is nothing to log."""
 
 
+@attrs.define(eq=False)
+class _Scrape:
+    """A connection that is being answered."""
+
+    connection: socket.socket
+    began_s: float
+    is_whole: bool = False  # the request has come
+    is_cut: bool = False
+
+    def cut(self) -> None:
+        """Its thread finds the connection at its end."""
+        self.is_cut = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Server(ThreadingMixIn, WSGIServer):
-    """One thread for each scrape, so that one who does not read holds nobody else up."""
+    """A few threads, one for each scrape; whoever drips or does not read holds nobody else up."""
 
     daemon_threads = True
     request_queue_size = 64  # who finds the queue full tries again after a second
 
     def __init__(self, family: int, where: tuple[str, int]) -> None:
         self.address_family, self._is_ended = family, False
+        self._scrapes: dict[socket.socket, _Scrape] = {}
+        self._changed = threading.Condition()
         super().__init__(where, _Handler)
+
+    @property
+    def timeout(self) -> float | None:  # type: ignore[override]
+        """How long to wait for a connection: until the next request has taken too long."""
+        with self._changed:
+            ends_s = [one.began_s + REQUEST_S for one in self._scrapes.values() if not one.is_cut]
+        return max(0.0, min(ends_s) - time.monotonic()) if ends_s else None
+
+    def handle_timeout(self) -> None:
+        """Cuts what has taken too long."""
+        now_s = time.monotonic()
+        with self._changed:
+            for one in self._scrapes.values():
+                if not one.is_cut and now_s - one.began_s >= REQUEST_S:
+                    one.cut()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own, when there is a place for it."""
+        self.handle_timeout()
+        self._make_place()
+        with self._changed:
+            self._scrapes[request] = _Scrape(request, time.monotonic())
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._forget(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """And then the place is free."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._forget(request)
+
+    def _forget(self, request: Any) -> None:
+        with self._changed:
+            self._scrapes.pop(request, None)
+            self._changed.notify_all()
+
+    def _make_place(self) -> None:
+        """Waits for one; cuts who has been at it longest without a whole request, or too long with one."""
+        with self._changed:
+            while len(self._scrapes) >= REQUESTS and not self._is_ended:
+                now_s = time.monotonic()
+                going = sorted(
+                    (one for one in self._scrapes.values() if not one.is_cut),
+                    key=lambda one: (one.is_whole, one.began_s),
+                )
+                if going and now_s - going[0].began_s >= (REQUEST_S if going[0].is_whole else GRACE_S):
+                    going[0].cut()
+                self._changed.wait(GRACE_S)
+
+    def note_whole(self, request: Any) -> None:
+        """The head of a request has come."""
+        with self._changed:
+            if (scrape := self._scrapes.get(request)) is not None:
+                scrape.is_whole = True
 
     def server_bind(self) -> None:
         """As WSGIServer's, which asks a name server for this machine's name."""
@@ -124,6 +214,9 @@ class _Server(ThreadingMixIn, WSGIServer):
     def end(self) -> None:
         if not self._is_ended:
             self._is_ended = True
+            with self._changed:
+                for scrape in self._scrapes.values():
+                    scrape.cut()
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes who waits for a connection
 
     def get_request(self) -> Any:

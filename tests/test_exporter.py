@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -244,6 +248,75 @@ def test_silent_and_rude_connections_hold_nobody_up(node: lifl.Node) -> None:
     assert samples(scrape(node.metrics_address))[("lifl_updates_accepted_total", ())] == 3
     for one in silent:
         one.close()
+
+
+def drips(address: str, count: int, stop: threading.Event) -> threading.Thread:
+    """So many connections that bring a head a byte at a time, and never all of it; those that are cut come again."""
+    host, _, port = address.rpartition(":")
+
+    def drip() -> None:
+        lines: list[socket.socket] = []
+        while not stop.is_set():
+            while len(lines) < count:
+                lines.append(socket.create_connection((host, int(port)), 5))
+                lines[-1].sendall(b"GET /metrics HTTP/1.1\r\nx: ")
+            for line in list(lines):
+                try:
+                    line.sendall(b"y")
+                except OSError:
+                    line.close()
+                    lines.remove(line)
+            stop.wait(0.1)
+        for line in lines:
+            line.close()
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    return thread
+
+
+def test_dripping_connections_take_few_threads(node: lifl.Node) -> None:
+    """Beside a hundred of them every scrape is answered, and at most eight threads are at it."""
+    address = str(node.metrics_address)
+    before, most, stop = threading.active_count(), 0, threading.Event()
+    dripping = drips(address, 100, stop)
+    try:
+        for _ in range(10):
+            most = max(most, threading.active_count())
+            assert samples(scrape(address))
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        dripping.join(WAIT_S)
+    assert most <= before + 1 + 8
+    deadline = time.monotonic() + WAIT_S
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_a_request_has_a_deadline(node: lifl.Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However regularly its bytes come."""
+    monkeypatch.setattr(exporter, "REQUEST_S", 0.3)
+    host, _, port = str(node.metrics_address).rpartition(":")
+    with socket.create_connection((host, int(port)), 5) as line, contextlib.suppress(ConnectionError):
+        line.sendall(b"GET /metrics HTTP/1.1\r\nx: ")
+        for _ in range(100):
+            line.sendall(b"y")
+            line.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                assert line.recv(100) == b""
+                break
+        else:
+            pytest.fail("it goes on for ever")
+    assert samples(scrape(node.metrics_address))
+
+
+def test_scrapes_beside_each_other_are_all_answered(node: lifl.Node) -> None:
+    """More than there are places."""
+    with ThreadPoolExecutor(24) as pool:
+        told = list(pool.map(lambda _: scrape(node.metrics_address), range(96)))
+    assert all(samples(one) for one in told)
 
 
 def test_node_that_is_closed_meanwhile_has_no_figures() -> None:
