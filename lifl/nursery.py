@@ -53,7 +53,8 @@ class Nursery:
     def __init__(self, arena_fd: int, bell_fd: int, spin_s: float, start_timeout_s: float = START_TIMEOUT_S) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
-        self._timeout_s = start_timeout_s  # the first answer includes the start of the interpreter
+        self._start_timeout_s = start_timeout_s
+        self._has_answered = False
         self._number = 0
         self._is_closed = False
         fds = (theirs.fileno(), arena_fd, bell_fd)
@@ -113,7 +114,9 @@ class Nursery:
 
     def _hear(self) -> tuple[dict[str, Any], list[int]]:
         """The answer to the last request, with the descriptor that came with it."""
-        deadline = time.monotonic() + self._timeout_s
+        # The first answer includes the start of the interpreter.
+        timeout_s = FORK_TIMEOUT_S if self._has_answered else self._start_timeout_s
+        deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(self._pidfd, select.POLLIN)
@@ -131,11 +134,10 @@ class Nursery:
                 raise self._lost("it closed its end")
             answer = json.loads(data)
             if answer["number"] == self._number:
-                self._timeout_s = FORK_TIMEOUT_S
+                self._has_answered = True
                 return answer, fds
             for fd in fds:  # Ctrl-C has ended the wait for this one
                 os.close(fd)
-        timeout_s = self._timeout_s
         self.kill()
         raise PeerGoneError(
             f"the process that starts workers (pid {self.pid}) gave no answer for {timeout_s:g} s and was killed"
