@@ -25,7 +25,7 @@ MAX_TEXT = 1000
 MAX_DIMENSIONS = 64  # NumPy's own limit
 
 MAX_VALUES = 2**18
-"""Values of a MetricRecord or ConfigRecord and texts in its lists, which may have two bytes each and cost time."""
+"""Names, values and texts in lists of one MetricRecord or ConfigRecord: each may have two bytes, and costs time."""
 
 NAMING_BYTES = 250
 """An entry of a record, an Array object, a value: Python's objects around them."""
