@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 SENDER_BYTES = 2**26
 TOTAL_BYTES = 2**28
@@ -106,21 +106,25 @@ class Allowance:
     def look(self, now_s: float) -> None:
         """Gives up what has cost most, bytes times seconds, if somebody has waited too long; called now and then.
 
-        An honest body comes quickly and costs little, however many come; one that is held back costs more each second.
+        Of all senders if there is too little for all, else of the one who has too much under way. An honest body comes
+        quickly and costs little, however many come; one that is held back costs more each second. So nobody waits for
+        ever, nor two bodies for each other.
         """
-        is_short = any(
-            now_s - one.waits_since_s >= PATIENCE_S and self.nbytes + one.wanted_bytes > self.total_bytes
-            for one in self._waiting
-        )
-        if not is_short:
+        waiting = [one for one in self._waiting if now_s - one.waits_since_s >= PATIENCE_S]
+        if any(self.nbytes + one.wanted_bytes > self.total_bytes for one in waiting):
+            self._give_up(self._shares, now_s)
             return
+        for sender in {one.sender for one in waiting}:
+            self._give_up([one for one in self._shares if one.sender == sender], now_s)
+
+    def _give_up(self, shares: Iterable[Share], now_s: float) -> None:
         costs: dict[Hashable, float] = defaultdict(float)
-        for one in self._shares:
-            if not one.is_whole:
-                costs[one.sender] += self._cost(one, now_s)
+        coming = [one for one in shares if not one.is_whole]
+        for one in coming:
+            costs[one.sender] += self._cost(one, now_s)
         if costs:
             dearest = max(costs, key=lambda sender: costs[sender])
-            theirs = [one for one in self._shares if one.sender == dearest and not one.is_whole]
+            theirs = [one for one in coming if one.sender == dearest]
             max(theirs, key=lambda one: self._cost(one, now_s)).give_up()
 
     @staticmethod

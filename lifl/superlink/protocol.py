@@ -469,6 +469,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
 
     def end_with(self, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]] = (_PLAIN,)) -> None:
         """Answers the request that is coming in when all before it are answered; then the connection ends."""
+        if self._awaits == "body" and not self._is_nobodys and self.cycle in self._bodies:
+            self._cut(self._bodies[self.cycle])
         self._is_nobodys = True
         self._awaits = None
         if self._is_over:
