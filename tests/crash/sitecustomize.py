@@ -8,14 +8,17 @@ import os
 import sys
 
 LIB, PAGE = os.environ["LIFL_STEPS_LIB"], os.environ["LIFL_STEPS_PAGE"]
-DETAIL = os.environ.get("LIFL_STEPS_DETAIL", "steps")  # of the core alone, or "lines", or "opcodes" of Python too
+DETAIL = os.environ.get("LIFL_STEPS_DETAIL", "steps")
+"""Steps are those of the core alone, or also "lines" or "opcodes" of the worker's Python, or lines of the "spawner"."""
+SPAWNER = 100
+"""Where the page has the process that starts workers; no participant has this number here."""
 
 spec = importlib.util.spec_from_file_location("lifl._shm_ffi", LIB)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["lifl._shm_ffi"] = module
 
-from lifl import aggregator  # noqa: E402
+from lifl import aggregator, nursery  # noqa: E402
 
 lib = module.lib
 WAITING = {"run", "step", "_advance", "<lambda>", "main"}
@@ -50,8 +53,20 @@ def main(arena_fd, bell_fd, me, spin_s, parent, *given):
     """A worker's life, counted."""
     lib.lifl_steps_use(PAGE.encode(), me)
     if DETAIL != "steps":
-        sys.settrace(tracer([aggregator]))
+        sys.settrace(tracer([aggregator]) if DETAIL != "spawner" else None)
     real(arena_fd, bell_fd, me, 0.0, parent, *given)
 
 
 aggregator.main = main
+real_spawner = nursery.main
+
+
+def spawn(*numbers):
+    """The life of the process that starts workers, counted; a worker that has not begun counts for it."""
+    lib.lifl_steps_use(PAGE.encode(), SPAWNER)
+    sys.settrace(tracer([nursery]))
+    real_spawner(*numbers)
+
+
+if DETAIL == "spawner":
+    nursery.main = spawn

@@ -19,6 +19,8 @@ import lifl
 HERE = Path(__file__).parent
 LIFL = Path(lifl.__file__).parent
 COUNT, TARGET, NEXT, SIGNAL = range(4)
+SPAWNER = 100
+"""The number in the page of the process that starts workers, as in ``sitecustomize``."""
 
 BUILD = """
 import sys

@@ -1,6 +1,7 @@
 """Rung 1 of the ladder: a process is killed at every step of a round.
 
-The worker, its successor at every step of its own, the recovery in between, while peers go on, and the parent.
+The worker, its successor at every step of its own, the recovery in between, while peers go on, the process that starts
+workers, and the parent.
 Every accepted update counts once, or is refused by name, and nothing is lost.
 
 A step is what lies between two accesses to shared memory in the C core, and, in the finest detail, between two
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from stepping import Control, stepping
+from stepping import SPAWNER, Control, stepping
 
 import lifl
 from lifl import assignment, recovery
@@ -81,6 +83,41 @@ class Bench:
             assert mean == pytest.approx(said, rel=1e-15), f"the mean {mean} is not that of {who}, {said}"
             del result
         self.check_nothing_is_lost()
+
+    def spawner_case(self, form: Form, n: int, m: int = 0) -> tuple[bool, bool]:
+        """A round in which a worker dies, so that another is started; who does that dies at step n, its successor at m.
+
+        Whether they did. Every update counts: only the one death may have been of an update.
+        """
+        timing, order, shape = form
+        self.control.arm(SPAWNER, n, m)
+        with self.node.open_round(SPEC, UPDATES, timing, order, shape=shape) as round_:
+            for i, update in enumerate(SENT):
+                if i == 2:
+                    os.kill(self.node.pids()[0], signal.SIGKILL)
+                round_.submit(update, client_id=i)
+            result = round_.result(WAIT_S)
+            assert {int(c.client_id) for c in result.report.accepted} == set(range(UPDATES)), (form, n, m)
+            assert (result.num_updates, result.arrays["w"][0]) == (UPDATES, (2**UPDATES - 1) / UPDATES), (form, n, m)
+            del result
+        self.check_nothing_is_lost()
+        self.check_all_are_there()
+        died = self.control.disarm(SPAWNER)
+        self.check_all_are_there()
+        return died
+
+    def check_all_are_there(self) -> None:
+        """Both workers live, as a spawner's children, and nobody else."""
+        assert self.node._crew is not None
+        end = time.monotonic() + WAIT_S
+        while True:
+            with self.node.changed:
+                spawner, pids = self.node._crew.nursery.pid, sorted(self.node.pids())
+            with suppress(OSError), open(f"/proc/{spawner}/task/{spawner}/children") as file:
+                if len(pids) == 2 and sorted(map(int, file.read().split())) == pids:
+                    return
+            assert time.monotonic() < end, f"workers {pids} are not all there"
+            time.sleep(0.001)
 
     def check_nothing_is_lost(self) -> None:
         """All blocks come back; the last to let go may be a successor that is still reading what it was told."""
@@ -177,6 +214,24 @@ def test_successor_is_killed_too(bench: Bench, role: str, form: Form, transport:
             m += 1 if ALL else stride
     # How many steps a life has varies more on sockets: one call may receive several records.
     assert bench.pairs > (steps**2 / (3 if transport == "rings" else 6) if ALL else 10)
+    tell(record_property, bench)
+
+
+@pytest.mark.parametrize("bench", [("spawner", 20.0)], indirect=True)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[0]}-{form[1]}-{form[2]}")
+def test_spawner_is_killed(bench: Bench, form: Form, transport: str, record_property: Any) -> None:
+    """Who starts workers dies between any two of its lines, and its successor; so does a worker that has not begun."""
+    bench.spawner_case(form, 0)
+    steps = bench.control.count(SPAWNER)
+    assert steps > 20
+    for n in some(steps, 6, transport):
+        first, _ = bench.spawner_case(form, n)
+        bench.singles += first
+    for n in some(steps, 20, transport):
+        for m in some(steps, 20, transport):
+            bench.pairs += bench.spawner_case(form, n, m)[1]
+    assert bench.singles > 0.5 * len(some(steps, 6, transport))
+    assert bench.pairs > 0
     tell(record_property, bench)
 
 

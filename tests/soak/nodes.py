@@ -30,6 +30,18 @@ class SoakedNode(lifl.Node):
         assert self._crew is not None
         return self._crew.nursery.pid
 
+    @property
+    def is_orphaned(self) -> bool:
+        """True while what starts its workers is dead and has no successor, which comes with the next worker."""
+        with self.changed:
+            return self._crew is not None and self._crew.nursery.is_gone
+
+    def renew(self) -> None:
+        """Has a worker started, if nobody is there who would notice that the nursery is dead."""
+        with self.changed:
+            if self.is_orphaned and not self.pids():
+                self.pool.prepare(1)
+
     def held(self) -> Iterator[str]:
         """The blocks that are not free although no round is open, in words. Ends the Node's use."""
         for index in range(self.arena.block_bytes // units_of(0)):

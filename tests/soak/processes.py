@@ -24,11 +24,12 @@ time.sleep(60)
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes whose parent this is; zombies too."""
-    found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
-            found += [int(child) for child in file.read().split()]
+    """Processes whose parent this is, zombies too; none if it is gone."""
+    found: list[int] = []
+    with suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
+                found += [int(child) for child in file.read().split()]
     return found
 
 

@@ -2,10 +2,10 @@
 
     python tests/soak/soak.py --minutes 30 --seed 7 [--json FILE]
 
-Three Nodes at once: one whose workers are killed and stopped, a small one in which room is short, whose workers are
-left alone (so that what they keep shows), one without workers. Every mean is checked exactly. At the end the drift
-of blocks, descriptors, processes, threads, `/dev/shm` and memory is shown. The exit status is 1 at the first wrong
-mean, and if anything drifts.
+Three Nodes at once: one whose workers, and the process that starts them, are killed and stopped; a small one in which
+room is short, whose workers are left alone (so that what they keep shows); one without workers. Every mean is checked
+exactly. At the end the drift of blocks, descriptors, processes, threads, `/dev/shm` and memory is shown. The exit
+status is 1 at the first wrong mean, and if anything drifts.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ SETTLE_S = 100.0
 """Longer than a round waits for its result and its end: what is not settled by then is lost or hangs."""
 STALL_S = 1.0
 ROUND_THREADS = 4
+SPAWNER_SHARE = 0.02
+"""Of all that is done to processes: each costs a Node all its workers and some tenths of a second."""
 PROCESSES = 8
 """Three nurseries, three workers and two, and of the elastic Node, when it rests, none."""
 FORK_EVERY_S, PARENT_EVERY_S = 3.0, 15.0
@@ -195,7 +197,11 @@ class Soak:
             time.sleep(choose.random() * 0.06)
             with self.quiet:
                 pass
-            if not (pids := choose.choice([self.hurt_node, self.hurt_node, self.elastic_node]).pids()):
+            node = choose.choice([self.hurt_node, self.hurt_node, self.elastic_node])
+            if choose.random() < SPAWNER_SHARE:
+                self.hurt_spawner(node, choose)
+                continue
+            if not (pids := node.pids()):
                 continue
             pid, what = choose.choice(pids), choose.random()
             with suppress(ProcessLookupError):
@@ -210,6 +216,19 @@ class Soak:
                 else:
                     os.kill(pid, signal.SIGSTOP)
                     self.count("stops for good")
+
+    def hurt_spawner(self, node: SoakedNode, choose: random.Random) -> None:
+        """Kills the process that starts a Node's workers, or stops it for a moment."""
+        with suppress(ProcessLookupError):
+            if choose.random() < 0.8:
+                with self.quiet:  # who looks for drift looks at it too
+                    os.kill(node.nursery, signal.SIGKILL)
+                self.count("spawners killed")
+                return
+            os.kill(pid := node.nursery, signal.SIGSTOP)
+            time.sleep(choose.random() * 0.3)
+            os.kill(pid, signal.SIGCONT)
+            self.count("spawners stopped")
 
     def fork(self) -> None:
         """A fork of this process is told that the Nodes are not its own, and cannot harm them."""
@@ -240,6 +259,7 @@ class Soak:
             while not self.is_settled() and time.monotonic() < end:
                 if self.error is not None:
                     return
+                self.elastic_node.renew()
                 time.sleep(0.002)
             give_back()  # what is left is in use
             nurseries = self.hurt_node.nursery, self.calm_node.nursery, self.elastic_node.nursery
@@ -262,7 +282,12 @@ class Soak:
 
     def is_settled(self) -> bool:
         """True when no round runs, and every process that has ended is known to its agent, which holds its pidfd."""
-        if self.running or self.lost_bytes() or len(self.processes()) != PROCESSES:
+        if (
+            self.running
+            or self.lost_bytes()
+            or any(node.is_orphaned for node in self.nodes)
+            or len(self.processes()) != PROCESSES
+        ):
             return False
         known = {pid for node in self.nodes for pid in node.pids()}
         return known == {pid for nursery in children_of(os.getpid()) for pid in children_of(nursery)}
