@@ -18,6 +18,8 @@ from lifl.tensor import ITEM_BYTES, NUMPY_DTYPES, Array
 MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 10_000
 MAX_DIMENSIONS = 64  # NumPy's own limit
+MOST_BYTES = 12 + MAX_HEADER_BYTES
+"""Before the numbers of a stream: magic, version, length and header."""
 
 _DESCRIPTIONS = {NUMPY_DTYPES[name].str: name for name in ITEM_BYTES if name != "bfloat16"}
 _LENGTH = rb"(?:0|[1-9][0-9]{0,18})"
@@ -36,8 +38,10 @@ class Header:
     offset: int
 
 
-def parse_header(data: bytes | memoryview) -> Header:
+def parse_header(data: bytes | memoryview, nbytes: int | None = None) -> Header:
     """Reads a stream's header and checks it against the length of all its bytes.
+
+    `nbytes` is that length if `data` is only the stream's beginning, of which ``MOST_BYTES`` are enough.
 
     Raises
     ------
@@ -45,7 +49,8 @@ def parse_header(data: bytes | memoryview) -> Header:
         If it is no ``.npy`` stream, its dtype is not one of lifl's, or its lengths do not add up. The
         message says which.
     """
-    head = bytes(data[: 12 + MAX_HEADER_BYTES])
+    whole = len(data) if nbytes is None else nbytes
+    head = bytes(data[:MOST_BYTES])
     if head[:6] != MAGIC or len(head) < 10:
         raise ValueError(f"not a .npy stream: it begins with {head[:6]!r}")
     wide = head[6] in (2, 3)
@@ -53,8 +58,8 @@ def parse_header(data: bytes | memoryview) -> Header:
         raise ValueError(f".npy version {head[6]}.{head[7]} is not known")
     begin = 12 if wide else 10
     length = int.from_bytes(head[8:begin], "little")
-    if length > MAX_HEADER_BYTES or begin + length > len(data):
-        raise ValueError(f"the .npy header claims {length} bytes, {len(data) - begin} follow")
+    if length > MAX_HEADER_BYTES or begin + length > len(head):
+        raise ValueError(f"the .npy header claims {length} bytes, {whole - begin} follow")
     match = _HEADER.fullmatch(head[begin : begin + length])
     if match is None:
         raise ValueError(f"unreadable .npy header {head[begin : begin + min(length, 80)]!r}")
@@ -69,7 +74,7 @@ def parse_header(data: bytes | memoryview) -> Header:
     count = 1
     for n in shape:
         count *= n
-    declared, present = count * ITEM_BYTES[dtype], len(data) - begin - length
+    declared, present = count * ITEM_BYTES[dtype], whole - begin - length
     if declared != present:
         raise ValueError(f"shape {shape} of {dtype} is {declared} bytes, {present} came")
     return Header(dtype, shape, match[2] == b"True", begin + length)

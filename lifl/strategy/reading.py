@@ -9,22 +9,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from lifl.errors import AdmissionError
 from lifl.tensor import TensorSpec
 
+MAX_NAME = 100
+
 
 def read_reply(client: str, content: RecordDict, weight_key: str) -> tuple[ArrayRecord, Any]:
     """The arrays of a client's reply and its weight; raises :class:`AdmissionError` if it is no train reply."""
-    for name, records in (("ArrayRecord", content.array_records), ("MetricRecord", content.metric_records)):
-        if len(records) != 1:
-            raise AdmissionError(client, "format", f"{len(records)} {name}s, one is expected", len(records))
-    metrics = next(iter(content.metric_records.values()))
+    check_records(client, len(content.array_records), len(content.metric_records))
+    weight = weight_of(client, next(iter(content.metric_records.values())), weight_key)
+    return next(iter(content.array_records.values())), weight
+
+
+def check_records(client: str, num_arrays: int, num_metrics: int) -> None:
+    """A train reply has one ArrayRecord and one MetricRecord; raises :class:`AdmissionError`."""
+    for name, count in (("ArrayRecord", num_arrays), ("MetricRecord", num_metrics)):
+        if count != 1:
+            raise AdmissionError(client, "format", f"{count} {name}s, one is expected", count)
+
+
+def weight_of(client: str, metrics: MetricRecord, weight_key: str) -> Any:
+    """A reply's weight as it came; raises :class:`AdmissionError` if there is none."""
     if weight_key not in metrics:
-        reason = f"no {weight_key!r} among the metrics {sorted(metrics)[:10]}"
-        raise AdmissionError(client, "weight", reason, sorted(metrics))
-    return next(iter(content.array_records.values())), metrics[weight_key]
+        names = [name[:MAX_NAME] for name in sorted(metrics)[:10]]  # a client chooses them, also how long they are
+        raise AdmissionError(client, "weight", f"no {weight_key!r} among the metrics {names}", names)
+    return metrics[weight_key]
 
 
 def widened(views: Mapping[str, Any], spec: TensorSpec) -> Mapping[str, Any]:

@@ -73,7 +73,8 @@ class Agency:
             if self._path is not None:
                 self._path.unlink(missing_ok=True)
         for connection in list(self._connections):
-            connection.close()
+            # What is in a database outlives the server: the ServerApp pulls it when there is one again.
+            connection.close(deletes=not self._rounds.store.is_durable)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -126,9 +127,9 @@ class Connection:
         except Exception as error:  # whatever it says, it is this ServerApp that is let go of
             _server.log(WARNING, "A ServerApp at lifl's socket is let go of: %r", error)
 
-    def close(self) -> None:
-        """Lets go of its round and of the connection."""
-        self._end_round()
+    def close(self, *, deletes: bool = True) -> None:
+        """Lets go of its round, with its messages if it `deletes`, and of the connection."""
+        self._end_round(deletes=deletes)
         self._withdraw()
         self._outbox.put(None)
         if self._speaker.is_alive():
@@ -176,12 +177,12 @@ class Connection:
         records: list[list[Any]] = []
         blobs = [_names.message_to_proto(settled.message).SerializeToString()]
         for name, record in settled.records.items():
-            if hasattr(record, "to_numpy_ndarrays"):  # an ArrayRecord; its arrays have no data
+            if isinstance(record, bytes):  # what the client sent
+                records.append([name, None])
+                blobs.append(record)
+            else:  # an ArrayRecord; its arrays have no data
                 arrays = {key: [a.dtype, list(a.shape), a.stype] for key, a in record.items()}
                 records.append([name, arrays])
-            else:
-                records.append([name, None])
-                blobs.append(record.deflate())
         refusal = settled.refusal
         why = None if refusal is None else [refusal.client_id, refusal.rule, refusal.reason]
         self._say({"event": "reply", "records": records, "refusal": why}, blobs)

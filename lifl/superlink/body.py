@@ -93,3 +93,55 @@ def _varint(data: bytes | bytearray, at: int) -> tuple[int, int] | None:
         if shift > 63:
             raise ValueError("a number of more than 64 bits")
     return None
+
+
+WHOLE_LISTS, DOUBLE_LISTS, TEXT_LISTS = (22, 23, 24), (21,), (25, 26)
+"""Fields of a value: lists of integers and booleans, of floats, of texts and bytes."""
+
+
+def count_values(data: bytes, most: int) -> int:
+    """How many values Python will make of a serialized MetricRecord or ConfigRecord; counted up to `most` + 1.
+
+    A name, a value and a text are one each, whatever their length. Of numbers in a list, which take less, sixteen are
+    one. Nothing is built.
+
+    Raises
+    ------
+    ValueError
+        If it is no protobuf message.
+    """
+    count = 0
+    waiting = [(0, len(data), 0)]
+    while waiting:
+        at, end, level = waiting.pop()
+        while at < end:
+            key, at = _whole_varint(data, at, end)
+            kind, field = key & 7, key >> 3
+            if kind == 0:
+                _, at = _whole_varint(data, at, end)
+            elif kind in (1, 5):
+                at += 8 if kind == 1 else 4
+            elif kind == 2:
+                nbytes, begin = _whole_varint(data, at, end)
+                at = begin + nbytes
+                if at > end:
+                    raise ValueError(f"a field of {nbytes:,} bytes where {end - begin:,} are left")
+                if level == 2 and field in WHOLE_LISTS:
+                    count += nbytes // 16
+                elif level == 2 and field in DOUBLE_LISTS:
+                    count += nbytes // 128
+                elif (level, field) in ((0, 1), (1, 2)) or (level == 2 and field in TEXT_LISTS):
+                    waiting.append((begin, at, level + 1))
+            else:
+                raise ValueError(f"wire type {kind} in field {field}")
+            count += 1
+            if count > most:
+                return count
+    return count
+
+
+def _whole_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    found = _varint(data[at : min(at + 10, end)], 0)
+    if found is None:
+        raise ValueError("a number that does not end")
+    return found[0], at + found[1]

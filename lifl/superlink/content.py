@@ -2,6 +2,10 @@
 
 Owns those blocks until they are released. What is in a block of its own is kept as the body of the answer that
 clients get, so that it is encoded once.
+
+The content invariant: whatever can be read under an object's id is, at every moment, what was hashed to that id. So
+memory that a content shows is written by nobody before the content is released. Tests switch on a check of it, see
+``lifl.superlink.store``.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ SMALL_BYTES = 2**16
 _ROOM = 16
 """Bytes before an object in its block, for what precedes it in an answer."""
 
-_CHUNK_HEAD = re.compile(rb"ArrayChunk  (0|[1-9][0-9]{0,15})\x00")
+CHUNK_HEAD = re.compile(rb"ArrayChunk  (0|[1-9][0-9]{0,15})\x00")
 
 
 def varint(n: int) -> bytes:
@@ -53,6 +57,17 @@ class Content:
     def __bytes__(self) -> bytes:
         raise NotImplementedError
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def begin(self, nbytes: int) -> bytes:
+        """Its first bytes, at most so many."""
+        raise NotImplementedError
+
+    def answer(self) -> tuple[Any, ...]:
+        """A PullObjectResponse with it, in parts one after another, which stay as they are while they are held."""
+        return answer_head(len(self)), bytes(self)
+
     def release(self) -> None:
         """Gives its memory back, once no view of it is held."""
 
@@ -66,7 +81,7 @@ class BlockContent(Content):
         whole = memoryview(arena.buffer(block))
         whole[_ROOM - len(head) : _ROOM] = head
         self.view: Any = whole[_ROOM : _ROOM + nbytes]
-        self.answer: Any = (whole[_ROOM - len(head) : _ROOM + nbytes],)
+        self._answer: Any = (whole[_ROOM - len(head) : _ROOM + nbytes],)
 
     @classmethod
     def make(cls, arena: Arena, nbytes: int) -> BlockContent | None:
@@ -80,31 +95,43 @@ class BlockContent(Content):
     def __bytes__(self) -> bytes:
         return bytes(self.view)
 
+    def begin(self, nbytes: int) -> bytes:
+        """Its first bytes, at most so many."""
+        return bytes(self.view[:nbytes])
+
+    def answer(self) -> tuple[Any, ...]:
+        """One part: the block, which its head is in."""
+        answer: tuple[Any, ...] = self._answer
+        return answer
+
     def release(self) -> None:
         """Gives the block back, once no view of it is held."""
-        self.view, self.answer = None, ()
+        self.view, self._answer = None, ()
         self._arena.reclaim(self._block)
 
 
 class PartContent(Content):
-    """A chunk of which the numbers are a part of a model in the arena, which they keep there."""
+    """A chunk whose numbers are a part of something larger in the arena: a model, which keeps them there."""
 
     def __init__(self, head: bytes, numbers: Any) -> None:
-        self._head, self._numbers = head, numbers
-
-    @property
-    def answer(self) -> tuple[Any, ...]:
-        """In parts, one after another."""
-        return answer_head(len(self)) + self._head, self._numbers
+        self.head, self._numbers = head, numbers
 
     def __len__(self) -> int:
-        return len(self._head) + len(self._numbers)
+        return len(self.head) + len(self._numbers)
 
     def __bytes__(self) -> bytes:
-        return b"".join((self._head, self._numbers))
+        return b"".join((self.head, self._numbers))
+
+    def begin(self, nbytes: int) -> bytes:
+        """Its first bytes, at most so many."""
+        return self.head[:nbytes] + bytes(self._numbers[: max(nbytes - len(self.head), 0)])
+
+    def answer(self) -> tuple[Any, ...]:
+        """Two parts: both heads, and the numbers where they lie."""
+        return answer_head(len(self)) + self.head, self._numbers
 
     def release(self) -> None:
-        """Lets go of the model."""
+        """Lets go of what it is a part of."""
         self._numbers = b""
 
 
@@ -132,11 +159,11 @@ class Landed:
             return
         content = self.content
         if isinstance(content, bytes):
-            head = _CHUNK_HEAD.match(content[:40])
+            head = CHUNK_HEAD.match(content[:40])
             if head is None or int(head[1]) != len(content) - head.end():
                 _names.validate_content(content=content)
             return
-        head = _CHUNK_HEAD.match(self._head if self._head is not None else bytes(content.view[:40]))  # type: ignore[attr-defined]
+        head = CHUNK_HEAD.match(self._head if self._head is not None else bytes(content.view[:40]))  # type: ignore[attr-defined]
         if head is None or int(head[1]) != self._nbytes - head.end():
             _names.validate_content(content=bytes(content))
 
@@ -146,7 +173,7 @@ class Landed:
         return not self.content and self._nbytes > 0
 
     def take(self) -> Content | bytes:
-        """The content; it is the caller's."""
+        """The content, which is the caller's from here on."""
         content, self.content = self.content, b""
         return content
 

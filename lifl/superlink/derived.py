@@ -12,7 +12,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lifl.superlink.geometry import Geometry
+import attrs
+
+from lifl.superlink.geometry import Form, Geometry
 
 NUMPY = "numpy.ndarray"
 
@@ -28,25 +30,49 @@ def record_object(arrays: Mapping[str, str]) -> bytes:
     return _object("ArrayRecord", list(dict.fromkeys(arrays.values())), json.dumps(dict(arrays)).encode())
 
 
-def derive(geometry: Geometry, tree: Any) -> dict[str, bytes]:
-    """Of a reply's tree, the objects that describe its arrays, where they are what the model lets expect."""
-    found: dict[str, bytes] = {}
-    for record in (record for content in tree.children for record in content.children if record.children):
-        alignment = geometry.align([len(array.children) for array in record.children])
-        if alignment is None:
-            return {}
-        ids: dict[int, str] = {}
-        for j, array in zip(alignment, record.children, strict=True):
-            tensor = geometry.spec.tensors[j]
-            described = array_object([chunk.object_id for chunk in array.children], tensor.dtype, tensor.shape)
-            ids[j] = array.object_id
-            if id_of(described) == array.object_id:
-                found[array.object_id] = described
-        names = {t.name: ids.get(j, ids.get(geometry.first_equals[j], "")) for j, t in enumerate(geometry.spec.tensors)}
-        described = record_object(names)
+@attrs.frozen
+class Recognised:
+    """What a reply's tree tells a server that knows the model.
+
+    Attributes
+    ----------
+    form : Form or None
+        How the record's arrays belong to the model's tensors, confirmed by the hashes; None if they confirm none.
+    objects : dict of str to bytes
+        The objects of the tree that the server can write itself, by id.
+    """
+
+    form: Form | None
+    objects: dict[str, bytes]
+
+
+def recognise(geometry: Geometry, tree: Any, node_id: int) -> Recognised:
+    """Compares the first record of arrays in a node's announced tree with what the model lets expect.
+
+    A record's id is the hash of the arrays' names and ids, an array's that of its dtype, its shape and the ids of its
+    chunks in order. So a form whose record has the announced id is no guess: each chunk's place follows from it, if the
+    message turns out to contain that record.
+    """
+    record = next((r for content in tree.children for r in content.children if r.children), None)
+    if record is None:
+        return Recognised(None, {})
+    arrays = [(array.object_id, [chunk.object_id for chunk in array.children]) for array in record.children]
+    tensors, found = geometry.spec.tensors, dict[str, bytes]()
+    for form in geometry.forms(node_id, [len(chunk_ids) for _, chunk_ids in arrays]):
+        ids, is_confirmed = dict[int, str](), True
+        for j, (object_id, chunk_ids) in zip(form.arrays, arrays, strict=True):
+            described = array_object(chunk_ids, tensors[j].dtype, tensors[j].shape)
+            ids[j] = object_id
+            if id_of(described) == object_id:
+                found[object_id] = described
+            else:
+                is_confirmed = False
+        described = record_object({tensors[j].name: ids[form.sources[j]] for j in form.keys})
         if id_of(described) == record.object_id:
             found[record.object_id] = described
-    return found
+            if is_confirmed:
+                return Recognised(form, found)
+    return Recognised(None, found)
 
 
 def id_of(content: bytes) -> str:

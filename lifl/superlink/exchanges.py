@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from lifl.superlink import flower
 from lifl.superlink.allowance import Share
 from lifl.superlink.checks import Checks
-from lifl.superlink.content import answer_head
 from lifl.superlink.holding import Holding
 from lifl.superlink.protocol import FREE_BYTES, GatewayProtocol
 from lifl.superlink.store import ArenaStore, DurableStore
@@ -55,8 +54,11 @@ class Server(Protocol):
     ) -> None:
         """Does what takes long in a thread."""
 
-    def target_for(self, request: Any, nbytes: int) -> Target:
-        """Where a wanted object belongs; raises :class:`BlockingIOError` if there is no room now."""
+    def target_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
+        """Where a wanted object belongs; raises :class:`BlockingIOError` if there is no room now.
+
+        ``MemoryError`` if its sender sends too much at once, ``ValueError`` if its reply has grown too large.
+        """
 
     def is_incoming(self, node_id: int) -> bool:
         """True if it is worth to wait for a message that is on its way."""
@@ -314,16 +316,16 @@ class PullObject(Unary):
             checks.run(self.request)
         else:
             self._task = checks.runtime(self.headers, self.request)
-        content = self.gateway.store.peek(self.request.object_id)
-        if content is None or not len(content):  # type: ignore[arg-type]
+        # The parts are taken while the store holds the object, and stay what they are while they are held here.
+        found = self.gateway.store.answer(self.request.object_id)
+        if found is None:
             handle = getattr(_names, self._api).pull_object
             rest = () if self._api == "fleet" else (self._task,)
             return handle(self.request, state, *rest).SerializeToString()
+        nbytes, parts = found
         if self._api == "fleet":
-            state.store_traffic(self.request.run_id, bytes_sent=len(content), bytes_recv=0)  # type: ignore[arg-type]
-        if isinstance(content, bytes):
-            return answer_head(len(content)) + content
-        return content.answer  # type: ignore[attr-defined]
+            state.store_traffic(self.request.run_id, bytes_sent=nbytes, bytes_recv=0)
+        return parts
 
     def then(self, response: Any) -> None:
         """Sends it."""
@@ -414,9 +416,15 @@ class PushObject(Exchange):
         if self.is_gone:
             return True
         try:
-            target = self.gateway.target_for(self._request, self._nbytes)
+            target = self.gateway.target_for(self._request, self._nbytes, is_trusted=self._api == "runtime")
         except BlockingIOError:
             return False
+        except MemoryError as error:
+            self.protocol.refuse(503, str(error))
+            return True
+        except ValueError as error:
+            self.protocol.refuse(413, str(error))
+            return True
         except Exception as error:
             self.fail(error)
             return True
@@ -429,6 +437,9 @@ class PushObject(Exchange):
         gateway = self.gateway
         gateway.received_bytes += self.length
         gateway.copied_bytes += self._upload.copied_bytes
+        if self._upload.failure is not None:
+            self.protocol.refuse(503, str(self._upload.failure))
+            return
         landed = self._upload.take()
         try:
             request = _names.PushObjectRequest.FromString(self._upload.fields)

@@ -59,6 +59,7 @@ NAMES: dict[str, dict[str, str]] = {
         "ConfirmMessageReceivedRequest": "flwr.proto.message_pb2.ConfirmMessageReceivedRequest",
         "PullMessagesRequest": "flwr.proto.fleet_pb2.PullMessagesRequest",
         "PushMessagesRequest": "flwr.proto.fleet_pb2.PushMessagesRequest",
+        "PushMessagesResponse": "flwr.proto.fleet_pb2.PushMessagesResponse",
         "get_extension_middleware": "flwr.superlink.extensions.get_middleware",
     },
     "rounds": {

@@ -31,7 +31,7 @@ from lifl.superlink.exchanges import (
 from lifl.superlink.holding import Holding
 from lifl.superlink.protocol import GatewayProtocol
 from lifl.superlink.store import ArenaStore, DurableStore
-from lifl.superlink.targets import Large, Small
+from lifl.superlink.targets import Large, Spool, SpoolBudget
 from lifl.superlink.upload import Target
 
 _names, _server = flower.part("gateway"), flower.part("server")
@@ -55,12 +55,18 @@ More than the pause after which a ServerApp pulls what is complete, less than th
 SPARE_BYTES = 2**28
 """So much of the machine's memory is left alone then."""
 
+NODE_BYTES = 2**27
+"""So much a SuperNode may be sending at once, or one object: they send eight of 5 MiB."""
+
 
 class Placer(Protocol):
     """Knows where an object belongs that is a part of an update."""
 
     def place(self, object_id: str, node_id: int, nbytes: int) -> Target | None:
-        """A target in the update's block; None if it has none there. Raises :class:`BlockingIOError` without room."""
+        """A target in the update's block; None if it has none there.
+
+        Raises :class:`BlockingIOError` without room, and ``ValueError`` if the reply has grown too large.
+        """
 
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""
@@ -102,6 +108,7 @@ class Gateway:
         self.received_bytes = 0
         self.copied_bytes = 0
         self.sent_bytes = 0
+        self._budget = SpoolBudget(max(available_bytes() // 2, SPARE_BYTES), NODE_BYTES)
         self._waiting: deque[Callable[[], bool]] = deque()
         self._full_since_s = 0.0  # while somebody waits
         self._has_warned = False
@@ -202,20 +209,39 @@ class Gateway:
 
         asyncio.get_running_loop().run_in_executor(None, work).add_done_callback(done)
 
-    def target_for(self, request: Any, nbytes: int) -> Target:
-        """Where an object that is wanted belongs; raises :class:`BlockingIOError` if there is no room now."""
-        if nbytes == 0:
-            return Small(0)
-        if self._placer is not None:
+    def target_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
+        """Where an object that is wanted belongs.
+
+        Memory is taken for what a SuperNode sends, not for what it says that it will send; only a ServerApp, which is
+        trusted, gets a block of the announced size at once.
+
+        Raises
+        ------
+        BlockingIOError
+            If there is no room now.
+        MemoryError
+            If the node is sending too much at once.
+        ValueError
+            If the reply that the object is of has grown too large.
+        """
+        if self._placer is not None and not is_trusted:
             target = self._placer.place(request.object_id, request.node.node_id, nbytes)
             if target is not None:
                 return target
-        if nbytes <= SMALL_BYTES:
-            return Small(nbytes)
-        content = BlockContent.make(self._arena, nbytes)
-        if content is not None:
+        if nbytes > SMALL_BYTES:
+            if is_trusted and (content := BlockContent.make(self._arena, nbytes)) is not None:
+                self._full_since_s = time.monotonic()
+                return Large(content)
+            self._check_room(nbytes)
+        if (refusal := self._budget.announce(request.node.node_id, nbytes)) is not None:
+            raise MemoryError(refusal)
+        return Spool(self._arena, self._budget, request.node.node_id, nbytes)
+
+    def _check_room(self, nbytes: int) -> None:
+        """A large object is coming: raises :class:`BlockingIOError` unless it can be kept."""
+        if self._arena.free_bytes >= nbytes:
             self._full_since_s = time.monotonic()
-            return Large(content)
+            return
         if not self._is_stuck and nbytes < self._arena.block_bytes:
             raise BlockingIOError("the arena is full")
         if available_bytes() < 2 * nbytes + SPARE_BYTES:
@@ -223,7 +249,6 @@ class Gateway:
         if not self._has_warned:
             self._has_warned = True
             _server.log(WARNING, "lifl's arena is full: objects are kept beside it now; give the server --lifl-memory")
-        return Small(nbytes)
 
     @property
     def _is_stuck(self) -> bool:

@@ -7,14 +7,16 @@ headers and all lengths are known before anything comes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 
 import attrs
 import numpy as np
 
 from lifl.tensor import ITEM_BYTES, NUMPY_DTYPES, Tensor, TensorSpec
+
+MAX_LEARNED = 4096
+"""Nodes whose forms are remembered."""
 
 
 @attrs.frozen
@@ -39,15 +41,43 @@ def npy_header(tensor: Tensor) -> bytes:
     return header.getvalue()
 
 
+@attrs.frozen
+class Form:
+    """The order in which a record names a model's tensors, and which of them share one array.
+
+    A message has equal arrays once: of BatchNorm's counters, all equal, there is one.
+
+    Attributes
+    ----------
+    keys : tuple of int
+        The tensors' indices in the record's order.
+    sources : tuple of int
+        For each tensor of the model the one whose array it shares; itself if it shares none.
+    """
+
+    keys: tuple[int, ...]
+    sources: tuple[int, ...]
+
+    @property
+    def arrays(self) -> list[int]:
+        """Which tensor each array of the record is, in the order in which a message has them."""
+        return list(dict.fromkeys(self.sources[j] for j in self.keys))
+
+
 class Geometry:
-    """Of one spec and one chunk size; ``pieces[j][k]`` is chunk *k* of tensor *j*."""
+    """The cut of one spec into chunks of one size; ``pieces[j][k]`` is chunk *k* of tensor *j*."""
 
     def __init__(self, spec: TensorSpec, chunk_bytes: int) -> None:
         self.spec, self.chunk_bytes = spec, chunk_bytes
         self.pieces = [
             self._cut(tensor, offset) for tensor, (_, _, offset, _) in zip(spec.tensors, spec.offsets, strict=True)
         ]
-        self._learned: dict[tuple[int, ...], list[int]] = {}
+        self._indices = {tensor.name: j for j, tensor in enumerate(spec.tensors)}
+        order = tuple(range(len(self.pieces)))
+        # The model's own order, with all arrays different or with equal single numbers: what most clients send.
+        self._usual = [Form(order, order), Form(order, tuple(self._first_equals()))]
+        self._learned: dict[int, Form] = {}  # node -> the form of its last reply that was of no usual form
+        self._newest: Form | None = None
 
     def _cut(self, tensor: Tensor, offset: int) -> list[Piece]:
         header = npy_header(tensor)
@@ -60,33 +90,41 @@ class Geometry:
             pieces.append(Piece(head, offset + start - len(header), max(end - start, 0)))
         return pieces
 
-    def align(self, chunk_counts: Sequence[int]) -> list[int] | None:
-        """Which tensor each array of a message probably is, told by how many chunks each has; None if nobody knows.
-
-        A message names equal arrays once: of BatchNorm's counters, all equal, there is one. What is told here decides
-        only where bytes are put; what they are is read from the message when it is complete.
-        """
-        counts = tuple(chunk_counts)
-        if counts in self._learned:
-            return self._learned[counts]
-        for chosen in (range(len(self.pieces)), self._without_equal_scalars()):
-            if [len(self.pieces[j]) for j in chosen] == list(counts):
-                return list(chosen)
-        return None
-
-    def _without_equal_scalars(self) -> list[int]:
-        return list(dict.fromkeys(self.first_equals))
-
-    @cached_property
-    def first_equals(self) -> list[int]:
-        """Per tensor the first that it probably equals: itself, or of single numbers the first of their kind."""
+    def _first_equals(self) -> list[int]:
+        """For each tensor the first that it probably equals: itself, or for a single number the first of its kind."""
         firsts: dict[Tensor, int] = {}
         return [
             j if tensor.size > 1 else firsts.setdefault(attrs.evolve(tensor, name=""), j)
             for j, tensor in enumerate(self.spec.tensors)
         ]
 
-    def learn(self, chunk_counts: Sequence[int], alignment: list[int]) -> None:
-        """A message of this form turned out to be aligned like this."""
-        if len(self._learned) < 64:
-            self._learned[tuple(chunk_counts)] = alignment
+    def forms(self, node_id: int, chunk_counts: Sequence[int]) -> list[Form]:
+        """The forms that a node's record may have whose arrays have so many chunks each, the most likely first.
+
+        The usual ones come first and a node's own next, so that no node can take a form from another one. A form is a
+        guess until the hashes of a record confirm it, see ``lifl.superlink.derived``.
+        """
+        counts = list(chunk_counts)
+        known = [*self._usual, self._learned.get(node_id), self._newest]
+        likely = [one for one in known if one and [len(self.pieces[j]) for j in one.arrays] == counts]
+        return list(dict.fromkeys(likely))
+
+    def learn(self, node_id: int, arrays: Mapping[str, object]) -> None:
+        """A node's reply was read: its arrays by name, in its record's order; arrays that are one compare equal.
+
+        The names must be exactly the spec's.
+        """
+        firsts: dict[object, int] = {}
+        sources = list(range(len(self.pieces)))
+        for name, array in arrays.items():
+            j = self._indices[name]
+            sources[j] = firsts.setdefault(array, j)
+        form = Form(tuple(self._indices[name] for name in arrays), tuple(sources))
+        if form in self._usual:
+            return
+        if form == self._newest:
+            form = self._newest  # one copy, for nodes that are alike
+        self._learned.pop(node_id, None)
+        while len(self._learned) >= MAX_LEARNED:
+            del self._learned[next(iter(self._learned))]
+        self._learned[node_id] = self._newest = form

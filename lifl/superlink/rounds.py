@@ -19,16 +19,18 @@ from flwr.app.message import make_message
 
 from lifl.admission import Limits
 from lifl.errors import ShmError
+from lifl.metrics import Rejection
 from lifl.runtime import Node
 from lifl.superlink import flower
 from lifl.superlink.awaited import Awaited
 from lifl.superlink.comings import Comings
-from lifl.superlink.derived import derive
-from lifl.superlink.geometry import Geometry
+from lifl.superlink.derived import Recognised, recognise
+from lifl.superlink.geometry import Form, Geometry
 from lifl.superlink.holding import Holding
 from lifl.superlink.offering import offer_model
-from lifl.superlink.reception import Place, Reception, Settled, Store
+from lifl.superlink.reception import Place, Reception, Settled
 from lifl.superlink.served_round import Announced, ServedRound
+from lifl.superlink.store import Store
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing
 
@@ -42,6 +44,12 @@ IDLE_S = 10.0
 
 OPEN_TIMEOUT_S = 60.0
 ASSEMBLERS = 4
+
+SLOW_S, SLOW_BYTES_PER_S = 1.0, 2**14
+"""A reply of which less than this has come in the last moments holds no block while others wait for room."""
+
+TOO_LARGE = "twice the model and 128 MiB"
+"""In words, what a reply may have, see ``Reception``."""
 
 
 class Rounds:
@@ -71,7 +79,8 @@ class Rounds:
         self._state, original = state, state.store_message_and_object_tree
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
-            known, stored = self.store.offer(self._derive(message, object_tree)), False
+            recognised, stored = self._recognise(message, object_tree), False
+            known = self.store.offer(recognised.objects)
             with self._lock:
                 if self._is_taken(message):  # said again, while it is folded and after: nothing of it is needed
                     self.store.withdraw(known)
@@ -88,7 +97,7 @@ class Rounds:
                     if served is not None:
                         with self._lock:
                             served.stored.add(message.metadata.message_id)
-                    self._stored(message, object_tree, set(missing), session_id)
+                    self._stored(message, object_tree, set(missing), session_id, recognised.form)
             return stored, missing
 
         put = state.store_object
@@ -138,6 +147,7 @@ class Rounds:
                 # What is in the way may be objects of a round before, which go when the nodes have them.
                 if waits <= 0 or not self._node.used_bytes or self._stop.wait(0.1):
                     raise
+                self.relieve_arena()
                 self.relieve()
                 waits -= 0.1
         with self._lock:
@@ -184,7 +194,7 @@ class Rounds:
 
     # ------------------------------------------------------------ what passes
 
-    def _stored(self, message: Any, tree: Any, missing: set[str], session_id: str) -> None:
+    def _stored(self, message: Any, tree: Any, missing: set[str], session_id: str, form: Form | None) -> None:
         meta = message.metadata
         if not meta.reply_to_message_id:
             with self._lock:
@@ -197,22 +207,26 @@ class Rounds:
             if served is None:
                 return
             known = served.receptions.get(meta.message_id)
+            if known is not None and known.message.metadata.reply_to_message_id != meta.reply_to_message_id:
+                return  # a reply of another node has that id
             if meta.reply_to_message_id in served.replied if known is None else known.is_settling:
                 return
             served.replied.add(meta.reply_to_message_id)
             if known is None:
                 client = served.name(served.asked[meta.reply_to_message_id])
                 settings = (served.round, served.geometry, served.said.weight_key)
-                known = Reception(*settings, client, message, tree, missing)
+                known = Reception(*settings, client, message, tree, missing, form)
                 served.receptions[meta.message_id] = known
             self._awaited.expect(known, missing, session_id)
             self._settle_if_complete(served, known)
 
-    def _derive(self, message: Any, tree: Any) -> dict[str, bytes]:
-        """What of a reply's objects can be written here; see ``lifl.superlink.derived``."""
+    def _recognise(self, message: Any, tree: Any) -> Recognised:
+        """What the tree of a reply to one of a round's messages tells."""
         with self._lock:
             served = self._asked.get(message.metadata.reply_to_message_id)
-        return {} if served is None else derive(served.geometry, tree)
+        if served is None:
+            return Recognised(None, {})
+        return recognise(served.geometry, tree, message.metadata.src_node_id)
 
     def _bind(self, message: Any) -> ServedRound | None:
         """The round that a message is of, if it is of one: replies to it are received there from now on."""
@@ -290,8 +304,37 @@ class Rounds:
             waiting = self._awaited.waiting(object_id)
         for reception in waiting:
             if reception.message.metadata.src_node_id == node_id:
+                if not reception.admit(object_id, nbytes):
+                    self._refuse(reception)
+                    raise ValueError(f"this reply has more bytes than {TOO_LARGE}")
                 return reception.place(object_id, nbytes)
         return None
+
+    def _refuse(self, reception: Reception) -> None:
+        """A reply is too large, whatever it may say: it does not count, and what has come of it goes."""
+        meta = reception.message.metadata
+        with self._lock:
+            served = self._asked.get(meta.reply_to_message_id)
+            if served is None or reception.is_settling or served.receptions.pop(meta.message_id, None) is None:
+                return
+            reception.is_settling = True
+            served.taken.add(meta.message_id)
+            self._awaited.forget(reception)
+        self._assembler.submit(self._give_up, served, reception)
+
+    def _give_up(self, served: ServedRound, reception: Reception) -> None:
+        reception.drop()
+        self._delete({reception.message.metadata.reply_to_message_id}, [*reception.roots])
+        served.tell(Settled(reception.message, {}, Rejection(reception.client, "format", f"more than {TOO_LARGE}")))
+
+    def relieve_arena(self) -> None:
+        """Somebody waits for room: replies that hold a block and hardly come give it back. Any thread."""
+        with self._lock:
+            receptions = [reception for served in self._open for reception in served.receptions.values()]
+        now_s = time.monotonic()
+        for reception in receptions:
+            if reception.is_slow(now_s, SLOW_S, SLOW_BYTES_PER_S):
+                reception.give_way(self.store)
 
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""

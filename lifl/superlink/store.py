@@ -6,6 +6,8 @@ came over the network is done before :meth:`ArenaStore.put`, outside its lock.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,9 +16,21 @@ import attrs
 from sqlalchemy import event
 
 from lifl.superlink import flower
-from lifl.superlink.content import Content, Landed
+from lifl.superlink.content import Content, Landed, answer_head
 
 _names = flower.part("store")
+
+IS_CHECKING = bool(os.environ.get("LIFL_CHECK_CONTENT"))
+"""Hash contents again when they are read and when they go, and raise if they have changed; for tests, it is slow."""
+
+MAX_DEPTH, MAX_OBJECTS = 100, 2**18
+"""Of the objects below one: protobuf does not read deeper trees, and no model has so many chunks."""
+
+MAX_HEAD_BYTES = 2**25
+"""The ids of half a million objects."""
+
+broken: list[str] = []
+"""What that check has found: who reads may swallow the error."""
 
 
 @attrs.define(eq=False)
@@ -62,6 +76,8 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                     entry.children = children
                     for child in children:
                         self._entries[child].references += 1
+                    if entry.content is not None:
+                        self._correct(object_id, entry, entry.content)
                 entry.runs.add(run_id)
                 of_run.add(object_id)
                 if entry.content is None:
@@ -96,8 +112,41 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                 return
             if landed.is_sunk:
                 raise _gone(object_id)
+            self._correct(object_id, entry, landed.content)
             entry.content = landed.take()
         self.on_available(object_id)
+
+    def _correct(self, object_id: str, entry: _Entry, content: Content | bytes) -> None:
+        """An object's content says what is below it; who announced it may have said something else.
+
+        Else whoever announces another's object first could hide its chunks from everybody. Raises ``ValueError`` if
+        what the content says does not go with what has been announced of the objects below.
+        """
+        if entry.children is None:  # nobody has announced it
+            return
+        children = _children_of(content)
+        if children == entry.children:
+            return
+        above, waiting = {object_id: 0}, [(child, 1) for child in children]
+        while waiting:
+            below, depth = waiting.pop()
+            if below == object_id or depth > MAX_DEPTH or len(above) > MAX_OBJECTS:
+                raise ValueError(f"object {object_id} is announced as a part of what it has, or of too much")
+            if above.get(below, 0) < depth:
+                above[below] = depth
+                found = self._entries.get(below)
+                waiting += [(child, depth + 1) for child in (found.children or () if found else ())]
+        for child in children:
+            known = self._entries.setdefault(child, _Entry(None, set()))
+            known.references += 1
+            for run_id in entry.runs:
+                known.runs.add(run_id)
+                self._runs.setdefault(run_id, set()).add(child)
+        before, entry.children = entry.children, children
+        for child in before:
+            self._entries[child].references -= 1
+            if not self._entries[child].references:
+                self.delete(child)
 
     def get(self, object_id: str) -> bytes | None:
         """An object's content, copied; ``b""`` if it is registered and not there, None if it is not registered."""
@@ -105,7 +154,10 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             entry = self._entries.get(object_id)
             if entry is None:
                 return None
-            return b"" if entry.content is None else bytes(entry.content)
+            if entry.content is None:
+                return b""
+            _check(object_id, entry.content, "is read")
+            return bytes(entry.content)
 
     def delete(self, object_id: str) -> None:
         """Forgets an object that nothing refers to, and what below it nothing else refers to."""
@@ -119,7 +171,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                 for run_id in entry.runs:
                     if run_id in self._runs:
                         self._runs[run_id].discard(object_id)
-                _release(entry)
+                _release(object_id, entry)
                 for child in entry.children or ():
                     self._entries[child].references -= 1
                     waiting.append(child)
@@ -139,8 +191,8 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
     def clear(self) -> None:
         """Forgets everything."""
         with self._lock:
-            for entry in self._entries.values():
-                _release(entry)
+            for object_id, entry in self._entries.items():
+                _release(object_id, entry)
             self._entries.clear()
             self._runs.clear()
 
@@ -171,6 +223,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                 if entry is None:
                     entry = self._entries[object_id] = _Entry(None, set())
                 if entry.content is None:
+                    self._correct(object_id, entry, content)
                     entry.content = content
                     entry.references += 1
                     taken.add(object_id)
@@ -188,16 +241,41 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                     if not entry.runs or not entry.references:
                         self.delete(object_id)
 
-    def peek(self, object_id: str) -> Content | bytes | None:
-        """An object's content where it lies, or None if it is not there: valid while it is held."""
+    def answer(self, object_id: str) -> tuple[int, tuple[Any, ...]] | None:
+        """An object's length, and a PullObjectResponse with it in parts one after another; None if it is not there.
+
+        The parts may be memory of the arena; while they are held, the memory stays as it is.
+        """
         with self._lock:
             entry = self._entries.get(object_id)
-            if entry is None or entry.content is None or isinstance(entry.content, bytes):
-                return None if entry is None else entry.content
-            return entry.content if entry.content.is_lasting else bytes(entry.content)
+            if entry is None or not entry.content:
+                return None
+            _check(object_id, entry.content, "is sent")
+            nbytes = len(entry.content)
+            if isinstance(entry.content, bytes):
+                return nbytes, (answer_head(nbytes), entry.content)
+            return nbytes, entry.content.answer()
+
+    def read(self, object_id: str, most_bytes: int) -> tuple[int, bytes]:
+        """An object's length, 0 if it is not there, and its content, copied, unless it is longer than `most_bytes`."""
+        with self._lock:
+            entry = self._entries.get(object_id)
+            if entry is None or entry.content is None:
+                return 0, b""
+            length = len(entry.content)
+            return length, b"" if length > most_bytes else self.get(object_id) or b""
+
+    def begin(self, object_id: str, nbytes: int) -> tuple[int, bytes] | None:
+        """An object's length and its first bytes, at most so many; None if it is not there."""
+        with self._lock:
+            entry = self._entries.get(object_id)
+            if entry is None or entry.content is None:
+                return None
+            content = entry.content
+            return len(content), content[:nbytes] if isinstance(content, bytes) else content.begin(nbytes)
 
     def peek_at(self, object_id: str) -> Content | bytes | None:
-        """What holds an object's content; of one that is not lasting it may be gone at any time."""
+        """What holds an object's content, to be told from another; its bytes may go at any time."""
         with self._lock:
             entry = self._entries.get(object_id)
             return None if entry is None else entry.content
@@ -214,11 +292,28 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             for object_id in object_ids:
                 entry = self._entries.get(object_id)
                 if entry is not None and isinstance(entry.content, Content) and not entry.content.is_lasting:
+                    _check(object_id, entry.content, "is kept")
                     content, entry.content = entry.content, bytes(entry.content)
                     content.release()
 
 
-def _release(entry: _Entry) -> None:
+def _children_of(content: Content | bytes) -> tuple[str, ...]:
+    """The ids that an object's content names as below it, each once."""
+    begin = content[:MAX_HEAD_BYTES] if isinstance(content, bytes) else content.begin(MAX_HEAD_BYTES)
+    if begin.startswith(b"ArrayChunk  "):
+        return ()
+    return tuple(dict.fromkeys(filter(None, begin.partition(b"\0")[0].decode().split(" ")[1].split(","))))
+
+
+def _check(object_id: str, content: Content | bytes, when: str) -> None:
+    if IS_CHECKING and (found := hashlib.sha256(bytes(content)).hexdigest()) != object_id:
+        broken.append(f"object {object_id} holds the bytes of {found} when it {when}")
+        raise AssertionError(broken[-1])
+
+
+def _release(object_id: str, entry: _Entry) -> None:
+    if entry.content is not None:
+        _check(object_id, entry.content, "goes")
     content, entry.content = entry.content, None
     if isinstance(content, Content):
         content.release()
@@ -254,11 +349,24 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
             event.listen(session, "after_commit", lambda _: self.on_available(object_id), once=True)
         landed.drop()
 
-    def peek(self, object_id: str) -> bytes | None:
+    def answer(self, object_id: str) -> tuple[int, tuple[Any, ...]] | None:
+        """An object's length, and a PullObjectResponse with it in parts; None if it is not there."""
+        content = self.get(object_id)
+        return (len(content), (answer_head(len(content)), content)) if content else None
+
+    def read(self, object_id: str, most_bytes: int) -> tuple[int, bytes]:
+        """An object's length, 0 if it is not there, and its content unless it is longer than `most_bytes`."""
+        content = self.get(object_id) or b""
+        return len(content), b"" if len(content) > most_bytes else content
+
+    def begin(self, object_id: str, nbytes: int) -> tuple[int, bytes] | None:
+        """An object's length and its first bytes, at most so many; None if it is not there."""
+        content = self.get(object_id)
+        return (len(content), content[:nbytes]) if content else None
+
+    def peek_at(self, object_id: str) -> bytes | None:
         """An object's content, or None if it is not there."""
         return self.get(object_id) or None
-
-    peek_at = peek
 
     def is_wanted(self, object_id: str) -> bool:
         """True for an object that is registered and not there."""
@@ -278,3 +386,6 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         """Lets go of the database."""
         if self._engine is not None:
             self._engine.dispose()
+
+
+Store = ArenaStore | DurableStore

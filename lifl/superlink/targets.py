@@ -1,18 +1,24 @@
-"""Where an object goes while it comes: nowhere, into bytes, or into a block of its own.
+"""Where an object goes while it comes: nowhere, into memory that grows with it, or into a block of its own.
 
 Owns that memory until the object has landed. A part of an update has a place of another kind, see ``reception``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 
-from lifl.superlink.content import BlockContent, Landed
+from lifl.shm import Arena
+from lifl.superlink.content import SMALL_BYTES, BlockContent, Content, Landed
 
 SINK_BYTES = 2**16
 _sink = memoryview(bytearray(SINK_BYTES))  # what nobody wants is written over itself
+
+FIRST_BYTES, MAX_GROWTH_BYTES = 2**14, 2**20
+"""A spool begins with so much, and each of its pieces is as long as all before it, up to a limit."""
 
 
 @attrs.define(eq=False)
@@ -21,11 +27,16 @@ class Sink:
 
     nbytes: int
 
-    @property
-    def pieces(self) -> list[Any]:
+    def pieces(self) -> Iterator[Any]:
         """The same memory, again and again."""
         whole, rest = divmod(self.nbytes, SINK_BYTES)
-        return [_sink] * whole + ([_sink[:rest]] if rest else [])
+        for _ in range(whole):
+            yield _sink
+        if rest:
+            yield _sink[:rest]
+
+    def came(self, nbytes: int) -> None:
+        """Nobody counts it."""
 
     def landed(self, digest: str) -> Landed:
         """Nothing, with the hash of what came."""
@@ -35,35 +46,114 @@ class Sink:
         """Nothing is held."""
 
 
-class Small:
-    """A target for an object that is kept as bytes."""
+class SpoolBudget:
+    """How much may be coming into spools at once: what has come of all of them, and what a node may announce.
 
-    def __init__(self, nbytes: int) -> None:
-        self._bytes = bytearray(nbytes)
+    Of a node the announced bytes count, of which it decides itself; of all together only what has really come, so
+    that nobody is kept waiting by what others only announce. Not for several threads: the loop's.
+    """
 
-    @property
-    def pieces(self) -> list[Any]:
-        """One."""
-        return [memoryview(self._bytes)]
+    def __init__(self, most_bytes: int, most_of_a_node: int) -> None:
+        self._left = most_bytes
+        self._most_of_a_node = most_of_a_node
+        self._announced: Counter[int] = Counter()
+
+    def announce(self, node_id: int, nbytes: int) -> str | None:
+        """Why a node may not begin with an object of so many bytes now; None: it is counted, until it is forgotten."""
+        under_way = self._announced[node_id]
+        if under_way and under_way + nbytes > self._most_of_a_node:
+            return (
+                f"node {node_id} is sending {under_way:,} bytes already, and may send {self._most_of_a_node:,} at "
+                f"once: send these {nbytes:,} when others have come"
+            )
+        self._announced[node_id] += nbytes
+        return None
+
+    def forget(self, node_id: int, nbytes: int) -> None:
+        """An object has come, or will not come."""
+        self._announced[node_id] -= nbytes
+        if self._announced[node_id] <= 0:
+            del self._announced[node_id]
+
+    def take(self, nbytes: int) -> bool:
+        """Takes memory for what comes; false if too much has come already."""
+        if nbytes > self._left:
+            return False
+        self._left -= nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        """That memory is free, or is the store's now."""
+        self._left += nbytes
+
+
+class Spool:
+    """Memory that grows with what has come; then one block of the arena, or bytes if that has no room.
+
+    Parameters
+    ----------
+    arena : lifl.shm.Arena
+    node_id, nbytes : int
+        Who sends how much, which the budget has counted as announced.
+    """
+
+    def __init__(self, arena: Arena, budget: SpoolBudget, node_id: int, nbytes: int) -> None:
+        self._arena, self._budget, self._node_id, self._nbytes = arena, budget, node_id, nbytes
+        self._pieces: list[bytearray] = []
+        self._taken = 0
+        self._is_open = True
+
+    def pieces(self) -> Iterator[Any]:
+        """The next one is made when the one before is full; raises :class:`MemoryError` beyond the budget."""
+        while self._taken < self._nbytes:
+            nbytes = min(max(FIRST_BYTES, min(self._taken, MAX_GROWTH_BYTES)), self._nbytes - self._taken)
+            if not self._budget.take(nbytes):
+                raise MemoryError("too much is coming in at once: try again later")
+            self._taken += nbytes
+            self._pieces.append(bytearray(nbytes))
+            yield memoryview(self._pieces[-1])
+
+    def came(self, nbytes: int) -> None:
+        """Pieces are counted as they are made."""
 
     def landed(self, digest: str) -> Landed:
-        """The bytes."""
-        return Landed(bytes(self._bytes), len(self._bytes), digest)
+        """A block of its own if it is large and the arena has room, else bytes."""
+        content: Content | bytes | None = None
+        if self._nbytes > SMALL_BYTES and (block := BlockContent.make(self._arena, self._nbytes)) is not None:
+            at = 0
+            for piece in self._pieces:
+                block.view[at : at + len(piece)] = piece
+                at += len(piece)
+            content = block
+        else:
+            content = b"".join(self._pieces)
+        self._end()
+        return Landed(content, self._nbytes, digest)
 
     def drop(self) -> None:
-        """Python's."""
+        """Gives the memory back."""
+        self._end()
+
+    def _end(self) -> None:
+        self._pieces.clear()
+        if self._is_open:
+            self._is_open = False
+            self._budget.forget(self._node_id, self._nbytes)
+            self._budget.give_back(self._taken)
 
 
 class Large:
-    """A target for an object in a block of its own."""
+    """A target for an object in a block of its own, whose sender is trusted to send all of it."""
 
     def __init__(self, content: BlockContent) -> None:
         self._content = content
 
-    @property
     def pieces(self) -> list[Any]:
         """One."""
         return [self._content.view]
+
+    def came(self, nbytes: int) -> None:
+        """The block is there whatever comes."""
 
     def landed(self, digest: str) -> Landed:
         """The block."""

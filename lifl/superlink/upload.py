@@ -6,19 +6,22 @@ Owns the bytes until they have landed. Touches no socket: who reads one asks for
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from lifl.superlink.body import Cut, cut
 from lifl.superlink.content import Landed
+from lifl.superlink.targets import Sink
 
 
 class Target(Protocol):
     """Where an object's content goes: pieces of memory, one after another, of its whole length."""
 
-    @property
-    def pieces(self) -> list[Any]:
-        """Writable memoryviews."""
+    def pieces(self) -> Iterable[Any]:
+        """Writable memoryviews, each asked for when the one before is full."""
+
+    def came(self, nbytes: int) -> None:
+        """So many bytes more have been written."""
 
     def landed(self, digest: str) -> Landed:
         """All of it has come."""
@@ -38,12 +41,15 @@ class Upload:
         self._length, self._on_prefix = length, on_prefix
         self._cut: Cut | None = None
         self._prefix = bytearray()  # then: what waits for a target
-        self._pieces: list[Any] = []
+        self._pieces: Iterator[Any] = iter(())
+        self._piece: Any = b""  # of them the one that is being filled
         self._at = 0
         self._seen = 0  # bytes of the body that have gone where they belong
+        self._content_left = 0
         self._hash = hashlib.sha256()
         self._tail = bytearray()
         self._target: Target | None = None
+        self.failure: MemoryError | None = None  # why what has come was let go of
         self.copied_bytes = 0  # that came with the prefix and had to be moved
 
     @property
@@ -77,7 +83,8 @@ class Upload:
         assert self._cut is not None, "aimed after on_prefix"
         self._target = target
         self._tail = bytearray(self._cut.tail_bytes)
-        self._pieces = [piece for piece in (*target.pieces, memoryview(self._tail)) if len(piece)]
+        self._pieces, self._piece, self._at = iter(target.pieces()), b"", 0
+        self._content_left = self._cut.nbytes
         self._seen = self._cut.begin
         waiting, self._prefix = memoryview(self._prefix)[self._cut.begin :], bytearray()
         self._write(waiting)
@@ -94,18 +101,32 @@ class Upload:
 
     def room(self) -> Any:
         """Where the next bytes go; never empty before it is complete."""
-        return self._pieces[0][self._at :]
+        while self._at == len(self._piece):
+            self._piece, self._at = self._next_piece(), 0
+        return self._piece[self._at :]
+
+    def _next_piece(self) -> Any:
+        if not self._content_left:
+            return memoryview(self._tail)
+        try:
+            return next(self._pieces)
+        except MemoryError as error:  # the rest is read and forgotten, so that the client reads the answer
+            assert self._target is not None, "it is aimed"
+            self.failure = error
+            self._target.drop()
+            self._target = Sink(self._content_left)
+            self._pieces = iter(self._target.pieces())
+            return next(self._pieces)
 
     def advance(self, nbytes: int) -> None:
         """So many bytes have been written to :meth:`room`."""
-        piece = self._pieces[0]
-        if len(self._pieces) > bool(self._tail):
-            self._hash.update(piece[self._at : self._at + nbytes])
+        if self._content_left:
+            self._hash.update(self._piece[self._at : self._at + nbytes])
+            self._content_left -= nbytes
+            if self._target is not None:
+                self._target.came(nbytes)
         self._at += nbytes
         self._seen += nbytes
-        if self._at == len(piece):
-            del self._pieces[0]
-            self._at = 0
 
     def take(self) -> Landed:
         """The content, once it is complete; it is the caller's then."""
@@ -115,7 +136,7 @@ class Upload:
 
     def drop(self) -> None:
         """Nothing more will come, or nobody wants it: what it holds is given back."""
-        self._pieces, self._prefix = [], bytearray()
+        self._pieces, self._piece, self._prefix = iter(()), b"", bytearray()
         target, self._target = self._target, None
         if target is not None:
             target.drop()

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
+from lifl.superlink import geometry as geometry_module
 from lifl.superlink.geometry import Geometry, npy_header
 from lifl.tensor import DTYPES, NUMPY_DTYPES, Tensor, TensorSpec
 
@@ -88,27 +89,43 @@ GEOMETRY = Geometry(TensorSpec.from_arrays(MODEL), 128)
 def test_a_message_that_names_every_array_is_in_the_models_order() -> None:
     """As many chunks as the model's tensors have."""
     assert [len(pieces) for pieces in GEOMETRY.pieces] == COUNTS
-    assert GEOMETRY.align(COUNTS) == list(range(8))
+    assert [form.arrays for form in GEOMETRY.forms(1, COUNTS)] == [list(range(8))]
 
 
 def test_equal_counters_are_named_once() -> None:
     """Two counters of one dtype and shape are probably equal, the others probably are not."""
-    assert GEOMETRY.first_equals == [0, 1, 2, 3, 4, 1, 6, 7]
-    assert GEOMETRY.align([*COUNTS[:5], *COUNTS[6:]]) == [0, 1, 2, 3, 4, 6, 7]
+    (form,) = GEOMETRY.forms(1, [*COUNTS[:5], *COUNTS[6:]])
+    assert form.sources == (0, 1, 2, 3, 4, 1, 6, 7)
+    assert form.arrays == [0, 1, 2, 3, 4, 6, 7]
 
 
-def test_another_form_is_learned_from_a_message_that_was_read() -> None:
-    """Of one that nobody knows nothing is told; once it was read, the next one like it is known."""
+def test_another_form_is_learned_from_a_reply_that_was_read() -> None:
+    """Nobody knows it before; then its node's next one is known, and so is that of a node that is like it."""
     geometry = Geometry(TensorSpec.from_arrays(MODEL), 128)
-    assert geometry.align([1, 8]) is None
-    geometry.learn([1, 8], [6, 0])
-    assert geometry.align([1, 8]) == [6, 0]
-    assert geometry.align([8, 1]) is None
+    turned = list(reversed(MODEL))
+    counts = list(reversed(COUNTS))
+    assert geometry.forms(1, counts) == []
+    geometry.learn(1, {name: name for name in turned})
+    assert [form.arrays for form in geometry.forms(1, counts)] == [list(reversed(range(8)))]
+    assert geometry.forms(2, counts) == geometry.forms(1, counts)
 
 
-def test_clients_cannot_teach_it_without_end() -> None:
-    """Of forms that clients choose, few are kept."""
+def test_a_nodes_own_form_is_not_displaced_by_others() -> None:
+    """Whatever others teach."""
+    geometry = Geometry(TensorSpec.from_arrays(MODEL), 128)
+    geometry.learn(1, {name: name for name in reversed(MODEL)})
+    mine = geometry.forms(1, list(reversed(COUNTS)))
+    names = list(MODEL)
+    for n in range(100):
+        geometry.learn(2 + n, {name: name for name in names[n % 8 :] + names[: n % 8]})
+    assert mine[0] in geometry.forms(1, list(reversed(COUNTS)))
+
+
+def test_clients_cannot_teach_it_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many nodes the forms are kept, those that replied last."""
+    monkeypatch.setattr(geometry_module, "MAX_LEARNED", 64)
     geometry = Geometry(TensorSpec.from_arrays(MODEL), 128)
     for n in range(1000):
-        geometry.learn([n], [0])
-    assert sum(geometry.align([n]) is not None for n in range(1000)) == 64
+        geometry.learn(n, {name: name for name in reversed(MODEL)})
+    assert list(geometry._learned) == list(range(936, 1000))
+    assert len({id(form) for form in geometry._learned.values()}) == 1, "of those alike one copy"

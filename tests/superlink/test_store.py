@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore import date
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, OBJECT_PUSH_SESSION_TTL_SECONDS
 from flwr.supercore.corestate import in_memory_corestate, sql_corestate
@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from things import Thing
 
 from lifl.shm import Arena
+from lifl.superlink import store as store_module
 from lifl.superlink.content import BlockContent, Content, Landed
 from lifl.superlink.store import ArenaStore, DurableStore
 
@@ -90,6 +91,22 @@ def store(request: pytest.FixtureRequest, stores: Stores) -> Iterator[Any]:
     yield made
     made.clear()
     assert stores.arena.free_bytes == free
+
+
+def content_of(answer: Any) -> bytes:
+    """The object in an answer, which says that it is found and available."""
+    nbytes, parts = answer
+    response = PullObjectResponse.FromString(b"".join(parts))
+    assert response.object_found
+    assert response.object_available
+    assert len(response.object_content) == nbytes
+    return bytes(response.object_content)
+
+
+def sent(store: Any, object_id: str) -> bytes | None:
+    """The object as a client gets it."""
+    answer = store.answer(object_id)
+    return None if answer is None else content_of(answer)
 
 
 def fill(store: Any, message: Thing, run_id: int = 1) -> None:
@@ -318,7 +335,10 @@ class SameAnswers(RuleBasedStateMachine):
         for store in self.ours:
             content = store.get(thing.id)
             assert store.is_wanted(thing.id) == (content == b"")
-            assert bytes(store.peek(thing.id) or b"") == (content or b"")
+            assert sent(store, thing.id) == (content or None)
+            nbytes, read = store.read(thing.id, 2**30)
+            assert (nbytes, read) == (len(content or b""), content or b"")
+            assert store.read(thing.id, nbytes - 1) == (nbytes, b"")
 
     def teardown(self) -> None:
         """All is given back."""
@@ -368,6 +388,10 @@ class Passing(Content):
     def __bytes__(self) -> bytes:
         return bytes(self.view)
 
+    def begin(self, nbytes: int) -> bytes:
+        """The first bytes."""
+        return bytes(self.view[:nbytes])
+
     def release(self) -> None:
         """Counts."""
         self.releases += 1
@@ -397,7 +421,7 @@ def test_a_block_stays_as_long_as_somebody_sends_it(arena_store: Any, stores: St
     arena_store.preregister(1, CHUNKS[3].tree)
     free = stores.arena.free_bytes
     arena_store.put(CHUNKS[3].id, stores.landed(CHUNKS[3].content))
-    (answer,) = arena_store.peek(CHUNKS[3].id).answer
+    _, (answer,) = arena_store.answer(CHUNKS[3].id)
     arena_store.delete(CHUNKS[3].id)
     assert stores.arena.free_bytes == free - 2 * UNIT
     assert bytes(answer).endswith(CHUNKS[3].content)
@@ -439,9 +463,10 @@ def test_a_look_at_what_does_not_last_is_a_copy(arena_store: Any) -> None:
     passing = Passing(CHUNKS[1].content)
     arena_store.preregister(1, CHUNKS[1].tree)
     arena_store.put(CHUNKS[1].id, Landed(passing, len(passing), CHUNKS[1].id, b"ArrayChunk  5\0"))
-    seen = arena_store.peek(CHUNKS[1].id)
+    seen = arena_store.answer(CHUNKS[1].id)
+    arena_store.delete(CHUNKS[1].id)
     passing.view[:] = bytes(len(passing))
-    assert seen == CHUNKS[1].content
+    assert content_of(seen) == CHUNKS[1].content
 
 
 def test_what_is_offered_need_not_be_pushed(arena_store: Any) -> None:
@@ -672,3 +697,75 @@ def test_what_came_is_told_when_everybody_can_read_it(link: Link) -> None:
     finally:
         store.on_available = before
     assert seen == [CHUNKS[1].content]
+
+
+# ---------------------------------------------------------------- who announces what is below an object
+
+INNER = Thing("ArrayChunk", body=b"inner")
+OUTER = Thing("Array", (INNER,), b"outer")
+
+
+def lie(thing: Thing, *children: str) -> Any:
+    """A tree that says that other objects are below."""
+    return ObjectTree(object_id=thing.id, children=[ObjectTree(object_id=child) for child in children])
+
+
+@pytest.mark.parametrize("is_offered", [False, True], ids=["pushed", "offered"])
+def test_a_lie_about_anothers_object_hides_nothing(arena_store: Any, stores: Stores, is_offered: bool) -> None:
+    """What is below an object is what its content says, whoever has announced it first."""
+    liar, honest = Thing("RecordDict", (OUTER,), b"liar"), Thing("RecordDict", (OUTER,), b"honest")
+    arena_store.preregister(1, ObjectTree(object_id=liar.id, children=[lie(OUTER, "a" * 64)]))
+    missing = arena_store.preregister(2, honest.tree)
+    assert set(missing) == {OUTER.id, INNER.id, honest.id}
+    if is_offered:
+        held = arena_store.offer({OUTER.id: OUTER.content})
+    else:
+        arena_store.put(OUTER.id, OUTER.content)
+    arena_store.put(INNER.id, INNER.content)
+    assert arena_store.get_object_tree(honest.id) == honest.tree
+    assert "a" * 64 not in arena_store
+    arena_store.delete(liar.id)
+    assert sent(arena_store, INNER.id) == INNER.content
+    if is_offered:
+        arena_store.withdraw(held)
+    arena_store.delete(honest.id)
+    assert len(arena_store) == 0
+
+
+def test_what_a_content_names_is_registered_with_it(arena_store: Any) -> None:
+    """Who left it out of its tree has to push it all the same, and it goes with the object."""
+    arena_store.preregister(1, lie(OUTER))
+    arena_store.put(OUTER.id, OUTER.content)
+    assert arena_store.is_wanted(INNER.id)
+    assert arena_store.get_object_tree(OUTER.id) == OUTER.tree
+    arena_store.delete_objects_in_run(1)
+    assert len(arena_store) == 0
+
+
+def test_objects_do_not_contain_themselves(arena_store: Any) -> None:
+    """An announced object that is said to contain what names it: the content that would close the circle is refused."""
+    names_it = Thing("Array", (), b"")
+    ring = "b" * 64
+    content = f"Array {ring} 0".encode() + b"\0"
+    names_it_id = hashlib.sha256(content).hexdigest()
+    assert names_it.id != names_it_id
+    tree = ObjectTree(object_id=ring, children=[ObjectTree(object_id=names_it_id)])
+    arena_store.preregister(1, tree)
+    with pytest.raises(ValueError, match="a part of what it has"):
+        arena_store.put(names_it_id, content)
+    assert arena_store.get_object_tree(ring) == tree
+    arena_store.delete(ring)
+    assert len(arena_store) == 0
+
+
+def test_a_changed_content_is_found(arena_store: Any) -> None:
+    """The check that these tests run with fails when an id's bytes are not its bytes."""
+    passing = Passing(CHUNKS[1].content)
+    arena_store.preregister(1, CHUNKS[1].tree)
+    arena_store.put(CHUNKS[1].id, Landed(passing, len(passing), CHUNKS[1].id, b"ArrayChunk  5\0"))
+    passing.view[-1] ^= 1
+    with pytest.raises(AssertionError, match="holds the bytes of"):
+        arena_store.get(CHUNKS[1].id)
+    assert len(store_module.broken) == 1
+    store_module.broken.clear()
+    passing.view[-1] ^= 1

@@ -1,0 +1,65 @@
+"""What a SuperNode may announce: its own reply to a message that it was sent, within bounds.
+
+Flower stores a message without looking who sends it. So a node could send messages in the SuperLink's name, which a
+round would take for its own, or reply in another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from logging import WARNING
+from typing import Any
+
+from lifl.superlink import flower
+from lifl.superlink.store import MAX_OBJECTS
+
+_names, _server = flower.part("gateway"), flower.part("server")
+
+MAX_TEXT = 1000
+"""Characters of an id, a type or a group in a message."""
+
+MAX_REASON = 2**16
+"""Characters of what an error reply says."""
+
+_MARK = "_is_guarded_by_lifl"
+
+
+def guard(handlers: Any) -> None:
+    """Makes the Fleet API's ``push_messages`` look at what is announced; harmless when done before."""
+    original: Callable[..., Any] = handlers.push_messages
+    if hasattr(original, _MARK):
+        return
+
+    def push_messages(request: Any, state: Any) -> Any:
+        reason = why_not(request)
+        if reason is None:
+            return original(request=request, state=state)
+        _server.log(WARNING, "A message of node %s is not taken: %s", request.node.node_id, reason)
+        return _names.PushMessagesResponse()  # nothing is asked for: as of a message that Flower does not take
+
+    setattr(push_messages, _MARK, True)
+    handlers.push_messages = push_messages
+
+
+def why_not(request: Any) -> str | None:
+    """Why a push-messages request is not passed on, if it is not."""
+    for message in request.messages_list:
+        meta = message.metadata
+        if not meta.reply_to_message_id:
+            return "it is no reply"
+        if meta.src_node_id != request.node.node_id:
+            return f"it says that it is of node {meta.src_node_id}"
+        texts = (meta.message_id, meta.reply_to_message_id, meta.group_id, meta.message_type)
+        if (longest := max(map(len, texts))) > MAX_TEXT:
+            return f"an id, a type or a group of {longest:,} characters"
+        if (length := len(message.error.reason)) > MAX_REASON:
+            return f"an error with a reason of {length:,} characters: send at most {MAX_REASON:,}"
+    for tree in request.message_object_trees:
+        count, waiting = 0, [tree]
+        while waiting:
+            node = waiting.pop()
+            waiting.extend(node.children)
+            count += 1
+            if count + len(waiting) > MAX_OBJECTS:
+                return f"more than {MAX_OBJECTS:,} objects"
+    return None
