@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from lifl.crew import Crew, Dead
+from lifl.errors import PeerGoneError
 from lifl.ring import Bell
 from lifl.shm import Arena
 
@@ -20,7 +22,7 @@ WAIT_S = 10.0
 @pytest.fixture
 def crew() -> Iterator[Crew]:
     """Two real workers, which nobody asks anything through their rings."""
-    arena, bell = Arena.create(2**20, 3), Bell()
+    arena, bell = Arena.create(2**20, 4), Bell()
     crew = Crew(arena.fd, bell.fd, 0.0, 2, STALL_S)
     yield crew
     crew.close()
@@ -122,3 +124,69 @@ def test_one_that_was_told_to_stop_counts_as_no_death(crew: Crew) -> None:
     assert crew.bury(pidfd) == Dead(1, pid, was_heard=False, was_leaving=True)
     crew.leave_empty(1)
     assert crew.there == {2}
+
+
+# ---------------------------------------------------------------- the process that starts them
+
+
+def bury_all(crew: Crew, count: int) -> list[Dead]:
+    """Buries so many, each when its own pidfd says that it is dead."""
+    dead: list[Dead] = []
+    end = time.monotonic() + WAIT_S
+    while len(dead) < count and time.monotonic() < end:
+        dead += map(crew.bury, crew.wait(WAIT_S))
+    return sorted(dead, key=lambda one: one.me)
+
+
+def test_a_dead_nursery_takes_its_workers_along_and_is_replaced(crew: Crew) -> None:
+    """Nothing that they were given is to blame; the next start has another nursery, and the old one is reaped."""
+    first, second = crew.pids
+    old = crew.nursery.pid
+    crew.heard(1, True)
+    os.kill(old, signal.SIGKILL)
+    dead = bury_all(crew, 2)
+    assert dead == [
+        Dead(1, first, was_heard=True, was_leaving=False, was_orphaned=True),
+        Dead(2, second, was_heard=False, was_leaving=False, was_orphaned=True),
+    ]
+    assert not any(one.died_of_work for one in dead)
+    crew.start(1)
+    assert crew.nursery.pid != old
+    with pytest.raises(ProcessLookupError):
+        os.kill(old, 0)
+    crew.start(2)
+    assert len({*crew.pids, first, second}) == 4
+
+
+def test_a_worker_that_dies_alone_may_have_died_of_work(crew: Crew) -> None:
+    """Its nursery lives, and it had said a word."""
+    crew.heard(1, False)
+    os.kill(crew.pids[0], signal.SIGKILL)
+    (dead,) = bury_all(crew, 1)
+    assert dead.died_of_work
+
+
+def test_a_stopped_nursery_is_not_waited_for_for_ever(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When its time is over it is killed, and its workers die with it; the start goes on with another one."""
+    monkeypatch.setattr("lifl.nursery.FORK_TIMEOUT_S", 0.2)
+    old = crew.nursery.pid
+    os.kill(crew.pids[0], signal.SIGKILL)
+    bury_all(crew, 1)
+    os.kill(old, signal.SIGSTOP)
+    crew.start(1)
+    assert crew.nursery.pid != old
+    (dead,) = bury_all(crew, 1)
+    assert (dead.me, dead.was_orphaned) == (2, True)
+
+
+def test_a_nursery_that_refuses_is_kept(crew: Crew) -> None:
+    """No process or descriptor is left for a worker: another nursery would have none either, and the others go on."""
+    old, pids = crew.nursery.pid, crew.pids
+    limit = resource.prlimit(old, resource.RLIMIT_NOFILE)
+    resource.prlimit(old, resource.RLIMIT_NOFILE, (3, limit[1]))
+    with pytest.raises(PeerGoneError, match="Too many open files"):
+        crew.start(3)
+    resource.prlimit(old, resource.RLIMIT_NOFILE, limit)
+    assert (crew.nursery.pid, crew.pids) == (old, pids)
+    crew.start(3)
+    assert crew.nursery.pid == old
