@@ -23,7 +23,9 @@ PATIENCE_S = 10.0
 class Connection(Protocol):
     """A connection, as far as it sends."""
 
-    rates: Any
+    @property
+    def rates(self) -> Any:
+        """How fast it goes, see ``lifl.superlink.rates``."""
 
     @property
     def pinned_bytes(self) -> int:
