@@ -174,15 +174,18 @@ class Puller:
             return b""
 
         for _ in range(GENERATIONS):
-            absent = [object_id for object_id in arriving.wanted if object_id not in arriving.contents]
-            if not absent or len(arriving.wanted) > MAX_OBJECTS:
+            if len(arriving.wanted) > MAX_OBJECTS:
                 return
-            pull_objects(absent, fetch)
+            absent = [object_id for object_id in arriving.wanted if object_id not in arriving.contents]
+            if absent:
+                pull_objects(absent, fetch)
             # A SuperLink keeps one tree of an object, that of whoever announced it first, and a client that announces
             # another's object without its children must not take them away from it. So the heads have a say too.
-            known = set(arriving.wanted)
-            named = dict.fromkeys(i for at in absent for i in _named_by(arriving.contents[at]) if i not in known)
-            arriving.wanted += named
+            named = dict.fromkeys(child for one in arriving.wanted for child in _named_by(arriving.contents[one]))
+            new = [object_id for object_id in named if object_id not in arriving.contents]
+            if not new:
+                return
+            arriving.wanted += new
 
     def _inflate(self, arriving: _Arriving) -> Message:
         announced, contents = arriving.metadata, arriving.contents

@@ -575,8 +575,12 @@ def test_a_reply_of_too_many_objects_is_not_pulled(monkeypatch: pytest.MonkeyPat
     assert len(link.confirmed) == 1
 
 
-def test_no_client_can_take_the_parts_of_anothers_object_away(node: lifl.Node, clock: Clock) -> None:
+@pytest.mark.parametrize("slice_s", [5.0, -1.0])
+def test_no_client_can_take_the_parts_of_anothers_object_away(
+    node: lifl.Node, clock: Clock, monkeypatch: pytest.MonkeyPatch, slice_s: float
+) -> None:
     """A tree without an array's chunks, as a SuperLink has it if another announced the array so first, is completed."""
+    monkeypatch.setattr(pulling, "SLICE_S", slice_s)
 
     def robbed(asked: Any) -> Answer:
         answer = announced(asked, message_of(asked, update(FIVES, 3)))

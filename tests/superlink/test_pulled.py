@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +32,6 @@ ONES = {"w": np.full((40, 50), 1, np.float32), "b": np.arange(3.0)}
 FIVES = {"w": np.full((40, 50), 5, np.float32), "b": np.ones(3)}
 NINES = {"w": np.full((40, 50), 9, np.float32), "b": np.full(3, 9.0)}
 FOURS = {"w": np.full((40, 50), 4, np.float32), "b": (np.arange(3.0) + 3) / 4}
-LATER_S = 1.0
 
 
 class Stock(Rig):
@@ -73,11 +71,15 @@ def node() -> Iterator[lifl.Node]:
         yield node
 
 
-def slow(client: Client, asked: Message) -> None:
-    """Announces its reply, and pushes the objects of it later."""
-    announced = client.announce(asked, update(FOURS, 4))
-    time.sleep(LATER_S)
-    assert all(client.push(asked, announced))
+def slow(others_are_in: threading.Event) -> Act:
+    """Announces its reply, and pushes the objects of it when all the others' have been taken."""
+
+    def act(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(FOURS, 4))
+        assert others_are_in.wait(60)
+        assert all(client.push(asked, announced))
+
+    return act
 
 
 def lie(client: Client, asked: Message) -> None:
@@ -114,11 +116,18 @@ def test_bad_replies_cost_only_their_nodes_the_round(
     monkeypatch.setattr(players, "POLL_S", 0.1)
     honest = says(update(NINES, 4))
     clients = {name: Client(server, in_the_first_round(bad, honest)) for name, bad in BAD.items()}
-    late = Client(server, in_the_first_round(slow, honest))
+    others_are_in, confirmed = threading.Event(), list[Any]()
+    late = Client(server, in_the_first_round(slow(others_are_in), honest))
     good = [Client(server, says(update(arrays, examples))) for arrays, examples in ((ONES, 1), (FIVES, 3))]
     everybody = [*clients.values(), late, *good]
     run_id, token = server.start_run()
     models: list[Any] = []
+
+    def confirm(request: Any) -> Any:
+        confirmed.append(request.message_object_id)
+        if len(confirmed) == len(everybody) - 1:
+            others_are_in.set()
+        return confirm_at_the_server(request)
 
     def keep(_: int, arrays: Any) -> None:
         models.append(arrays)
@@ -126,6 +135,8 @@ def test_bad_replies_cost_only_their_nodes_the_round(
     try:
         with server.grid(run_id, token) as grid:
             count = len(everybody)
+            confirm_at_the_server = grid._runtime_client.ConfirmMessageReceived
+            monkeypatch.setattr(grid._runtime_client, "ConfirmMessageReceived", confirm)
             strategy = FedAvg(node=node, fraction_evaluate=0.0, min_available_nodes=count, min_train_nodes=count)
             result = strategy.start(grid, flowers(MODEL), 2, 100.0, evaluate_fn=keep)
     finally:
