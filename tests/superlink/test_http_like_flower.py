@@ -443,6 +443,21 @@ def test_lifl_answers_as_flower(server: tuple[Rig, int, Node], row: str) -> None
     assert ours == flowers
 
 
+def test_a_request_behind_one_that_is_held_is_not_held_up(
+    server: tuple[Rig, int, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no message for the first: that is said at once, since the second waits for its turn."""
+    monkeypatch.setattr(server[0].plane.holding, "_hold_s", 60.0)
+    rows: list[Make] = [
+        lambda s: [s.poll() + s.push()],
+        lambda s: [s.poll(), s.push()],
+        lambda s: [s.poll(), s.poll() + get()],
+    ]
+    for row in rows[:2]:
+        assert done(server, server[0].port, row).statuses == [200, 200]
+    assert done(server, server[0].port, rows[2]).statuses == [200, 200, 200]
+
+
 @pytest.mark.parametrize("row", OTHERS)
 def test_lifl_differs_where_it_says_so(server: tuple[Rig, int, Node], row: str) -> None:
     """Flower's server does something else, and lifl what the row says."""
