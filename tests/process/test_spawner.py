@@ -417,7 +417,8 @@ def test_worker_that_the_agent_does_not_know_never_begins() -> None:
         while not (there := children.read_text().split()) and time.monotonic() < end:
             time.sleep(0.01)
         unknown = os.pidfd_open(int(there[0]))
-        time.sleep(0.1)
+        time.sleep(0.3)  # it would have begun
+        assert "memfd:lifl" not in Path(f"/proc/{there[0]}/maps").read_text(), "it has mapped the arena"
         os.kill(spawner.pid, signal.SIGKILL)
         try:
             run(node)
