@@ -7,7 +7,9 @@ fetch the mean. Called by itself, with any list of replies, it folds them throug
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import ERROR, INFO, WARNING
@@ -65,6 +67,7 @@ class Mean(FlowerFedAvg):
         self._base: Mapping[str, Any] | None = None  # the model that was sent, if replies are clipped against it
         self._is_evaluating = False
         self._server: Server | None = None
+        self._is_server_lost = False  # it was there, and may be there again
         self.tensorboard_run: str | None = None
 
     # ------------------------------------------------------------ the run
@@ -92,9 +95,8 @@ class Mean(FlowerFedAvg):
             if scalars is not None:
                 evaluate_fn = evaluate_fn and scalars.noted(evaluate_fn)
             events = EventGrid(grid, self._send_and_receive)
-            self._server = Server.find(grid) if self._may_be_served() else None
-            if self._server is not None:
-                log(INFO, "lifl: rounds are folded by the lifl-superlink on this machine")
+            self._is_server_lost = False
+            self._find_server(grid)
             run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
             try:
                 looped = journal if scalars is None else scalars
@@ -153,8 +155,10 @@ class Mean(FlowerFedAvg):
             spec = None if sent is None else spec_of(sent)
             reply_bytes = 0 if spec is None else spec.nbytes
             self._base = None if sent is None or self.limits.clipping_norm is None else views_of(sent)
+            if self._is_server_lost:
+                self._find_server(grid)
             if spec is not None and self._server is not None and self._may_be_served():
-                replies = self._be_served(grid, messages, timeout, spec)
+                replies, timeout = self._be_served(grid, messages, timeout, spec)
                 if replies is not None:
                     return replies
                 are_pushed = any(m.metadata.message_id for m in messages)
@@ -167,26 +171,46 @@ class Mean(FlowerFedAvg):
         plain = self.node is None and self.order == "any" and self.limits.clipping_norm is None
         return plain and not self._is_looked_at()
 
+    def _find_server(self, grid: Grid) -> None:
+        """Connects to the lifl-superlink on this machine, if there is one that can take rounds of this strategy."""
+        self._server = Server.find(grid) if self._may_be_served() else None
+        if self._server is not None:
+            self._is_server_lost = False
+            log(INFO, "lifl: rounds are folded by the lifl-superlink on this machine")
+
     def _be_served(
         self, grid: Grid, messages: list[Message], timeout: float | None, spec: TensorSpec
-    ) -> list[Message] | None:
-        """A round that the lifl-superlink folds; None if it will not, and then it is not asked again."""
-        assert self._server is not None, "the caller looked"
+    ) -> tuple[list[Message] | None, float | None]:
+        """A round that the lifl-superlink folds: the replies, and how many seconds of `timeout` are left.
+
+        No replies if the server will not fold it, and then it is not asked again, or if it went away. A server with a
+        database has the messages and replies of the round when it is back: they are pulled from it as from Flower's.
+        """
+        server = self._server
+        assert server is not None, "the caller looked"
         settings = (self.weighted_by_key, self.timing, self.order)
         try:
-            round_ = self._server.open_round(grid.run.run_id, messages, spec, *settings, self.limits)
+            round_ = server.open_round(grid.run.run_id, messages, spec, *settings, self.limits)
             landing = Landing(None, spec, len(messages), *settings, False, self.limits, None, round_)
-            replies = exchange_served(grid, self._server, messages, timeout, landing.note, landing.mark_late)
+            replies = exchange_served(grid, server, messages, timeout, landing.note, landing.mark_late)
+            if replies is not None:
+                if landing.num_accepted >= self._needed(landing.expected):
+                    # Here, where the replies can still be pulled if the server goes away before it has answered.
+                    with contextlib.suppress(RoundError):  # raised again when the mean is used
+                        round_.result()
+                self._landing = landing
+                return replies, timeout
+        except PeerGoneError as error:
+            self._is_server_lost = True
+            log(WARNING, "lifl-superlink was lost in a round, which the ServerApp folds itself: %s", str(error))
         except LiflError as error:
-            replies = None
             # Its text alone: with the traceback whoever keeps the record would keep the model and the server's memory.
             log(WARNING, "lifl-superlink does not fold this run's rounds, the ServerApp does: %s", str(error))
-        if replies is None:
-            self._server.close()
-            self._server = None
-            return None
-        self._landing = landing
-        return replies
+        server.close()
+        self._server = None
+        if timeout is not None and server.waiting_since_s is not None:
+            timeout = max(0.0, timeout - (time.monotonic() - server.waiting_since_s))
+        return None, timeout
 
     def _new_landing(self, spec: Any, expected: int, *, keeps: bool) -> Landing:
         if self.limits.clipping_norm is not None and self._base is None:

@@ -28,7 +28,10 @@ from lifl.metrics import RoundReport
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
-NOT_STATE = {"reports", "node", "checkpoint", "resume", "tensorboard", "_landing", "_base", "_is_evaluating"}
+NOT_STATE = {
+    *("reports", "node", "checkpoint", "resume", "tensorboard", "_landing", "_base", "_is_evaluating"),
+    *("_server", "_is_server_lost"),
+}
 """Attributes of a strategy that are lifl's, and saved elsewhere or not at all."""
 
 REVIVE: dict[str, Callable[[Any], Any]] = {

@@ -50,10 +50,17 @@ class Reply:
 
 
 class Server:
-    """A connection to a server on this machine. One round at a time; not thread-safe."""
+    """A connection to a server on this machine. One round at a time; not thread-safe.
+
+    Attributes
+    ----------
+    waiting_since_s : float or None
+        When the messages of the round had been pushed (``time.monotonic``); None before.
+    """
 
     def __init__(self, path: Path) -> None:
         self._peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.waiting_since_s: float | None = None
         try:
             self._peer.settimeout(CONNECT_TIMEOUT_S)
             self._peer.connect(str(path))
@@ -96,6 +103,7 @@ class Server:
         limits: Limits,
     ) -> ServedRound:
         """Announces a round of `messages`, which are about to be sent; raises :class:`RoundError` if it is refused."""
+        self.waiting_since_s = None
         first = messages[0].metadata
         self._ask(
             {
@@ -191,6 +199,8 @@ class ServedRound:
     def __init__(self, server: Server, spec: TensorSpec, timing: Timing) -> None:
         self._server, self.spec, self._timing = server, spec, timing
         self._report: RoundReport | None = None
+        self._result: RoundResult | None = None
+        self._failure: str | None = None
 
     def report(self) -> RoundReport:
         """The books as they stand now; empty if the server, which has them, is gone."""
@@ -205,11 +215,19 @@ class ServedRound:
         """Nothing: asking for the result does."""
 
     def result(self, timeout: float | None = None) -> RoundResult:
-        """The mean of what is in, as views of the server's memory; raises :class:`RoundError`."""
-        said = self._server.ask({"do": "finish"}, "result")
-        self._report = RoundReport.from_dict(said["report"])
-        arrays = self._server.view(self.spec, Block(*said["block"]))
-        return RoundResult(self.spec, arrays, said["weight"], said["num_updates"], self._report.rejected, self._report)
+        """The mean of what is in, as views of the server's memory, asked for once; raises :class:`RoundError`."""
+        if self._failure is not None:
+            raise RoundError(self._failure)
+        if self._result is None:
+            try:
+                said = self._server.ask({"do": "finish"}, "result")
+            except RoundError as error:
+                self._failure = str(error)  # not the error: its traceback would keep the model
+                raise
+            self._report = report = RoundReport.from_dict(said["report"])
+            arrays = self._server.view(self.spec, Block(*said["block"]))
+            self._result = RoundResult(self.spec, arrays, said["weight"], said["num_updates"], report.rejected, report)
+        return self._result
 
     def submit(self, arrays: Any, weight: Any, client_id: str) -> None:
         """Nobody submits here: replies are received by the server."""
@@ -217,6 +235,7 @@ class ServedRound:
 
     def close(self) -> None:
         """Ends it; views of its mean must be gone."""
+        self._result = None
         with contextlib.suppress(LiflError):
             self._server.ask({"do": "close"}, "closed")
 
@@ -235,6 +254,7 @@ def exchange_served(
     pushed, and their metadata are left in `messages`.
     """
     ids = [i for i in grid.push_messages(messages) if i]
+    server.waiting_since_s = time.monotonic()
     asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in set(ids)}
     unasked = [m.metadata.dst_node_id for m in messages if m.metadata.message_id not in asked]
     if server.count_bound(list(asked)) < len(asked):

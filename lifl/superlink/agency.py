@@ -19,7 +19,7 @@ from typing import Any
 
 from lifl import wire
 from lifl.admission import Limits
-from lifl.errors import LiflError, PeerGoneError, RoundError
+from lifl.errors import LiflError, RoundError
 from lifl.superlink import flower
 from lifl.superlink.reception import Settled
 from lifl.superlink.rounds import Rounds
@@ -204,12 +204,8 @@ class Connection:
         if self._served is None:
             raise RoundError("no round is open")
         round_ = self._served.round
-        try:
-            round_.close_early()
-            self._result = result = round_.result(RESULT_TIMEOUT_S)
-        except (RoundError, PeerGoneError):
-            self._say({"event": "report", "report": round_.report().to_dict()})
-            raise
+        round_.close_early()
+        self._result = result = round_.result(RESULT_TIMEOUT_S)
         block = round_.mean
         self._say(
             {
