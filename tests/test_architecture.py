@@ -194,8 +194,9 @@ ALLOWED: dict[str, set[str]] = {
         *("admission", "errors", "superlink.flower", "superlink.reception", "superlink.rounds"),
         *("superlink.served_round", "tensor", "wire"),
     },
+    "superlink.resumption": {"superlink.flower", "superlink.store"},
     "superlink.plane": {
-        *("superlink.rates", "superlink.relief"),
+        *("superlink.rates", "superlink.relief", "superlink.resumption"),
         *("runtime", "stats", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
         *("superlink.holding", "superlink.protocol", "superlink.rounds", "superlink.signatures", "superlink.store"),
         "wire",

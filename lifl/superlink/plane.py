@@ -18,6 +18,7 @@ from lifl.stats import SuperlinkStats
 from lifl.superlink import flower
 from lifl.superlink.flower import MissingNameError
 from lifl.superlink.holding import Holding
+from lifl.superlink.resumption import resume
 from lifl.superlink.store import ArenaStore, DurableStore
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ class Plane:
         from lifl.superlink.rounds import Rounds
 
         self.rounds = Rounds(self.node, self.store, self.holding)
-        self.rounds.attach(self.app.state.linkstate_factory.state())
+        state = self.app.state.linkstate_factory.state()
+        if isinstance(self.store, DurableStore):
+            resume(state, self.store)
+        self.rounds.attach(state)
         self.agency = Agency(self.rounds, self.node.arena.fd)
 
     def _add_gateway(self, max_object_bytes: int) -> None:
