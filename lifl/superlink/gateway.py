@@ -71,6 +71,9 @@ class Placer(Protocol):
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""
 
+    def relieve_arena(self) -> None:
+        """Somebody waits for room: replies that hold a block and hardly come give it back."""
+
 
 class Gateway:
     """The desk at which the protocol asks.
@@ -251,6 +254,11 @@ class Gateway:
             _server.log(WARNING, "lifl's arena is full: objects are kept beside it now; give the server --lifl-memory")
 
     @property
+    def spooled_bytes(self) -> int:
+        """Memory of objects that are coming in and have no place in the arena yet."""
+        return self._budget.taken_bytes
+
+    @property
     def _is_stuck(self) -> bool:
         return bool(self._waiting) and time.monotonic() - self._full_since_s > FULL_S
 
@@ -266,6 +274,8 @@ class Gateway:
         if now_s - self._relieved_s >= RELIEF_S:
             self._relieved_s = now_s
             self.relieve()
+            if self._placer is not None:
+                self._placer.relieve_arena()
         if self._is_stuck:  # the first may wait for what the others hold
             self._waiting = deque([ask for ask in self._waiting if not ask()])
         while self._waiting and self._waiting[0]():

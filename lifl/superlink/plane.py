@@ -114,8 +114,10 @@ class Plane:
 
     def _add_rounds(self) -> None:
         from lifl.superlink.agency import Agency
+        from lifl.superlink.announcements import guard
         from lifl.superlink.rounds import Rounds
 
+        guard(flower.part("gateway").fleet)
         self.rounds = Rounds(self.node, self.store, self.holding)
         state = self.app.state.linkstate_factory.state()
         if isinstance(self.store, DurableStore):

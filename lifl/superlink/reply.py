@@ -101,7 +101,9 @@ class ReplyReader:
                 arrays = self._arrays(object_id)
                 records[name] = _without_data(arrays)
                 continue
-            content = self._content(object_id, bytes_left, "the records beside the arrays")
+            nbytes, content = self._store.read(object_id, bytes_left)
+            if nbytes > bytes_left:
+                raise self._refuse("format", f"more than {MAX_BESIDE_BYTES:,} bytes beside its arrays", nbytes)
             bytes_left -= len(content)
             # What a client wrote in two bytes may take Python hundreds: counted before it is made.
             count = count_values(_body_of(content, kinds[name]), values_left)

@@ -51,10 +51,15 @@ class SpoolBudget:
 
     Of a node the announced bytes count, of which it decides itself; of all together only what has really come, so
     that nobody is kept waiting by what others only announce. Not for several threads: the loop's.
+
+    Attributes
+    ----------
+    taken_bytes : int
+        Memory that spools have now.
     """
 
     def __init__(self, most_bytes: int, most_of_a_node: int) -> None:
-        self._left = most_bytes
+        self._most, self.taken_bytes = most_bytes, 0
         self._most_of_a_node = most_of_a_node
         self._announced: Counter[int] = Counter()
 
@@ -77,14 +82,14 @@ class SpoolBudget:
 
     def take(self, nbytes: int) -> bool:
         """Takes memory for what comes; false if too much has come already."""
-        if nbytes > self._left:
+        if self.taken_bytes + nbytes > self._most:
             return False
-        self._left -= nbytes
+        self.taken_bytes += nbytes
         return True
 
     def give_back(self, nbytes: int) -> None:
         """That memory is free, or is the store's now."""
-        self._left += nbytes
+        self.taken_bytes -= nbytes
 
 
 class Spool:

@@ -131,6 +131,7 @@ class Upload:
     def take(self) -> Landed:
         """The content, once it is complete; it is the caller's then."""
         assert self._target is not None, "it is complete"
+        self._pieces, self._piece = iter(()), b""  # the memory is the content's, which may go before this does
         target, self._target = self._target, None
         return target.landed(self._hash.hexdigest())
 
