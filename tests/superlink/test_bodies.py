@@ -160,7 +160,7 @@ def test_bodies_that_hold_what_others_need_are_given_up(
     monkeypatch.setattr(rig.plane.gateway.allowance, "total_bytes", 2 * MIB)
     monkeypatch.setattr(allowance, "PATIENCE_S", 0.2)
     bad = [rig.node() for _ in range(4)]
-    lines = []
+    lines, held_bytes = [], 0
     for one in bad:
         body = fleet_pb2.PushMessagesRequest(node=one.proto, message_object_trees=[tree(7000)]).SerializeToString()
         lines.append(Line(rig.port))
@@ -168,6 +168,8 @@ def test_bodies_that_hold_what_others_need_are_given_up(
             lines[-1].send(head(TREES, headers_of(one), len(body)) + body[:-1])
         else:
             lines[-1].send(chunked_head(TREES, headers_of(one)), whole_chunk(body))
+        held_bytes += len(body) - (how == "declared")
+    assert soon(lambda: rig.plane.gateway.allowance.nbytes == held_bytes)
     body = fleet_pb2.PushMessagesRequest(node=node.proto, message_object_trees=[tree(7000)]).SerializeToString()
     for _ in range(3):
         assert call(rig.port, TREES, headers_of(node), body).status == TAKEN
