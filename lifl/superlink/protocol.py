@@ -315,10 +315,11 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._cut(body)
             self._refuse_length(body.nbytes, body.limit)
             return False
+        if body.share is None:
+            body.unshared_bytes += nbytes
         if body.nbytes <= FREE_BYTES or body.cycle.response_complete:
             return True
         if body.share is None:
-            body.unshared_bytes += nbytes
             self.flow.hold()
             if not body.is_asked_for:
                 body.is_asked_for = True
