@@ -1,12 +1,13 @@
 """A server with a database goes on where a killed one stopped: what was being answered is answered again.
 
-Owns which messages had been given out and not received when this server started. Flower marks a message as delivered
-before the SuperNode has it, and refuses an object that is pushed a second time; whoever asks again because its answer
-was lost would get nothing.
+Owns which messages had been given out and not received when this server started, and which replies are not given out
+yet. Flower marks a message as delivered before the SuperNode has it, refuses an object that is pushed a second time,
+and forgets a reply that its ServerApp has begun to pull; whoever asks again because its answer was lost gets nothing.
 """
 
 from __future__ import annotations
 
+import time
 from logging import WARNING
 from typing import Any
 
@@ -23,15 +24,27 @@ AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)
 FIND = f"SELECT message_id, dst_node_id FROM message_ins WHERE {IS_LOST}"
 RELEASE = f"UPDATE message_ins SET delivered_at = '' WHERE message_id = :message_id AND {IS_LOST}"
 
+INCOMPLETE = """
+SELECT message_res.reply_to_message_id FROM message_res
+JOIN object_push_session_roots ON root_object_id = message_res.message_id
+JOIN object_push_sessions ON object_push_sessions.session_id = object_push_session_roots.session_id
+WHERE pending_count > 0 AND message_res.run_id = :run_id
+"""
+
+WITHHELD_S = 200.0
+"""Longer than a push session, after which Flower makes an error of a reply that has not come whole."""
+
 
 def resume(state: Any, store: DurableStore) -> None:
     """Changes a LinkState over a database that another server may have left; before it is used."""
     _accept_again(state, store)
     try:
         found = state.query(FIND)
+        state.query(INCOMPLETE, {"run_id": 0})
     except Exception as error:  # Flower has changed its tables
         _server.log(WARNING, "messages whose delivery was interrupted are not delivered again: %r", error)
         return
+    _withhold_halves(state)
     lost: dict[int, list[str]] = {}
     for row in found:
         lost.setdefault(row["dst_node_id"], []).append(row["message_id"])
@@ -63,6 +76,26 @@ def _deliver_again(state: Any, lost: dict[int, list[str]]) -> None:
     state.get_message_ins = get_message_ins
 
 
-def _signed(node_id: int) -> int:
-    """A node id as a database without unsigned numbers has it."""
-    return node_id - 2**64 if node_id >= 2**63 else node_id
+def _withhold_halves(state: Any) -> None:
+    """A reply is given out when it is whole.
+
+    Its SuperNode may not know yet that it has been announced, and announces it again: that must find it.
+    """
+    original = state.get_message_res
+    since_s: dict[str, float] = {}
+
+    def get_message_res(message_ids: set[str], run_id: int) -> Any:
+        now_s = time.monotonic()
+        rows = state.query(INCOMPLETE, {"run_id": _signed(run_id)})
+        halves = {row["reply_to_message_id"] for row in rows} & message_ids
+        withheld = {one for one in halves if now_s - since_s.setdefault(one, now_s) < WITHHELD_S}
+        for message_id in message_ids - withheld:
+            since_s.pop(message_id, None)
+        return original(message_ids=message_ids - withheld, run_id=run_id)
+
+    state.get_message_res = get_message_res
+
+
+def _signed(number: int) -> int:
+    """An id as a database without unsigned numbers has it."""
+    return number - 2**64 if number >= 2**63 else number

@@ -123,6 +123,41 @@ def test_an_object_that_is_pushed_again_has_been_stored(database: str) -> None:
     assert all(rest)
 
 
+@pytest.mark.parametrize("withheld_s", [resumption.WITHHELD_S, 0.0], ids=["while it may come", "for long enough"])
+def test_a_reply_is_given_to_the_serverapp_when_it_is_whole(
+    withheld_s: float, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then its SuperNode can announce it again; after a while it is left to Flower, which reports an error."""
+    half, whole = threading.Event(), threading.Event()
+    rest: list[bool] = []
+
+    def reply(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(*HONEST[0]))
+        assert client.push(asked, announced, announced.missing[0]) == [True]
+        half.set()
+        assert whole.wait(20)
+        again = client.announce_again(announced)
+        rest.extend(client.push(asked, again))
+
+    monkeypatch.setattr(resumption, "WITHHELD_S", withheld_s)
+    with Rig(database=database) as rig:
+        run_id, token = rig.start_run()
+        client = Client(rig, reply)
+        with rig.grid(run_id, token) as grid:
+            ids = set(grid.push_messages([Message(RecordDict({"arrays": flowers(MODEL)}), client.node.id, "train")]))
+            assert half.wait(20)
+            given = rig.state.get_message_res(message_ids=ids, run_id=run_id)
+            whole.set()
+            if withheld_s:
+                replies: list[Message] = []
+                wait_until(lambda: replies.extend(grid.pull_messages(ids)) or replies)
+                assert not replies[0].has_error()
+                assert all(rest)
+        client.close()
+        assert client.error is None
+    assert len(given) == (not withheld_s)
+
+
 # ---------------------------------------------------------------- the strategy
 
 
