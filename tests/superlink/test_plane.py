@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from lifl.superlink.fleet import Fleet
 from lifl.superlink.prebuilt import Prebuilt
 
 MODEL = {"w": np.ones((300, 1000), np.float32)}
+
+
+SOMETHING = hashlib.sha256(b"something").hexdigest()
 
 
 def told(rig: Rig) -> SuperlinkStats:
@@ -42,9 +46,9 @@ def test_server_tells_what_has_passed() -> None:
         assert told(rig).received_bytes == counts["received"]
         assert told(rig).sent_bytes == counts["sent"]
         assert told(rig).copied_bytes == counts["copied"]
-        rig.store.offer({"0" * 64: b"something"})
+        rig.store.offer({SOMETHING: b"something"})
         assert told(rig).objects == len(rig.store) == 1
-        rig.store.withdraw(["0" * 64])
+        rig.store.withdraw([SOMETHING])
 
 
 def test_database_is_not_asked(tmp_path: Path) -> None:

@@ -1,0 +1,463 @@
+"""What one node sends costs that node: attacks that were tried on the server, each beside honest clients."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.app.message import make_message
+from flwr.common.serde import message_to_proto
+from flwr.proto import fleet_pb2, message_pb2
+from plain import call, head, headers_of
+from players import Client, check_mean, play, says, wait_until
+from rig import HOST, Node, Rig
+from things import NUMPY, Thing, array, chunks_of, metrics, record, reply, saved, update, weight
+
+from lifl.superlink import reception, rounds
+from lifl.superlink.content import BlockContent, Landed, PartContent, varint
+from lifl.superlink.prebuilt import Placeholder
+
+MIB = 2**20
+STORED = message_pb2.PushObjectResponse(stored=True).SerializeToString()
+MODEL = {"w": np.zeros((100, 500), np.float32), "b": np.zeros(3), "c": np.zeros(3)}
+HONEST = [
+    ({"w": np.full((100, 500), 1, np.float32), "b": np.ones(3), "c": np.arange(3.0)}, 1.0),
+    ({"w": np.full((100, 500), 5, np.float32), "b": np.arange(3.0), "c": np.ones(3)}, 3.0),
+]
+THEIRS = {"w": np.full((100, 500), 7, np.float32), "b": np.full(3, 7.0), "c": np.full(3, 9.0)}
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """One server for all attacks of this module."""
+    with Rig("64MiB") as made:
+        yield made
+
+
+def resident_bytes() -> int:
+    """Memory of this process, which is the server's."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) * 1024
+
+
+@contextlib.contextmanager
+def peak_below(most_bytes: int) -> Iterator[None]:
+    """Memory grows by less than so much meanwhile."""
+    before, stop, seen = resident_bytes(), threading.Event(), [0]
+
+    def look() -> None:
+        while not stop.wait(0.005):
+            seen[0] = max(seen[0], resident_bytes() - before)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert seen[0] < most_bytes, f"{seen[0]:,} bytes more at the peak"
+
+
+# ---------------------------------------------------------------- whose bytes are whose
+
+
+def turned(arrays: dict[str, Any]) -> Thing:
+    """A reply with the keys in another order than the model's."""
+    return update(dict(reversed(arrays.items())))
+
+
+def test_keys_in_another_order_are_read_by_name() -> None:
+    """Arrays of one size, each full of another number; in the first round, and when the server has seen the order."""
+    model = {name: np.zeros(300, np.float32) for name in "abcd"}
+    first, second, third = ({n: np.full(300, 10**k * i, np.float32) for i, n in enumerate("abcd", 1)} for k in range(3))
+    with Rig("64MiB") as rig:
+        for honest in ([(first, 1.0)], [(first, 1.0), (second, 3.0)]):
+            round_, _ = play(rig, model, honest, says(turned(third)), num_rounds=3)
+            assert not round_.refused
+            check_mean(round_, [*honest, (third, 1.0)])
+        round_, _ = play(rig, model, [], says(turned(first)), says(turned(second)), num_rounds=2)
+        check_mean(round_, [(first, 1.0), (second, 1.0)])
+
+
+def test_chunks_in_another_order_are_what_they_are() -> None:
+    """An array that names its chunks in another order has its numbers in that order."""
+    count = 3 * 1_310_720
+    numbers = np.arange(count, dtype=np.float32)
+    parts = chunks_of(saved(numbers))
+    assert len(parts) == 4
+    said = {"dtype": "float32", "shape": [count], "stype": NUMPY, "arraychunk_ids": [0, 2, 1, 3]}
+    stream = b"".join(parts[i].body for i in said["arraychunk_ids"])
+    theirs = np.frombuffer(stream, np.float32, count, 128)
+    with Rig("256MiB") as rig:
+        bad = update({"w": Thing("Array", tuple(parts), json.dumps(said).encode())})
+        zeros = {"w": np.zeros(count, np.float32)}
+        round_, _ = play(rig, zeros, [(zeros, 1.0)], says(bad))
+        check_mean(round_, [(zeros, 1.0), ({"w": theirs}, 1.0)])
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_one_nodes_reply_changes_no_others(rig: Rig, turn: int) -> None:
+    """Arrays that change places, and a weight that hardly counts: the next rounds of honest clients are exact."""
+    names = list(THEIRS)
+    order = names[turn:] + names[:turn]
+    order[0], order[-1] = order[-1], order[0]
+    bad = update({name: THEIRS[name] for name in order}, 2.0**-60)
+    round_, _ = play(rig, MODEL, HONEST, says(bad), num_rounds=3)
+    assert not round_.refused
+    check_mean(round_, HONEST)
+
+
+# ---------------------------------------------------------------- what a reply says of itself
+
+
+def described(name: str, **said: Any) -> Thing:
+    """A right reply but for what one array says of itself; text as it is, not escaped."""
+    numbers = THEIRS[name]
+    chunks = chunks_of(saved(numbers))
+    right = {"dtype": "float64", "shape": [3], "stype": NUMPY, "arraychunk_ids": [0]}
+    body = json.dumps({**right, **said}, ensure_ascii=False).encode()
+    return update({**THEIRS, name: Thing("Array", tuple(chunks), body)})
+
+
+BIG = Thing("ArrayChunk", body=bytes(5 * MIB))
+ONE = array(np.zeros(1, np.float32))
+MANY = record({f"k{i}": ONE for i in range(400)})
+NAMES_400 = Thing("ArrayRecord", (ONE,), json.dumps({f"k{i}": ONE.id for i in range(400)}).encode())
+SAID = {
+    "23 MB of dtype": (described("b", dtype="\u00e9" * 11_500_000), "the description of 'b': 23,000,1"),
+    "a long dtype": (described("b", dtype="x" * 100), "by no short text"),
+    "a long stype": (described("b", stype="x" * 100), "by no short text"),
+    "a dtype that is none": (described("b", dtype=7), "by no short text"),
+    "10,000 dimensions": (described("b", shape=[1] * 10_000), "a shape that no array has"),
+    "a length beyond 64 bits": (described("b", shape=[10**30]), "a shape that no array has"),
+    "half a length": (described("b", shape=[1.5]), "a shape that no array has"),
+    "one chunk 400 times": (
+        update({**THEIRS, "w": array(THEIRS["w"], chunks=[BIG], arraychunk_ids=[0] * 400)}),
+        "not a .npy stream",
+    ),
+    "one chunk 100,000 times": (
+        update({**THEIRS, "w": array(THEIRS["w"], chunks=[Thing("ArrayChunk")], arraychunk_ids=[0] * 100_000)}),
+        "bytes came, at most|100,000 chunks, at most",
+    ),
+    "one array 400 times": (reply(arrays=NAMES_400, metrics=weight(1)), "the list of arrays: |not in the model"),
+    "one record 400 times": (
+        Thing("RecordDict", (NAMES_400, weight(1)), json.dumps({f"r{i}": NAMES_400.id for i in range(400)}).encode()),
+        "400 ArrayRecords, one is expected",
+    ),
+    "a long list of records": (
+        Thing("RecordDict", (weight(1),), json.dumps({f"r{i}": weight(1).id for i in range(5000)}).encode()),
+        "the list of records: ",
+    ),
+    "a long key": (update({**THEIRS, "k" * 100_000: THEIRS["b"]}), "the list of arrays: |not in the model"),
+    "a million metrics": (
+        reply(arrays=record(THEIRS), metrics=metrics(**{"num-examples": 1}, **{f"m{i}": 1.0 for i in range(300_000)})),
+        "more than 262,144 values beside its arrays",
+    ),
+}
+
+
+@pytest.mark.parametrize("names", [list(SAID)[i : i + 5] for i in range(0, len(SAID), 5)], ids=lambda names: names[0])
+def test_a_reply_that_says_too_much_is_refused_at_once(rig: Rig, names: list[str]) -> None:
+    """Before anything is built of it: memory grows by what came; the run goes on, and the mean is the others'."""
+    came = sum(len(thing.content) for name in names for thing in SAID[name][0].all())
+    play(rig, MODEL, HONEST)  # what a first round needs for good
+    with peak_below(4 * came + 64 * MIB):
+        round_, clients = play(rig, MODEL, HONEST, *(says(SAID[name][0]) for name in names), num_rounds=2)
+    check_mean(round_, HONEST)
+    said = {client.name: name for client, name in zip(clients, names, strict=False)}
+    assert {said[who] for who in round_.refused} == {*names}
+    for who, reason in round_.reasons.items():
+        assert any(one in reason for one in SAID[said[who]][1].split("|")), (said[who], reason)
+
+
+def test_a_reply_larger_than_any_is_refused_while_it_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent of it after that is not kept, and the round goes on without it."""
+    monkeypatch.setattr(reception, "MAX_BESIDE_BYTES", MIB)
+    answers: list[int] = []
+
+    def large(client: Client, asked: Message) -> None:
+        beside = [Thing("ArrayChunk", body=bytes([n]) * MIB) for n in range(8)]
+        announced = client.announce(asked, reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1)))
+        for object_id in announced.missing:
+            body = client.request(asked, announced, object_id)
+            answers.append(client.node.caller.call("/v1/fleet/push-object", body)[0])
+
+    round_, clients = play(rig, MODEL, HONEST, large)
+    check_mean(round_, HONEST)
+    assert round_.refused == {clients[0].name: "format"}
+    assert "more than twice the model" in round_.reasons[clients[0].name]
+    assert answers.count(413) == 1
+
+
+# ---------------------------------------------------------------- what an upload holds
+
+
+def half_open(rig: Rig, node: Node, run_id: int, object_id: str, nbytes: int, sent: int) -> socket.socket:
+    """A connection on which so much of an object has come."""
+    prefix = message_pb2.PushObjectRequest(node=node.proto, run_id=run_id, object_id=object_id)
+    body = prefix.SerializeToString(deterministic=True) + b"\x22" + varint(nbytes)
+    line = socket.create_connection((HOST, rig.port), 10)
+    begun = head("/v1/fleet/push-object", headers_of(node), len(body) + nbytes)
+    line.sendall(begun + body + b"x" * sent)
+    return line
+
+
+def test_half_open_uploads_hold_what_has_come(rig: Rig) -> None:
+    """Of objects of 60 MiB each; the round beside ends as usual, and afterwards nothing is held."""
+    lines: list[Any] = []
+
+    def attack(client: Client, asked: Message) -> None:
+        run_id = asked.metadata.run_id
+        ids = [hashlib.sha256(b"%d" % n).hexdigest() for n in range(60)]
+        children = [message_pb2.ObjectTree(object_id=object_id) for object_id in ids]
+        root = message_pb2.ObjectTree(object_id="e" * 64, children=children)
+        session_id = client.rig.state.start_session(run_id)
+        client.rig.state.preregister_object_tree(root, session_id)
+        for object_id in ids:
+            lines.append(half_open(client.rig, client.node, run_id, object_id, 60 * MIB, 100))
+        client.answer(asked, update(THEIRS))
+
+    with peak_below(48 * MIB):
+        round_, _ = play(rig, MODEL, HONEST, attack, is_alone=False)
+        check_mean(round_, [*HONEST, (THEIRS, 1.0)])
+        assert rig.plane.gateway.spooled_bytes <= len(lines) * 2**14
+    for line in lines:
+        line.close()
+    wait_until(lambda: rig.plane.gateway.spooled_bytes == 0)
+
+
+class Announced:
+    """A run with an object that is wanted, and nodes that may bring it."""
+
+    def __init__(self, rig: Rig, nbytes: int) -> None:
+        self.rig = rig
+        self.content = b"ArrayChunk  %d\0" % nbytes + bytes(nbytes)
+        self.object_id = hashlib.sha256(self.content).hexdigest()
+        self.run_id, _ = rig.start_run()
+        self.session_id = rig.state.start_session(self.run_id)
+        self.nodes = [rig.node() for _ in range(2)]
+
+    def announce(self, *object_ids: str) -> None:
+        """The object, and others."""
+        children = [message_pb2.ObjectTree(object_id=one) for one in (self.object_id, *object_ids)]
+        root = message_pb2.ObjectTree(object_id="e" * 64, children=children)
+        self.rig.state.preregister_object_tree(root, self.session_id)
+
+    def push(self, node: Node) -> tuple[int, bytes]:
+        """The object's bytes come from a node; the answer."""
+        body = message_pb2.PushObjectRequest(
+            node=node.proto,
+            run_id=self.run_id,
+            object_id=self.object_id,
+            object_content=self.content,
+            session_id=self.session_id,
+        ).SerializeToString(deterministic=True)
+        answer = call(self.rig.port, "/v1/fleet/push-object", headers_of(node), body)
+        return answer.status, answer.body
+
+    def __enter__(self) -> Announced:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in self.nodes:
+            self.rig.state.deactivate_node(node.id)
+            node.close()
+        self.rig.state.stop_run(self.run_id)
+
+
+def test_a_node_sends_so_much_at_once(rig: Rig) -> None:
+    """One more object is refused until others have come; another node's is not."""
+    with Announced(rig, 10 * MIB) as announced:
+        others = ["a" * 64, "b" * 64]
+        announced.announce(*others)
+        first, second = announced.nodes
+        with contextlib.ExitStack() as lines:
+            for object_id in others:
+                lines.enter_context(half_open(rig, first, announced.run_id, object_id, 60 * MIB, 10))
+            wait_until(lambda: rig.plane.gateway.uploads == 2)
+            status, said = announced.push(first)
+            assert status == 503
+            assert b"is sending 125,829,120 bytes already, and may send 134,217,728 at once" in said
+            assert announced.push(second) == (200, STORED)
+        wait_until(lambda: rig.plane.gateway.spooled_bytes == 0)
+        assert rig.store.get(announced.object_id) == announced.content
+
+
+def test_what_comes_into_spools_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it an upload is read, forgotten and answered with 503; it can come again."""
+    with Announced(rig, 3 * MIB) as announced:
+        announced.announce()
+        monkeypatch.setattr(rig.plane.gateway._budget, "_most", MIB)
+        assert announced.push(announced.nodes[0]) == (503, b"too much is coming in at once: try again later")
+        assert rig.plane.gateway.spooled_bytes == 0
+        monkeypatch.undo()
+        assert announced.push(announced.nodes[0]) == (200, STORED)
+        assert rig.store.get(announced.object_id) == announced.content
+
+
+def test_half_replies_hold_no_room_that_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes begin a reply, which takes a block each, and stop; the arena has no more. The others are served."""
+    monkeypatch.setattr(rounds, "SLOW_S", 0.2)
+    model = {"w": np.zeros(2_000_000, np.float32)}
+    honest = [({"w": np.full(2_000_000, n, np.float32)}, 1.0) for n in (1, 3)]
+    begun: list[Any] = []
+
+    def half(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update({"w": np.full(2_000_000, 7, np.float32)}))
+        large = max(announced.missing, key=lambda i: len(announced.things[i].content))
+        body = client.request(asked, announced, large)
+        line = socket.create_connection((HOST, client.rig.port), 10)
+        line.sendall(head("/v1/fleet/push-object", headers_of(client.node), len(body)) + body[:100_000])
+        begun.append(line)
+
+    def late(arrays: dict[str, Any]) -> Any:
+        def act(client: Client, asked: Message) -> None:
+            wait_until(lambda: len(begun) == 3)
+            client.answer(asked, update(arrays))
+
+        return act
+
+    with Rig("80MiB") as rig:
+        round_, _ = play(
+            rig, model, [], half, half, half, *(late(one) for one, _ in honest), deadline=6.0, is_alone=False
+        )
+        assert len(round_.report.accepted) == 2
+        check_mean(round_, honest)
+        for line in begun:
+            line.close()
+
+
+# ---------------------------------------------------------------- who says what
+
+
+@pytest.mark.parametrize("way", ["length", "chunked"])
+@pytest.mark.parametrize("what", ["a message", "another's reply"])
+def test_a_node_speaks_for_itself(rig: Rig, what: str, way: str) -> None:
+    """Not in the SuperLink's name, and not in another node's, by whichever way the request comes."""
+    taken: list[Any] = []
+
+    def forge(client: Client, asked: Message) -> None:
+        meta = asked.metadata
+        if what == "a message":
+            said = Message(Placeholder(update(THEIRS).id), client.node.id, "train", group_id=meta.group_id)
+            proto = message_to_proto(make_message(metadata=said.metadata, content=RecordDict()))
+            proto.metadata.src_node_id, proto.metadata.run_id = 1, meta.run_id
+        else:
+            said = Message(Placeholder(update(THEIRS).id), reply_to=asked)
+            proto = message_to_proto(make_message(metadata=said.metadata, content=RecordDict()))
+            proto.metadata.src_node_id = 12345
+        proto.metadata.message_id = "d" * 64
+        tree = message_pb2.ObjectTree(object_id="d" * 64)
+        request = fleet_pb2.PushMessagesRequest(
+            node=client.node.proto, messages_list=[proto], message_object_trees=[tree]
+        )
+        body = request.SerializeToString(deterministic=True)
+        headers = headers_of(client.node)
+        begun = head("/v1/fleet/push-messages", headers, len(body))
+        if way == "chunked":
+            length = b"content-length: %d\r\n" % len(body)
+            begun = begun.replace(length, b"transfer-encoding: chunked\r\n")
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        with socket.create_connection((HOST, client.rig.port), 10) as line:
+            line.sendall(begun + body)
+            taken.append(line.recv(100_000))
+        client.answer(asked, update(THEIRS))
+
+    round_, clients = play(rig, MODEL, HONEST, forge)
+    assert not round_.refused
+    assert taken[0].startswith(b"HTTP/1.1 200")
+    assert b"d" * 64 not in taken[0]
+    assert len(clients[0].asked) == 1, "it sent no message, to itself either"
+    check_mean(round_, [*HONEST, (THEIRS, 1.0)])
+
+
+# ---------------------------------------------------------------- reading while it goes
+
+
+def test_what_is_pulled_while_it_goes_is_right_or_not_there(rig: Rig) -> None:
+    """Objects are offered and withdrawn, pushed and deleted, freed memory is overwritten, while others pull them."""
+    run_id, _ = rig.start_run()
+    store, arena = rig.store, rig.plane.node.arena
+    stop, seen = threading.Event(), Counter[str]()
+    numbers, begin = bytes(range(250)) * 1200, b"ArrayChunk  300000\0"
+    right = [begin + numbers, b"ArrayChunk  200000\0" + numbers[:200_000]]
+    ids = [hashlib.sha256(one).hexdigest() for one in right]
+
+    def offer() -> None:
+        while not stop.is_set():
+            if (block := arena.alloc(len(numbers))) is None:
+                continue
+            memory = memoryview(arena.buffer(block))
+            memory[: len(numbers)] = numbers
+            held = store.offer({ids[0]: PartContent(begin, memory[: len(numbers)])})
+            del memory
+            time.sleep(0.0003)
+            store.withdraw(held)
+            arena.reclaim(block)
+
+    def push() -> None:
+        for n in range(10**9):
+            if stop.is_set():
+                return
+            root = hashlib.sha256(b"r%d" % n).hexdigest()
+            child = message_pb2.ObjectTree(object_id=ids[1])
+            store.preregister(run_id, message_pb2.ObjectTree(object_id=root, children=[child]))
+            if (content := BlockContent.make(arena, len(right[1]))) is not None:
+                content.view[:] = right[1]
+                store.put(ids[1], Landed(content, len(right[1]), ids[1]))
+                del content
+                time.sleep(0.0003)
+            store.delete(root)
+
+    def scribble() -> None:
+        while not stop.wait(0.002):
+            taken = [block for _ in range(100) if (block := arena.alloc(65536)) is not None]
+            for block in taken:
+                memoryview(arena.buffer(block))[:] = b"\xee" * 65536
+            for block in taken:
+                arena.reclaim(block)
+
+    def pull(which: int) -> None:
+        node = rig.node()
+        request = message_pb2.PullObjectRequest(node=node.proto, run_id=run_id, object_id=ids[which])
+        while not stop.is_set():
+            status, body = node.say("pull-object", request)
+            try:
+                content = message_pb2.PullObjectResponse.FromString(body).object_content
+            except Exception:
+                content = b"unparsable"
+            kind = "right" if content == right[which] else "nothing" if not content else "wrong"
+            seen[kind if status == 200 else f"status {status}"] += 1
+        rig.state.deactivate_node(node.id)
+        node.close()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(2e-6)
+    threads = [threading.Thread(target=one) for one in (offer, push, scribble)]
+    threads += [threading.Thread(target=pull, args=(n % 2,)) for n in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 20
+        while seen["right"] < 300 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        sys.setswitchinterval(interval)
+    rig.state.stop_run(run_id)
+    assert set(seen) <= {"right", "nothing"}, seen
+    assert seen["right"] >= 300
