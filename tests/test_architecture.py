@@ -129,7 +129,9 @@ ALLOWED: dict[str, set[str]] = {
         *("strategy.reading", "strategy.served"),
     },
     "strategy.reading": {"errors", "tensor"},
-    "strategy.served": {"admission", "errors", "heap", "metrics", "result", "shm", "tensor", "terms", "wire"},
+    "strategy.served": {
+        *("admission", "errors", "heap", "metrics", "result", "shm", "strategy.exchange", "tensor", "terms", "wire"),
+    },
     "strategy.journal": {"checkpoint", "errors", "metrics"},
     "strategy.averaging": {"admission", "errors", "metrics", "strategy.landing"},
     "strategy.fedavg": {

@@ -17,6 +17,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from lifl.heap import give_back
 from lifl.strategy.pulling import puller
@@ -60,7 +61,7 @@ def exchange(
     """
     # A Grid leaves out what it could not push (InMemoryGrid, and HttpGrid if all is too large) or gives
     # None in its place (HttpGrid): to wait for those would be to wait for the time-out.
-    ids = [m.metadata.message_id for m in messages] if are_pushed else grid.push_messages(messages)
+    ids = [m.metadata.message_id for m in messages] if are_pushed else push(grid, messages)
     waiting = {i: None for i in ids if i}
     asked = [(m.metadata.message_id, m.metadata.dst_node_id) for m in messages]
     nodes = dict(asked)
@@ -104,6 +105,19 @@ def _largest(messages: list[Message]) -> int:
         known |= {id(record): record.count_bytes() for record in records if id(record) not in known}
         largest = max(largest, sum(known[id(record)] for record in records))
     return largest
+
+
+def push(grid: Grid, messages: list[Message]) -> list[str]:
+    """Pushes messages; their ids, with None or "" for one that could not be pushed.
+
+    Pushes them a second time if an object is refused: a SuperLink that was killed and is back has it already, but its
+    answer was lost, and Flower's SuperLink takes no object twice. It knows the messages, and asks for what it lacks.
+    """
+    try:
+        return list(grid.push_messages(messages))
+    except ObjectPushError as error:
+        log(WARNING, "The messages of a round are pushed again: %s", error)
+        return list(grid.push_messages(messages))
 
 
 def _subsets(ids: list[str], size: int) -> Iterator[list[str]]:

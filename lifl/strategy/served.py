@@ -33,6 +33,7 @@ from lifl.heap import give_back
 from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
 from lifl.shm import Arena, Block
+from lifl.strategy.exchange import push
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing
 
@@ -253,7 +254,7 @@ def exchange_served(
     None if the server does not see all of the messages. Then, and if the server is lost on the way, they have been
     pushed, and their metadata are left in `messages`.
     """
-    ids = [i for i in grid.push_messages(messages) if i]
+    ids = [i for i in push(grid, messages) if i]
     server.waiting_since_s = time.monotonic()
     asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in set(ids)}
     unasked = [m.metadata.dst_node_id for m in messages if m.metadata.message_id not in asked]

@@ -12,6 +12,7 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2
+from flwr.superlink.servicer.runtime import runtime_handlers
 from players import Client, flowers, mean_of, says, wait_until
 from rig import Node, Rig
 from things import update
@@ -239,6 +240,27 @@ def test_a_server_that_is_asked_to_end_leaves_the_round_in_its_database(lost: Lo
     thread.join(30)
     (result,) = results
     check_both(result, 1)
+
+
+@pytest.mark.parametrize("is_served", [True, False], ids=["by the server", "by the ServerApp"])
+def test_a_model_of_which_an_object_is_refused_is_pushed_again(
+    is_served: bool, lost: Lost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server had the object and its answer was lost: both nodes get one message, and the round is a round."""
+    real, refused = runtime_handlers.push_object, list[str]()
+
+    def push_object(request: Any, state: Any, task: Any) -> Any:
+        answer = real(request, state, task)
+        if not refused:
+            refused.append(request.object_id)
+            answer.stored = False
+        return answer
+
+    monkeypatch.setattr(runtime_handlers, "push_object", push_object)
+    check_both(lost.run(order="any" if is_served else "flower"), 1)
+    assert len(refused) == 1
+    assert [len(client.asked) for client in lost.clients] == [1, 1]
+    assert lost.rig.plane.rounds.served == is_served
 
 
 def test_what_is_left_of_the_deadline_is_waited_for(lost: Lost, monkeypatch: pytest.MonkeyPatch) -> None:
