@@ -170,7 +170,7 @@ ALLOWED: dict[str, set[str]] = {
         *("superlink.allowance", "superlink.desk", "superlink.flower", "superlink.rates", "superlink.turns"),
     },
     "superlink.exchanges": {
-        "superlink.allowance",
+        *("superlink.allowance", "superlink.body"),
         *("superlink.checks", "superlink.flower", "superlink.holding", "superlink.protocol"),
         *("superlink.store", "superlink.targets", "superlink.upload"),
     },

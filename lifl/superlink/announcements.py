@@ -58,8 +58,8 @@ def why_not(request: Any) -> str | None:
         count, waiting = 0, [tree]
         while waiting:
             node = waiting.pop()
-            waiting.extend(node.children)
             count += 1
-            if count + len(waiting) > MAX_OBJECTS:
+            if count + len(waiting) + len(node.children) > MAX_OBJECTS:
                 return f"more than {MAX_OBJECTS:,} objects"
+            waiting.extend(node.children)
     return None

@@ -136,8 +136,45 @@ def count_values(data: bytes, most: int) -> int:
                 raise ValueError(f"wire type {kind} in field {field}")
             count += 1
             if count > most:
-                return count
+                return most + 1
     return count
+
+
+def count_objects(data: bytes, most: int) -> int:
+    """How many objects the trees in a serialized PushMessagesRequest name; counted up to `most` + 1. Nothing is built.
+
+    Raises
+    ------
+    ValueError
+        If it is no protobuf message.
+    """
+    count, waiting = 0, [(0, len(data), TREES_FIELD)]
+    while waiting:
+        at, end, wanted = waiting.pop()
+        while at < end:
+            key, at = _whole_varint(data, at, end)
+            kind = key & 7
+            if kind == 0:
+                _, at = _whole_varint(data, at, end)
+            elif kind in (1, 5):
+                at += 8 if kind == 1 else 4
+            elif kind == 2:
+                nbytes, begin = _whole_varint(data, at, end)
+                at = begin + nbytes
+                if at > end:
+                    raise ValueError(f"a field of {nbytes:,} bytes where {end - begin:,} are left")
+                if key >> 3 == wanted:
+                    waiting.append((begin, at, CHILDREN_FIELD))
+                    count += 1
+                    if count > most:
+                        return count
+            else:
+                raise ValueError(f"wire type {kind} in field {key >> 3}")
+    return count
+
+
+TREES_FIELD, CHILDREN_FIELD = 3, 2
+"""Of a PushMessagesRequest the objects' trees, of a tree the trees below."""
 
 
 def _whole_varint(data: bytes, at: int, end: int) -> tuple[int, int]:

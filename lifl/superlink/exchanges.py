@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from lifl.superlink import flower
 from lifl.superlink.allowance import Share
+from lifl.superlink.body import count_objects
 from lifl.superlink.checks import Checks
 from lifl.superlink.holding import Holding
 from lifl.superlink.protocol import FREE_BYTES, GatewayProtocol
-from lifl.superlink.store import ArenaStore, DurableStore
+from lifl.superlink.store import MAX_OBJECTS, ArenaStore, DurableStore
 from lifl.superlink.targets import Sink
 from lifl.superlink.upload import Target, Upload
 
@@ -24,8 +25,11 @@ _names = flower.part("gateway")
 MAX_REQUEST_BYTES = 2**16
 """Of a request without an object or its tree: a node, a run and an id."""
 
-MAX_TREE_BYTES = 2**26
+MAX_TREE_BYTES = 2**25
 """Of one that announces a message: ids of its objects, 70 to 140 bytes each."""
+
+LONG_TREE_BYTES = 2**22
+"""Up to so much is parsed without a look: it may take a hundred megabytes for a moment."""
 
 _STORED = {flag: _names.PushObjectResponse(stored=flag).SerializeToString() for flag in (True, False)}
 
@@ -189,15 +193,22 @@ class Unary(Exchange):
         """Parses it and has it done."""
         if self._share is not None:
             self._share.is_whole = True
-        self.request, body = self.kind(), bytes(self._body)
-        self._body = bytearray()
-        try:
-            self.request.ParseFromString(body)
-        except Exception as error:
-            self.fail(_names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, f"Invalid payload: {error!r}"))
-            return
+        body, self._body = bytes(self._body), bytearray()
+
+        def work() -> Any:
+            self.request = self.parse(body)
+            return self.work()
+
         run = self.gateway.run_aside if self.is_long else self.gateway.run
-        run(self.work, self.then, self.fail)
+        run(work, self.then, self.fail)
+
+    def parse(self, body: bytes) -> Any:
+        """The request in a body; raises Flower's error if there is none."""
+        try:
+            return self.kind.FromString(body)
+        except Exception as error:
+            about = f"Invalid payload: {error!r}"
+            raise _names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, about) from None
 
     def work(self) -> Any:
         """Checks and handles it."""
@@ -230,6 +241,16 @@ class PushMessages(Unary):
 
     kind = _names.PushMessagesRequest
     max_bytes = MAX_TREE_BYTES
+
+    def parse(self, body: bytes) -> Any:
+        """The request; of a long one the objects are counted first, for each of which protobuf takes memory."""
+        try:
+            if len(body) > LONG_TREE_BYTES and count_objects(body, MAX_OBJECTS) > MAX_OBJECTS:
+                raise ValueError(f"more than {MAX_OBJECTS:,} objects")
+        except ValueError as error:
+            about = f"Invalid payload: {error}"
+            raise _names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, about) from None
+        return super().parse(body)
 
     def handle(self) -> Any:
         """Flower's."""

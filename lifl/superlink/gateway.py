@@ -20,8 +20,8 @@ from lifl.superlink.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
 from lifl.superlink.checks import Checks
 from lifl.superlink.content import SMALL_BYTES, BlockContent
 from lifl.superlink.exchanges import (
+    LONG_TREE_BYTES,
     MAX_REQUEST_BYTES,
-    MAX_TREE_BYTES,
     ConfirmMessage,
     PullMessages,
     PullObject,
@@ -124,7 +124,8 @@ class Gateway:
         self._routes[b"/v1/fleet/confirm-message-received"] = ConfirmMessage
         self.max_body_bytes = max(MAX_BODY_BYTES, max_object_bytes + FIELDS_BYTES)
         self._limits = {path.decode(): MAX_REQUEST_BYTES for path in self._routes}
-        self._limits["/v1/fleet/push-messages"] = MAX_TREE_BYTES
+        # SuperNodes do not send it in chunks; Flower parses it before anybody counts what is in it.
+        self._limits["/v1/fleet/push-messages"] = LONG_TREE_BYTES
         for name in ("fleet", "runtime"):
             self._limits[f"/v1/{name}/push-object"] = max_object_bytes + FIELDS_BYTES
         total_bytes = max(TOTAL_BYTES, 4 * self.max_body_bytes)

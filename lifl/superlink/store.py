@@ -39,6 +39,7 @@ class _Entry:
     runs: set[int]
     content: Content | bytes | None = None  # None: not there, or not there any more
     references: int = 0
+    beside: tuple[str, ...] = ()  # what goes with it although it is not below it
 
 
 class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a base that is found at run time
@@ -65,13 +66,14 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
         for object_id, _ in nodes:
             if not _names.is_valid_id(object_id):
                 raise ValueError(f"Invalid object ID format: {object_id}")
-        missing: dict[str, None] = {}
+        missing, new = dict[str, None](), list[str]()
         with self._lock:
             of_run = self._runs.setdefault(run_id, set())
             for object_id, children in nodes:  # children come before their parents
                 entry = self._entries.get(object_id)
                 if entry is None:
                     entry = self._entries[object_id] = _Entry(None, {run_id})
+                    new.append(object_id)
                 if entry.children is None:
                     entry.children = children
                     for child in children:
@@ -82,6 +84,14 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                 of_run.add(object_id)
                 if entry.content is None:
                     missing[object_id] = None
+            # What is below an object of which others have said something else is referred to by nobody, and yet it may
+            # be right: it goes with the root.
+            root = self._entries[object_tree.object_id]
+            for object_id in new:
+                entry = self._entries[object_id]
+                if not entry.references and entry is not root:
+                    entry.references += 1
+                    root.beside += (object_id,)
         return list(missing)
 
     def get_object_tree(self, object_id: str) -> Any:
@@ -172,7 +182,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                     if run_id in self._runs:
                         self._runs[run_id].discard(object_id)
                 _release(object_id, entry)
-                for child in entry.children or ():
+                for child in (*(entry.children or ()), *entry.beside):
                     self._entries[child].references -= 1
                     waiting.append(child)
 

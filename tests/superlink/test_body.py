@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
-from flwr.proto import message_pb2, node_pb2
+from flwr.app import ConfigRecord, MetricRecord
+from flwr.proto import fleet_pb2, message_pb2, node_pb2
+from flwr.supercore.inflatable.inflatable_object import get_object_body
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.superlink.body import MAX_PREFIX_BYTES, MAX_TAIL_BYTES, Cut, cut
+from lifl.superlink.body import MAX_PREFIX_BYTES, MAX_TAIL_BYTES, Cut, count_objects, count_values, cut
+from lifl.superlink.content import varint
 
 CONTENT = b"\x22"
 """The tag of field 4, of kind 2."""
@@ -167,3 +173,76 @@ def test_any_bytes_are_cut_or_refused(data: bytes, more: int) -> None:
         return
     if found is not None:
         assert 0 <= found.field_at <= found.begin <= found.end <= found.length == len(data) + more
+
+
+# ---------------------------------------------------------------- what is counted before it is built
+
+NUMBERS = st.floats(allow_nan=False) | st.integers(-(2**63), 2**63 - 1)
+METRICS = st.dictionaries(st.text(max_size=5), NUMBERS | st.lists(st.floats(allow_nan=False)), max_size=8)
+CONFIGS = st.dictionaries(
+    st.text(max_size=5),
+    NUMBERS | st.booleans() | st.text() | st.binary() | st.lists(st.text()) | st.lists(st.binary()),
+    max_size=8,
+)
+
+
+def values_in(record: Any) -> int:
+    """Names, values, and what texts are in lists."""
+    lists = [value for value in record.values() if isinstance(value, list) and value]
+    texts = sum(len(value) for value in lists if isinstance(value[0], (str, bytes)))
+    return 3 * len(record) + len(lists) + texts  # an item, its name, its value, and a field of that
+
+
+@given(record=st.builds(MetricRecord, METRICS) | st.builds(ConfigRecord, CONFIGS))
+def test_values_of_a_record_are_counted(record: Any) -> None:
+    """Each text counts, of numbers sixteen."""
+    data = get_object_body(record.deflate(), type(record))
+    counted = count_values(data, 10**9)
+    # An empty name is not written.
+    assert -len(record) <= counted - values_in(record) <= len(record) + len(data) // 16
+    for most in (0, counted // 2, counted - 1):
+        assert count_values(data, max(most, 0)) == min(counted, max(most, 0) + 1)
+
+
+@pytest.mark.parametrize("values", [[1] * 100_000, [2**40] * 20_000, [0.5] * 20_000], ids=["small", "large", "floats"])
+def test_numbers_in_lists_count_less(values: Any) -> None:
+    """By the bytes that they take on the wire."""
+    record = MetricRecord({"x": values})
+    data = get_object_body(record.deflate(), MetricRecord)
+    assert len(values) // 16 <= count_values(data, 10**9) <= len(values) // 2
+
+
+def trees(depth: int) -> Any:
+    """Trees of objects, ids of any length."""
+    ids = st.text("0123456789abcdef", max_size=64)
+    below = st.just([]) if depth == 0 else st.lists(trees(depth - 1), max_size=3)
+    return st.builds(lambda i, c: message_pb2.ObjectTree(object_id=i, children=c), ids, below)
+
+
+def size(tree: Any) -> int:
+    """Objects in a tree."""
+    return 1 + sum(size(child) for child in tree.children)
+
+
+@given(found=st.lists(trees(3), max_size=3))
+def test_objects_of_a_tree_are_counted(found: list[Any]) -> None:
+    """All of them, at any depth; no further than is asked."""
+    request = fleet_pb2.PushMessagesRequest(node={"node_id": 3}, message_object_trees=found)
+    request.messages_list.add().metadata.message_id = "x" * 64
+    data, total = request.SerializeToString(), sum(map(size, found))
+    assert count_objects(data, 10**9) == total
+    assert count_objects(data, total // 2) == min(total, total // 2 + 1)
+
+
+@given(data=st.binary(max_size=200))
+def test_what_is_no_message_is_counted_or_refused(data: bytes) -> None:
+    """Nothing else is raised, and what protobuf parses is not refused for want of bytes."""
+    for count in (count_values, count_objects):
+        with contextlib.suppress(ValueError):
+            count(data, 100)
+
+
+def test_objects_without_an_id_count_too() -> None:
+    """Two bytes each: of these protobuf would make fifty times as much."""
+    data = b"\x1a" + varint(2 * 300_000) + b"\x12\x00" * 300_000
+    assert count_objects(data, 2**18) == 2**18 + 1
