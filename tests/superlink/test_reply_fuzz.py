@@ -1,8 +1,8 @@
 """Whole replies that are a little wrong, many at a time: each costs its own node the round, and nobody else anything.
 
-A right reply's objects and its announced tree are changed at random; nodes push what they made in a random order, some of
-it never, some wrong first. A round of many of them and two honest nodes ends with the exact mean of the honest ones and
-of those mutants that the report has as accepted, which a slow reader must be able to read as right replies.
+A right reply's objects and its announced tree are changed at random; nodes push what they made in a random order, some
+of it never, some wrong first. A round of many of them and two honest nodes ends with the exact mean of the honest ones
+and of those mutants that the report has as accepted, which a slow reader must be able to read as right replies.
 """
 
 from __future__ import annotations
