@@ -155,6 +155,9 @@ class Mean(FlowerFedAvg):
             spec = None if sent is None else spec_of(sent)
             reply_bytes = 0 if spec is None else spec.nbytes
             self._base = None if sent is None or self.limits.clipping_norm is None else views_of(sent)
+            if self._server is not None and self._server.is_gone():  # between two rounds
+                self._server.close()
+                self._server, self._is_server_lost = None, True
             if self._is_server_lost:
                 self._find_server(grid)
             if spec is not None and self._server is not None and self._may_be_served():

@@ -138,6 +138,16 @@ class Server:
             if frame is not None:
                 yield _reply(*frame)
 
+    def is_gone(self) -> bool:
+        """True if the server has closed the connection, or ended."""
+        self._peer.settimeout(0)
+        try:
+            return not self._peer.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self) -> None:
         """Lets go of the server, which closes the round if one is open."""
         self._peer.close()

@@ -24,6 +24,7 @@ AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)
 FIND = f"SELECT message_id, dst_node_id FROM message_ins WHERE {IS_LOST}"
 RELEASE = f"UPDATE message_ins SET delivered_at = '' WHERE message_id = :message_id AND {IS_LOST}"
 
+LOCK = "UPDATE run SET run_id = run_id WHERE run_id = :run_id"
 INCOMPLETE = """
 SELECT message_res.reply_to_message_id FROM message_res
 JOIN object_push_session_roots ON root_object_id = message_res.message_id
@@ -79,19 +80,22 @@ def _deliver_again(state: Any, lost: dict[int, list[str]]) -> None:
 def _withhold_halves(state: Any) -> None:
     """A reply is given out when it is whole.
 
-    Its SuperNode may not know yet that it has been announced, and announces it again: that must find it.
+    Its SuperNode may not know yet that it has been announced, and announces it again: that must find it. And a server
+    that looks whether nodes are gone must not take a reply that its own round receives: only there it would be.
     """
     original = state.get_message_res
     since_s: dict[str, float] = {}
 
     def get_message_res(message_ids: set[str], run_id: int) -> Any:
-        now_s = time.monotonic()
-        rows = state.query(INCOMPLETE, {"run_id": _signed(run_id)})
-        halves = {row["reply_to_message_id"] for row in rows} & message_ids
-        withheld = {one for one in halves if now_s - since_s.setdefault(one, now_s) < WITHHELD_S}
-        for message_id in message_ids - withheld:
-            since_s.pop(message_id, None)
-        return original(message_ids=message_ids - withheld, run_id=run_id)
+        run, now_s = {"run_id": _signed(run_id)}, time.monotonic()
+        with state.session():  # in which the original goes on
+            # Or one that is announced while the original waits for the database would be given out.
+            state.query(LOCK, run)
+            halves = {row["reply_to_message_id"] for row in state.query(INCOMPLETE, run)} & message_ids
+            withheld = {one for one in halves if now_s - since_s.setdefault(one, now_s) < WITHHELD_S}
+            for message_id in message_ids - withheld:
+                since_s.pop(message_id, None)
+            return original(message_ids=message_ids - withheld, run_id=run_id)
 
     state.get_message_res = get_message_res
 

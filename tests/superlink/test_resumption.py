@@ -228,6 +228,23 @@ def test_a_server_that_is_lost_while_it_makes_the_mean(lost: Lost, monkeypatch: 
     assert lost.rig.plane.rounds.served == 2
 
 
+def test_a_server_that_is_lost_between_rounds(lost: Lost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next round is folded by the one that is there by then."""
+    close = agency.Connection._on_close
+
+    def killed(connection: agency.Connection, said: dict[str, Any]) -> None:
+        if lost.rig.plane.rounds.served == 1:
+            connection._end_round()
+            raise OSError("killed")
+        close(connection, said)
+
+    monkeypatch.setattr(agency.Connection, "_on_close", killed)
+    result = lost.run(2)
+    check_both(result, 1)
+    check_both(result, 2)
+    assert lost.rig.plane.rounds.served == 2
+
+
 def test_a_server_that_is_asked_to_end_leaves_the_round_in_its_database(lost: Lost) -> None:
     """The messages of an open round are not deleted: the ServerApp pulls the replies when there is a server again."""
     lost.may_answer.clear()
