@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message
+from players import Client, check_mean, play, wait_until
 from rig import Rig
+from things import array, update
 
 from lifl.strategy import FedAvg
 from lifl.superlink.fleet import Fleet
@@ -41,3 +43,34 @@ def test_an_object_comes_while_it_is_registered(
             result = strategy.start(grid, first, num_rounds=1)
         assert len(result.reports[1].accepted) == 2
         assert result.reports[1].late == ()
+
+
+def test_a_reply_that_repeats_an_array_of_the_model() -> None:
+    """A counter that is the model's need not be pushed: it is what it was when the model was made.
+
+    It lies in the last mean, of which the server has two buffers: one for the result, which goes first, and one for
+    what is sent. When a block came free with either of them, another client's update was written over the counter: a
+    round had the floats right, and a counter as if it were another node's.
+    """
+    model = {"w": np.zeros((60, 500), np.float32), "count": np.array(0, np.int64)}
+    first = {"w": np.full((60, 500), 1, np.float32), "count": np.array(6, np.int64)}
+    second = {"w": np.full((60, 500), 5, np.float32), "count": np.array(7, np.int64)}
+    others = 6  # enough to take what is free of the arena in its order
+    theirs = [(first, 12.0), *[(second, 1.0)] * others]  # the mean of the counters is 6.3: the first node's 6
+    came: list[int] = []
+
+    def answer_first(client: Client, asked: Message) -> None:
+        client.answer(asked, update(second, 1))
+        came.append(1)
+
+    def answer_then(client: Client, asked: Message) -> None:
+        number = len(client.asked)
+        wait_until(lambda: len(came) == number * others)
+        made = client.announce(asked, update(first, 12))
+        counter = array(first["count"]).children[0].id
+        assert (counter in made.missing) == (number == 1), "from the second round on it is the model's"
+        assert all(client.push(asked, made))
+
+    with Rig("32MiB") as rig:
+        round_, _ = play(rig, model, [], *[answer_first] * others, answer_then, num_rounds=4)
+        check_mean(round_, theirs)
