@@ -141,16 +141,18 @@ def count_values(data: bytes, most: int) -> int:
 
 
 def count_objects(data: bytes, most: int) -> int:
-    """How many objects the trees in a serialized PushMessagesRequest name; counted up to `most` + 1. Nothing is built.
+    """How many messages, and objects in their trees, a serialized PushMessagesRequest has; counted up to `most` + 1.
+
+    Nothing is built.
 
     Raises
     ------
     ValueError
         If it is no protobuf message.
     """
-    count, waiting = 0, [(0, len(data), TREES_FIELD)]
+    count, waiting = 0, [(0, len(data), True)]
     while waiting:
-        at, end, wanted = waiting.pop()
+        at, end, is_request = waiting.pop()
         while at < end:
             key, at = _whole_varint(data, at, end)
             kind = key & 7
@@ -163,11 +165,12 @@ def count_objects(data: bytes, most: int) -> int:
                 at = begin + nbytes
                 if at > end:
                     raise ValueError(f"a field of {nbytes:,} bytes where {end - begin:,} are left")
-                if key >> 3 == wanted:
-                    waiting.append((begin, at, CHILDREN_FIELD))
-                    count += 1
-                    if count > most:
-                        return count
+                is_tree = key >> 3 == (TREES_FIELD if is_request else CHILDREN_FIELD)
+                if is_tree:
+                    waiting.append((begin, at, False))
+                count += is_tree or is_request
+                if count > most:
+                    return count
             else:
                 raise ValueError(f"wire type {kind} in field {key >> 3}")
     return count

@@ -66,33 +66,43 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
         for object_id, _ in nodes:
             if not _names.is_valid_id(object_id):
                 raise ValueError(f"Invalid object ID format: {object_id}")
-        missing, new = dict[str, None](), list[str]()
+        missing, is_disputed = dict[str, None](), False
         with self._lock:
             of_run = self._runs.setdefault(run_id, set())
             for object_id, children in nodes:  # children come before their parents
                 entry = self._entries.get(object_id)
                 if entry is None:
                     entry = self._entries[object_id] = _Entry(None, {run_id})
-                    new.append(object_id)
                 if entry.children is None:
                     entry.children = children
                     for child in children:
                         self._entries[child].references += 1
                     if entry.content is not None:
                         self._correct(object_id, entry, entry.content)
+                is_disputed |= entry.children != children
                 entry.runs.add(run_id)
                 of_run.add(object_id)
                 if entry.content is None:
                     missing[object_id] = None
-            # What is below an object of which others have said something else is referred to by nobody, and yet it may
-            # be right: it goes with the root.
-            root = self._entries[object_tree.object_id]
-            for object_id in new:
-                entry = self._entries[object_id]
-                if not entry.references and entry is not root:
-                    entry.references += 1
-                    root.beside += (object_id,)
+            if is_disputed:
+                self._hold(object_tree.object_id, [object_id for object_id, _ in nodes])
         return list(missing)
+
+    def _hold(self, root_id: str, object_ids: list[str]) -> None:
+        """Makes a root hold those of its tree's objects that it does not reach, as long as it is there itself.
+
+        Others have said something else of an object above them. They may be right, or this tree may be.
+        """
+        root, reached, waiting = self._entries[root_id], set[str](), [root_id]
+        while waiting:
+            if (object_id := waiting.pop()) not in reached:
+                reached.add(object_id)
+                entry = self._entries[object_id]
+                waiting += (*(entry.children or ()), *entry.beside)
+        for object_id in dict.fromkeys(object_ids):
+            if object_id not in reached:
+                self._entries[object_id].references += 1
+                root.beside += (object_id,)
 
     def get_object_tree(self, object_id: str) -> Any:
         """The tree below an object."""

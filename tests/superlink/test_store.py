@@ -769,3 +769,20 @@ def test_a_changed_content_is_found(arena_store: Any) -> None:
     assert len(store_module.broken) == 1
     store_module.broken.clear()
     passing.view[-1] ^= 1
+
+
+def test_a_lie_about_a_whole_reply_hides_nothing(arena_store: Any) -> None:
+    """Somebody has announced another's reply as empty: all of it can be pushed, also what the server writes itself."""
+    reply, liar = Thing("RecordDict", (OUTER,), b"reply"), Thing("RecordDict", (), b"liar")
+    message = Thing("Message", (reply,), b"honest")
+    arena_store.preregister(1, ObjectTree(object_id=liar.id, children=[ObjectTree(object_id=reply.id)]))
+    held = arena_store.offer({OUTER.id: OUTER.content})
+    assert set(arena_store.preregister(1, message.tree)) == {INNER.id, reply.id, message.id}
+    arena_store.withdraw(held)
+    arena_store.delete(liar.id)
+    for thing in (INNER, reply, message):
+        arena_store.put(thing.id, thing.content)
+    assert arena_store.get_object_tree(message.id) == message.tree
+    assert all(sent(arena_store, thing.id) == thing.content for thing in message.all())
+    arena_store.delete(message.id)
+    assert len(arena_store) == 0
