@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,12 @@ class Runs:
 
     def __init__(self, out: Path, num_nodes: int) -> None:
         self.out, self.num_nodes = out, num_nodes
-        self.said: dict[str, Any] = json.loads((out / "results.json").read_text())
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """Everything but the models; there when the ServerApp has ended."""
+        said: dict[str, Any] = json.loads((self.out / "results.json").read_text())
+        return said
 
     def model(self, run: str, server_round: int) -> dict[str, Any]:
         """The model after a round."""

@@ -112,8 +112,11 @@ def single(grid: Grid, out: Path, config: Any) -> None:
     strategy = FlowerFedAvg(**sample) if config["strategy"] == "flower" else FedAvg(**limits, **sample)
 
     def save(number: int, arrays: ArrayRecord) -> None:
-        np.savez(out / f"single-{number}.npz", **{key: array.numpy() for key, array in arrays.items()})
+        np.savez(out / "single.npz", **{key: array.numpy() for key, array in arrays.items()})
+        (out / "single.npz").rename(out / f"single-{number}.npz")
         while number == config["pause"] and not (out / "on").exists():
+            time.sleep(0.05)
+        while config["steps"] and number < config["rounds"] and not (out / f"on-{number + 1}").exists():
             time.sleep(0.05)
 
     told = ConfigRecord({"who": 1, "sleep": int(config["sleep"]), "until": str(out / "go")})
