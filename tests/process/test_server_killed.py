@@ -181,3 +181,37 @@ def test_the_run_ends_well(run: Deployed) -> None:
         found = len(report["accepted"]), report["late"], report["rejected"], report["error"]
         assert found == (2, [], [], None), number
     assert "rounds are folded by the lifl-superlink" in run.log()
+
+
+FLOWERS = {
+    "a SuperNode is given its message": ("after pull 1", True),
+    "the ServerApp asks for replies": ("before app's pull_messages 1", True),
+    "the ServerApp is given replies": ("after app's pull_messages 1", False),
+}
+"""With Flower's FedAvg: a moment, and whether both nodes count. Flower forgets a reply when it has read it."""
+
+
+@pytest.fixture(scope="module")
+def flowers_run(deployed: Deployed) -> Deployed:
+    """A run of Flower's FedAvg, on the same server."""
+    deployed.submit("flower", len(FLOWERS) + 1)
+    return deployed
+
+
+@pytest.mark.parametrize("number", range(1, len(FLOWERS) + 1), ids=list(FLOWERS))
+def test_flowers_strategy(number: int, flowers_run: Deployed) -> None:
+    """Nothing is lost but replies that the ServerApp was about to get; that round ends without them, and soon."""
+    moment, is_whole = list(FLOWERS.values())[number - 1]
+    flowers_run.play_before(number)
+    flowers_run.kill_at(moment)
+    flowers_run.end()
+    assert (flowers_run.nodes() == [0, 1]) == is_whole
+
+
+def test_flowers_run_ends_well(flowers_run: Deployed) -> None:
+    """It completes, the last round with both."""
+    flowers_run.play_before(len(FLOWERS) + 1)
+    flowers_run.begin()
+    flowers_run.servers.wait_for_run()
+    flowers_run.end()
+    assert flowers_run.nodes() == [0, 1]
