@@ -145,10 +145,9 @@ def test_a_dead_nursery_takes_its_workers_along_and_is_replaced(crew: Crew) -> N
     crew.heard(1, True)
     os.kill(old, signal.SIGKILL)
     dead = bury_all(crew, 2)
-    assert dead == [
-        Dead(1, first, was_heard=True, was_leaving=False, was_orphaned=True),
-        Dead(2, second, was_heard=False, was_leaving=False, was_orphaned=True),
-    ]
+    assert [(one.me, one.pid) for one in dead] == [(1, first), (2, second)]
+    # One that has not begun may see that the nursery's end of a pipe is gone, and end, before the kernel kills it.
+    assert dead[0] == Dead(1, first, was_heard=True, was_leaving=False, was_orphaned=True)
     assert not any(one.died_of_work for one in dead)
     crew.start(1)
     assert crew.nursery.pid != old

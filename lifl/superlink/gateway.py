@@ -239,7 +239,7 @@ class Gateway:
             self._check_room(nbytes)
         if (refusal := self._budget.announce(request.node.node_id, nbytes)) is not None:
             raise MemoryError(refusal)
-        return Spool(self._arena, self._budget, request.node.node_id, nbytes)
+        return Spool(self._arena, self._budget, request.node.node_id, nbytes, self._warn_that_full)
 
     def _check_room(self, nbytes: int) -> None:
         """A large object is coming: raises :class:`BlockingIOError` unless it can be kept."""
@@ -250,6 +250,9 @@ class Gateway:
             raise BlockingIOError("the arena is full")
         if available_bytes() < 2 * nbytes + SPARE_BYTES:
             raise BlockingIOError("the arena is full, and so is the machine")
+        self._warn_that_full()
+
+    def _warn_that_full(self) -> None:
         if not self._has_warned:
             self._has_warned = True
             _server.log(WARNING, "lifl's arena is full: objects are kept beside it now; give the server --lifl-memory")

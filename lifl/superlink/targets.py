@@ -6,7 +6,7 @@ Owns that memory until the object has landed. A part of an update has a place of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -100,10 +100,15 @@ class Spool:
     arena : lifl.shm.Arena
     node_id, nbytes : int
         Who sends how much, which the budget has counted as announced.
+    on_full : callable
+        Called if a large object is kept as bytes.
     """
 
-    def __init__(self, arena: Arena, budget: SpoolBudget, node_id: int, nbytes: int) -> None:
+    def __init__(
+        self, arena: Arena, budget: SpoolBudget, node_id: int, nbytes: int, on_full: Callable[[], None]
+    ) -> None:
         self._arena, self._budget, self._node_id, self._nbytes = arena, budget, node_id, nbytes
+        self._on_full = on_full
         self._pieces: list[bytearray] = []
         self._taken = 0
         self._is_open = True
@@ -123,8 +128,9 @@ class Spool:
 
     def landed(self, digest: str) -> Landed:
         """A block of its own if it is large and the arena has room, else bytes."""
+        is_large = self._nbytes > SMALL_BYTES
         content: Content | bytes | None = None
-        if self._nbytes > SMALL_BYTES and (block := BlockContent.make(self._arena, self._nbytes)) is not None:
+        if is_large and (block := BlockContent.make(self._arena, self._nbytes)) is not None:
             at = 0
             for piece in self._pieces:
                 block.view[at : at + len(piece)] = piece
@@ -132,6 +138,8 @@ class Spool:
             content = block
         else:
             content = b"".join(self._pieces)
+            if is_large:
+                self._on_full()
         self._end()
         return Landed(content, self._nbytes, digest)
 

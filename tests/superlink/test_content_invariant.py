@@ -200,7 +200,7 @@ class Desk:
         target: Any = client.reception.place(object_id, len(content))
         if target is None:
             assert self.budget.announce(1, len(content)) is None
-            target = Spool(self.node.arena, self.budget, 1, len(content))
+            target = Spool(self.node.arena, self.budget, 1, len(content), lambda: None)
         client.pushes.append(Push(object_id, content, target, [p for p in target.pieces() if len(p)]))
 
     def end(self, client: Client, push: Push) -> None:
