@@ -201,8 +201,8 @@ class Crew:
         worker = self._workers.pop(pidfd)
         self._poll.unregister(pidfd)
         os.close(pidfd)
-        # Exact for those that have begun: the kernel kills them with the nursery, and they are dead only after its pidfd
-        # says that it is. One that has not begun may end a little before.
+        # Exact for those that have begun: the kernel kills them with the nursery, and they are dead only after its
+        # pidfd says that it is. One that has not begun may end a little before.
         was_orphaned = worker.parent.is_gone
         if not worker.is_leaving and not was_orphaned:
             self._deaths[worker.me] = self._deaths.get(worker.me, 0) + 1

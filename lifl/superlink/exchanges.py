@@ -6,6 +6,8 @@ bytes of objects go another way.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -63,6 +65,9 @@ class Server(Protocol):
 
         ``MemoryError`` if its sender sends too much at once, ``ValueError`` if its reply has grown too large.
         """
+
+    def spool_for(self, request: Any, nbytes: int) -> Target:
+        """Memory beside the arena for an object; ``MemoryError`` if its sender sends too much at once."""
 
     def is_incoming(self, node_id: int) -> bool:
         """True if it is worth to wait for a message that is on its way."""
@@ -450,8 +455,27 @@ class PushObject(Exchange):
             self.fail(error)
             return True
         self._upload.aim(target)
+        loop = asyncio.get_running_loop()
+
+        def move(keeps: bool) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(self._move, keeps)
+
+        target.watch(move)
         self.protocol.proceed()
         return True
+
+    def _move(self, keeps: bool) -> None:
+        """The block that it comes into is given up: it goes on beside the arena, or it is only read."""
+        if self.is_gone or not self._upload.is_aimed:
+            return
+        target: Target = Sink(self._nbytes)
+        if keeps:
+            try:
+                target = self.gateway.spool_for(self._request, self._nbytes)
+            except MemoryError as error:
+                self._upload.failure = error
+        self._upload.move(target)
 
     def complete(self) -> None:
         """All of it has come and been hashed: Flower's handler decides what becomes of it."""

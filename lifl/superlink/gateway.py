@@ -237,6 +237,10 @@ class Gateway:
                 self._full_since_s = time.monotonic()
                 return Large(content)
             self._check_room(nbytes)
+        return self.spool_for(request, nbytes)
+
+    def spool_for(self, request: Any, nbytes: int) -> Target:
+        """Memory beside the arena for an object; raises :class:`MemoryError` if its sender sends too much at once."""
         if (refusal := self._budget.announce(request.node.node_id, nbytes)) is not None:
             raise MemoryError(refusal)
         return Spool(self._arena, self._budget, request.node.node_id, nbytes, self._warn_that_full)

@@ -63,6 +63,20 @@ class Place:
     def __init__(self, owner: Reception, block: object, at: Position, piece: Piece, numbers: Any) -> None:
         self._owner, self._block, self._at, self._numbers = owner, block, at, numbers
         self._head = bytearray(len(piece.head))
+        self._on_revoked: Callable[[bool], None] | None = None
+        self._keeps: bool | None = None  # what it was revoked with
+
+    def watch(self, on_revoked: Callable[[bool], None]) -> None:
+        """Calls it, from any thread, when the block is given up: with True if what has come is to be kept."""
+        self._on_revoked = on_revoked
+        if self._keeps is not None:
+            on_revoked(self._keeps)
+
+    def revoke(self, keeps: bool) -> None:
+        """The block is given up: its memory comes free when the upload has gone on elsewhere."""
+        self._keeps = keeps
+        if self._on_revoked is not None:
+            self._on_revoked(keeps)
 
     def pieces(self) -> list[Any]:
         """What precedes the numbers, and the numbers."""
@@ -76,12 +90,17 @@ class Place:
         """The chunk, where it is. The place stays taken until the content is released."""
         head = bytes(self._head)
         content = PlacedContent(self._owner, self._block, self._at, head, self._numbers)
+        self._end()
         return Landed(content, len(content), digest, head)
 
     def drop(self) -> None:
         """Gives the place up."""
-        self._numbers = None
+        self._end()
         self._owner.vacate(self._at)
+
+    def _end(self) -> None:
+        self._numbers = self._on_revoked = None
+        self._owner.written(self)
 
 
 @attrs.frozen
@@ -139,6 +158,7 @@ class Reception:
         # The chunks that have a place now: from before their first byte until their content is released. A dictionary
         # without the lock: contents are released with the store's lock held, which comes after this one.
         self._taken: dict[Position, str] = {}
+        self._writing: set[Place] = set()  # places whose upload is on its way
         self._loan: Loan | None = None
         self._whole: Any = None  # the loan's memory
         self._is_placing = bool(self._positions)
@@ -166,7 +186,9 @@ class Reception:
                 return None
             self._taken[at] = object_id
             numbers = self._whole[piece.offset : piece.offset + piece.nbytes]
-            return Place(self, self._loan, at, piece, numbers)
+            place = Place(self, self._loan, at, piece, numbers)
+            self._writing.add(place)
+            return place
 
     def admit(self, object_id: str, nbytes: int) -> bool:
         """Counts an object that is about to come; false if all of them are more than any reply may have."""
@@ -180,6 +202,10 @@ class Reception:
         """So many bytes have come into a place."""
         self.heard_s = time.monotonic()
         self._came_bytes += nbytes
+
+    def written(self, place: Place) -> None:
+        """An upload into a place has ended. The loop's thread."""
+        self._writing.discard(place)
 
     def vacate(self, at: Position) -> None:
         """Nobody uses a place any more. Any thread, also with the store's lock held."""
@@ -201,7 +227,7 @@ class Reception:
                 return
             self._is_placing = False
         store.keep(self._positions)
-        self._let_go()
+        self._let_go(keeps=True)
 
     def _borrow(self, *, waits: bool = False) -> bool:
         """Takes the loan; false if the round does not give one, which is said when the reply is complete."""
@@ -220,11 +246,17 @@ class Reception:
         self._is_placing = False
         self._let_go()
 
-    def _let_go(self) -> None:
-        """Gives the loan back; views of the block keep its memory until they are gone."""
+    def _let_go(self, *, keeps: bool = False) -> None:
+        """Gives the loan back; views of the block keep its memory until they are gone.
+
+        Uploads that write there go on elsewhere: with `keeps` what has come of them is kept.
+        """
         with self._lock:
             self._whole = None
             loan, self._loan = self._loan, None
+            writing = list(self._writing)
+        for place in writing:
+            place.revoke(keeps)
         if loan is not None and loan.lease.is_live:
             with contextlib.suppress(LeaseError):
                 loan.abandon()

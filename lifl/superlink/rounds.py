@@ -45,8 +45,11 @@ IDLE_S = 10.0
 OPEN_TIMEOUT_S = 60.0
 ASSEMBLERS = 4
 
-SLOW_S, SLOW_BYTES_PER_S = 1.0, 2**14
-"""A reply of which less than this has come in the last moments holds no block while others wait for room."""
+SLOW_S, SLOW_BYTES_PER_S = 1.0, 2**20
+"""A reply of which less than this has come in the last moments holds no block while others wait for room.
+
+It goes on beside the arena, which costs a copy.
+"""
 
 TOO_LARGE = "twice the model and 128 MiB"
 """In words, what a reply may have, see ``Reception``."""
@@ -64,6 +67,7 @@ class Rounds:
         self._comings = Comings(holding)
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
+        self._arriving: set[str] = set()  # messages of which a reply is being stored now
         self.served = 0  # rounds so far
         self.messages = self.replies = 0  # stored so far, of rounds or not; what is said again counts again
         self.copied_bytes = 0  # of replies that did not land where they belong
@@ -86,18 +90,23 @@ class Rounds:
                     self.store.withdraw(known)
                     return True, []
                 served = self._bind(message)  # before it is stored: a reply may come at once
-            with self._comings.noting():
-                try:
-                    stored, missing = original(message, object_tree, session_id)
-                finally:
-                    self.store.withdraw(known)
-                    if served is not None and not stored:
-                        self._unbind(served, message)
-                if stored:
-                    if served is not None:
-                        with self._lock:
-                            served.stored.add(message.metadata.message_id)
-                    self._stored(message, object_tree, set(missing), session_id, recognised.form)
+                # Who looks after nodes that are gone would have Flower take it for delivered.
+                self._arriving.add(message.metadata.reply_to_message_id)
+            try:
+                with self._comings.noting():
+                    try:
+                        stored, missing = original(message, object_tree, session_id)
+                    finally:
+                        self.store.withdraw(known)
+                        if served is not None and not stored:
+                            self._unbind(served, message)
+                    if stored:
+                        if served is not None:
+                            with self._lock:
+                                served.stored.add(message.metadata.message_id)
+                        self._stored(message, object_tree, set(missing), session_id, recognised.form)
+            finally:
+                self._arriving.discard(message.metadata.reply_to_message_id)
             return stored, missing
 
         put = state.store_object
@@ -348,7 +357,7 @@ class Rounds:
             for served in list(self._open):
                 with self._lock:
                     # Of one that is being stored Flower would say that it never existed.
-                    owed = served.stored - served.replied
+                    owed = served.stored - served.replied - self._arriving
                 try:
                     if owed and not served.is_closed:
                         self._look_for_errors(served, owed)

@@ -38,6 +38,9 @@ class Sink:
     def came(self, nbytes: int) -> None:
         """Nobody counts it."""
 
+    def watch(self, on_revoked: Callable[[bool], None]) -> None:
+        """Nobody needs it elsewhere."""
+
     def landed(self, digest: str) -> Landed:
         """Nothing, with the hash of what came."""
         return Landed(b"", self.nbytes, digest)
@@ -126,6 +129,9 @@ class Spool:
     def came(self, nbytes: int) -> None:
         """Pieces are counted as they are made."""
 
+    def watch(self, on_revoked: Callable[[bool], None]) -> None:
+        """It is the upload's own."""
+
     def landed(self, digest: str) -> Landed:
         """A block of its own if it is large and the arena has room, else bytes."""
         is_large = self._nbytes > SMALL_BYTES
@@ -167,6 +173,9 @@ class Large:
 
     def came(self, nbytes: int) -> None:
         """The block is there whatever comes."""
+
+    def watch(self, on_revoked: Callable[[bool], None]) -> None:
+        """It is the upload's own."""
 
     def landed(self, digest: str) -> Landed:
         """The block."""

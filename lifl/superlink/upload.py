@@ -23,6 +23,9 @@ class Target(Protocol):
     def came(self, nbytes: int) -> None:
         """So many bytes more have been written."""
 
+    def watch(self, on_revoked: Callable[[bool], None]) -> None:
+        """Calls it, from any thread, if the memory is needed elsewhere: with True if what has come is to be kept."""
+
     def landed(self, digest: str) -> Landed:
         """All of it has come."""
 
@@ -127,6 +130,29 @@ class Upload:
                 self._target.came(nbytes)
         self._at += nbytes
         self._seen += nbytes
+
+    def move(self, target: Target) -> None:
+        """Goes on elsewhere: what has come of the content is copied there, and the place before is given up."""
+        assert self._target is not None, "it is aimed"
+        assert self._cut is not None, "it is aimed"
+        before, came = self._target, self._cut.nbytes - self._content_left
+        tail_at = self._seen - self._cut.begin - self._cut.nbytes
+        self._target, self._pieces = target, iter(target.pieces())
+        self._piece, self._at = b"", 0
+        self._content_left = self._cut.nbytes
+        for piece in before.pieces():
+            data = memoryview(piece)[:came]
+            came -= len(data)
+            while len(data):
+                room = self.room()
+                n = min(len(room), len(data))
+                room[:n] = data[:n]
+                self._at += n
+                self._content_left -= n
+                data = data[n:]
+        if not self._content_left:
+            self._piece, self._at = memoryview(self._tail), tail_at
+        before.drop()
 
     def take(self) -> Landed:
         """The content, once it is complete; it is the caller's then."""

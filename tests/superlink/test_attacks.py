@@ -339,6 +339,31 @@ def test_half_replies_hold_no_room_that_others_need(monkeypatch: pytest.MonkeyPa
             line.close()
 
 
+def test_uploads_of_a_round_that_is_over_hold_nothing(rig: Rig) -> None:
+    """Their connections are open and still send; the arena is empty as soon as the round is over."""
+    lines: list[tuple[socket.socket, bytes]] = []
+
+    def half(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(THEIRS))
+        large = max(announced.missing, key=lambda i: len(announced.things[i].content))
+        body = client.request(asked, announced, large)
+        line = socket.create_connection((HOST, client.rig.port), 10)
+        line.sendall(head("/v1/fleet/push-object", headers_of(client.node), len(body)) + body[:100_000])
+        lines.append((line, body[100_000:]))
+
+    def look(_: list[Client]) -> None:
+        rig.settle()
+        assert rig.plane.gateway.spooled_bytes == 0
+        for line, rest in lines:  # what is still to come is read, and not stored
+            line.sendall(rest)
+            assert line.recv(1000).startswith(b"HTTP/1.1 200")
+            line.close()
+
+    round_, clients = play(rig, MODEL, HONEST, half, half, deadline=1.0, beside=look)
+    check_mean(round_, HONEST)
+    assert set(round_.report.late) == {client.name for client in clients}
+
+
 # ---------------------------------------------------------------- who says what
 
 

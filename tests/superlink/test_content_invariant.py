@@ -29,7 +29,7 @@ from lifl.superlink.derived import recognise
 from lifl.superlink.geometry import Geometry
 from lifl.superlink.reception import Reception, Settled
 from lifl.superlink.store import ArenaStore
-from lifl.superlink.targets import Spool, SpoolBudget
+from lifl.superlink.targets import Sink, Spool, SpoolBudget
 from lifl.superlink.upload import Target
 
 CASES = 240
@@ -141,6 +141,7 @@ class Push:
     target: Target
     pieces: list[Any]
     at: int = 0
+    revoked: bool | None = None  # its place is given up: with True, what has come is kept
 
     def write(self, nbytes: int) -> None:
         """Some more of it comes."""
@@ -201,7 +202,24 @@ class Desk:
         if target is None:
             assert self.budget.announce(1, len(content)) is None
             target = Spool(self.node.arena, self.budget, 1, len(content), lambda: None)
-        client.pushes.append(Push(object_id, content, target, [p for p in target.pieces() if len(p)]))
+        push = Push(object_id, content, target, [p for p in target.pieces() if len(p)])
+        target.watch(lambda keeps: setattr(push, "revoked", keeps))
+        client.pushes.append(push)
+
+    def move(self, push: Push) -> None:
+        """An upload whose place is given up goes on elsewhere, some time later."""
+        if push.revoked:
+            target: Any = Spool(self.node.arena, self.budget, 1, len(push.content), lambda: None)
+            assert self.budget.announce(1, len(push.content)) is None
+        else:
+            target = Sink(len(push.content))
+        came = b"".join(push.pieces)[: push.at]
+        push.target.drop()
+        push.target, push.at, push.revoked = target, 0, None
+        push.pieces = [bytearray(len(push.content))] if isinstance(target, Sink) else list(target.pieces())
+        content, push.content = push.content, came + push.content[len(came) :]
+        push.write(len(came))
+        push.content = content
 
     def end(self, client: Client, push: Push) -> None:
         """All of an object has come. What has another hash is not stored."""
@@ -291,7 +309,9 @@ def play(desk: Desk, random: Random) -> None:
             desk.begin(client, random.choice(waiting), is_wrong=random.random() < 0.02)
         elif client.pushes:
             push = random.choice(client.pushes)
-            if push.at < len(push.content):
+            if push.revoked is not None and random.random() < 0.7:
+                desk.move(push)
+            elif push.at < len(push.content):
                 push.write(random.choice([1, 100, 10_000]))
             else:
                 desk.end(client, push)

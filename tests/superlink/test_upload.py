@@ -34,6 +34,9 @@ class Pieces:
         """Counts what has come."""
         self.came_bytes += nbytes
 
+    def watch(self, on_revoked: Any) -> None:
+        """Nobody needs it elsewhere."""
+
     @property
     def whole(self) -> bytes:
         """What is there."""
@@ -156,3 +159,34 @@ def test_what_is_dropped_gives_its_place_back(end: int) -> None:
     assert not target.is_dropped
     kind: type[Target] = Pieces
     assert isinstance(target, kind)
+
+
+@given(
+    content=st.binary(max_size=300),
+    session_id=st.text("abc", max_size=20),
+    sizes=st.lists(st.integers(1, 120)),
+    moves=st.lists(st.integers(0, 400), max_size=3),
+    into=st.lists(st.integers(0, 100), max_size=4),
+)
+def test_an_upload_that_moves_loses_nothing(
+    content: bytes, session_id: str, sizes: list[int], moves: list[int], into: list[int]
+) -> None:
+    """At any moment, also in the fields behind the content, and more than once."""
+    whole = body(content, session_id)
+    targets = [Pieces([50, 7], len(content))]
+    upload = Upload(len(whole), lambda *_: upload.aim(targets[0]))
+    at = 0
+    for size in [*sizes, len(whole)]:
+        data = whole[at : at + size]
+        at += len(data)
+        upload.feed(data)
+        while upload.is_aimed and moves and at > moves[0]:
+            del moves[0]
+            targets.append(Pieces(into, len(content)))
+            upload.move(targets[-1])
+            assert targets[-2].is_dropped
+    assert upload.is_complete
+    landed = upload.take()
+    assert landed._digest == hashlib.sha256(content).hexdigest()
+    assert landed.content == content == targets[-1].whole
+    assert PushObjectRequest.FromString(upload.fields).session_id == session_id
