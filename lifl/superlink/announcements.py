@@ -43,6 +43,9 @@ def guard(handlers: Any) -> None:
 
 def why_not(request: Any) -> str | None:
     """Why a push-messages request is not passed on, if it is not."""
+    # SuperNodes announce one at a time, and Flower looks at no other: counted before anything is looked at.
+    if (count := max(len(request.messages_list), len(request.message_object_trees))) > 1:
+        return f"{count:,} messages or trees in one request, where one of each is taken"
     for message in request.messages_list:
         meta = message.metadata
         if not meta.reply_to_message_id:

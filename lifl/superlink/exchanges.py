@@ -30,8 +30,8 @@ MAX_REQUEST_BYTES = 2**16
 MAX_TREE_BYTES = 2**25
 """Of one that announces a message: ids of its objects, 70 to 140 bytes each."""
 
-LONG_TREE_BYTES = 2**22
-"""Up to so much is parsed without a look: it may take a hundred megabytes for a moment."""
+LONG_TREE_BYTES = 2**20
+"""Up to so much is parsed without a look: it may take 25 times as much for a moment."""
 
 _STORED = {flag: _names.PushObjectResponse(stored=flag).SerializeToString() for flag in (True, False)}
 

@@ -408,6 +408,29 @@ def test_a_node_speaks_for_itself(rig: Rig, what: str, way: str) -> None:
     check_mean(round_, [*HONEST, (THEIRS, 1.0)])
 
 
+EMPTY_TREES, EMPTY_CHILDREN, EMPTY_MESSAGES = b"\x1a\x00", b"\x12\x00", b"\x12\x00"
+
+
+@pytest.mark.parametrize("mebibytes", [1, 3, 30, 60])
+@pytest.mark.parametrize("what", ["trees", "children", "messages"])
+def test_an_announcement_of_nothing_costs_nothing(rig: Rig, what: str, mebibytes: int) -> None:
+    """Two bytes each, in one request: nothing is built of them, and the server answers at once."""
+    node = rig.node()
+    begin = fleet_pb2.PushMessagesRequest(node=node.proto).SerializeToString()
+    count = mebibytes * MIB // 2 - 100
+    many = {
+        "trees": EMPTY_TREES * count,
+        "children": b"\x1a" + varint(2 * count) + EMPTY_CHILDREN * count,
+        "messages": EMPTY_MESSAGES * count,
+    }[what]
+    with peak_below((4 * mebibytes + 64) * MIB):
+        answer = call(rig.port, "/v1/fleet/push-messages", headers_of(node), begin + many)
+    assert answer.status in (200, 400, 413, 500), answer
+    assert not len(rig.store)
+    rig.state.deactivate_node(node.id)
+    node.close()
+
+
 # ---------------------------------------------------------------- reading while it goes
 
 
