@@ -37,7 +37,7 @@ BOOT = (
 )
 START_TIMEOUT_S = 60.0
 """For the first answer of a Node's first nursery, whose files may come from a slow disk; nothing waits meanwhile."""
-FORK_TIMEOUT_S = 5.0
+FORK_TIMEOUT_S = 10.0
 """For a later answer. A fork takes milliseconds: a nursery that is silent for longer is stopped or stuck."""
 STOP_GRACE_S = 0.2
 KILL_TIMEOUT_S = 5.0

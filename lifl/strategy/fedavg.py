@@ -160,7 +160,8 @@ class Mean(FlowerFedAvg):
                 self._server, self._is_server_lost = None, True
             if self._is_server_lost:
                 self._find_server(grid)
-            if spec is not None and self._server is not None and self._may_be_served():
+            # A model without a number has nothing that could be folded by its blocks.
+            if spec is not None and spec.nbytes and self._server is not None and self._may_be_served():
                 replies, timeout = self._be_served(grid, messages, timeout, spec)
                 if replies is not None:
                     return replies

@@ -18,6 +18,8 @@ _names, _server = flower.part("gateway"), flower.part("server")
 MAX_TEXT = 1000
 """Characters of an id, a type or a group in a message."""
 
+MAX_ID = 64
+
 MAX_REASON = 2**16
 """Characters of what an error reply says."""
 
@@ -57,7 +59,9 @@ def why_not(request: Any) -> str | None:
             return f"an id, a type or a group of {longest:,} characters"
         if (length := len(message.error.reason)) > MAX_REASON:
             return f"an error with a reason of {length:,} characters: send at most {MAX_REASON:,}"
-    for tree in request.message_object_trees:
+    for message, tree in zip(request.messages_list, request.message_object_trees, strict=False):
+        if tree.object_id != message.metadata.message_id:
+            return f"its tree is that of {tree.object_id[:MAX_ID]!r}, it is {message.metadata.message_id[:MAX_ID]!r}"
         count, waiting = 0, [tree]
         while waiting:
             node = waiting.pop()

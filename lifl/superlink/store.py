@@ -39,7 +39,7 @@ class _Entry:
     runs: set[int]
     content: Content | bytes | None = None  # None: not there, or not there any more
     references: int = 0
-    beside: tuple[str, ...] = ()  # what goes with it although it is not below it
+    beside: frozenset[str] = frozenset()  # what goes with it although it is not below it
 
 
 class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a base that is found at run time
@@ -84,25 +84,28 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                 of_run.add(object_id)
                 if entry.content is None:
                     missing[object_id] = None
-            if is_disputed:
+            root = self._entries[object_tree.object_id]
+            if is_disputed or root.beside:
                 self._hold(object_tree.object_id, [object_id for object_id, _ in nodes])
         return list(missing)
 
     def _hold(self, root_id: str, object_ids: list[str]) -> None:
         """Makes a root hold those of its tree's objects that it does not reach, as long as it is there itself.
 
-        Others have said something else of an object above them. They may be right, or this tree may be.
+        Others have said something else of an object above them. They may be right, or this tree may be. What the root
+        was announced with before, and is not any more, it does not hold.
         """
         root, reached, waiting = self._entries[root_id], set[str](), [root_id]
         while waiting:
             if (object_id := waiting.pop()) not in reached:
                 reached.add(object_id)
-                entry = self._entries[object_id]
-                waiting += (*(entry.children or ()), *entry.beside)
-        for object_id in dict.fromkeys(object_ids):
-            if object_id not in reached:
-                self._entries[object_id].references += 1
-                root.beside += (object_id,)
+                waiting += self._entries[object_id].children or ()
+        before, root.beside = root.beside, frozenset(object_ids) - reached
+        for object_id in root.beside - before:
+            self._entries[object_id].references += 1
+        for object_id in before - root.beside:
+            self._entries[object_id].references -= 1
+            self.delete(object_id)
 
     def get_object_tree(self, object_id: str) -> Any:
         """The tree below an object."""

@@ -67,8 +67,8 @@ def test_updates_that_are_left_behind_are_an_error(monkeypatch: pytest.MonkeyPat
     """A Node that does not requeue what a dead worker was reading is not measured but told on."""
     real = Assignment.sweep
 
-    def sweep(self: Assignment, me: int) -> Remains:
-        remains = real(self, me)
+    def sweep(self: Assignment, me: int, *more: Any) -> Remains:
+        remains = real(self, me, *more)
         for update in remains.again:
             if update.block.index in remains.suspects:
                 self._host.arena.move(update.block, (me, State.READY), (me, State.READING))

@@ -67,6 +67,7 @@ PRIVATE = {
     "flwr.supercore.inflatable.inflatable_utils.inflatable_class_registry": "served.py: a record of a reply",
     "flwr.supercore.inflatable.inflatable_protobuf_utils.make_pull_object_fn_protobuf": "pulling.py: one object",
     "flwr.supercore.inflatable.inflatable_utils.ObjectPullError": "pulling.py: an object is gone",
+    "flwr.supercore.inflatable.inflatable_utils.ObjectPushError": "exchange.py: a SuperLink has it already",
     "flwr.supercore.inflatable.inflatable_utils.ObjectUnavailableError": "pulling.py: an object is not there yet",
     "flwr.supercore.inflatable.inflatable_utils.get_num_workers": "superlink/virtual_node.py: how many at a time",
     "flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents": "pulling.py: a Message of its objects",

@@ -742,6 +742,20 @@ def test_what_a_content_names_is_registered_with_it(arena_store: Any) -> None:
     assert len(arena_store) == 0
 
 
+def test_a_message_holds_what_it_was_announced_with_last(arena_store: Any) -> None:
+    """Announced again with other objects below what is known already, it lets go of those before."""
+    message = Thing("Message", (), b"again and again")
+    for n in range(5):
+        inner = [hashlib.sha256(b"%d %d" % (n, i)).hexdigest() for i in range(100)]
+        tree = ObjectTree(object_id=message.id, children=[lie(OUTER, *inner)])
+        missing = arena_store.preregister(1, tree)
+        assert {*inner, OUTER.id, message.id} == set(missing)
+        # The first one's are what the object is said to have.
+        assert len(arena_store) == 2 + 100 * min(n + 1, 2)
+    arena_store.delete(message.id)
+    assert len(arena_store) == 0
+
+
 def test_objects_do_not_contain_themselves(arena_store: Any) -> None:
     """An announced object that is said to contain what names it: the content that would close the circle is refused."""
     names_it = Thing("Array", (), b"")
