@@ -237,8 +237,10 @@ class Unary(Exchange):
         self._close_share()
 
     def _close_share(self) -> None:
-        if self._share is not None:
-            self._share.close()
+        # Let go of too: it knows this request, which would wait for the garbage collector with all that it has.
+        share, self._share = self._share, None
+        if share is not None:
+            share.close()
 
 
 class PushMessages(Unary):
