@@ -293,7 +293,7 @@ PURE = {
     "npy": {"attrs", "io", "numpy", "re", "typing"},
     "order": {"attrs", "collections", "struct", "typing"},
     "strategy.extent": {"attrs", "collections", "json", "re"},
-    "superlink.body": {"attrs"},
+    "superlink.body": {"attrs", "collections"},
     "superlink.rates": set(),
     "superlink.relief": {"collections", "typing"},
     "superlink.geometry": {"attrs", "collections", "io", "numpy"},

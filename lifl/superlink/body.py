@@ -6,6 +6,8 @@ behind it. Only those small fields are given to protobuf; the content stays wher
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import attrs
 
 CONTENT_FIELD = 4
@@ -110,30 +112,16 @@ def count_values(data: bytes, most: int) -> int:
     ValueError
         If it is no protobuf message.
     """
-    count = 0
-    waiting = [(0, len(data), 0)]
+    count, waiting = 0, [(0, len(data), 0)]
     while waiting:
-        at, end, level = waiting.pop()
-        while at < end:
-            key, at = _whole_varint(data, at, end)
-            kind, field = key & 7, key >> 3
-            if kind == 0:
-                _, at = _whole_varint(data, at, end)
-            elif kind in (1, 5):
-                at += 8 if kind == 1 else 4
-            elif kind == 2:
-                nbytes, begin = _whole_varint(data, at, end)
-                at = begin + nbytes
-                if at > end:
-                    raise ValueError(f"a field of {nbytes:,} bytes where {end - begin:,} are left")
-                if level == 2 and field in WHOLE_LISTS:
-                    count += nbytes // 16
-                elif level == 2 and field in DOUBLE_LISTS:
-                    count += nbytes // 128
-                elif (level, field) in ((0, 1), (1, 2)) or (level == 2 and field in TEXT_LISTS):
-                    waiting.append((begin, at, level + 1))
-            else:
-                raise ValueError(f"wire type {kind} in field {field}")
+        begin, end, level = waiting.pop()
+        for field, begin_at, end_at in _fields(data, begin, end):
+            if level == 2 and field in WHOLE_LISTS:
+                count += (end_at - begin_at) // 16
+            elif level == 2 and field in DOUBLE_LISTS:
+                count += (end_at - begin_at) // 128
+            elif (level, field) in ((0, 1), (1, 2)) or (level == 2 and field in TEXT_LISTS):
+                waiting.append((begin_at, end_at, level + 1))
             count += 1
             if count > most:
                 return most + 1
@@ -152,32 +140,38 @@ def count_objects(data: bytes, most: int) -> int:
     """
     count, waiting = 0, [(0, len(data), True)]
     while waiting:
-        at, end, is_request = waiting.pop()
-        while at < end:
-            key, at = _whole_varint(data, at, end)
-            kind = key & 7
-            if kind == 0:
-                _, at = _whole_varint(data, at, end)
-            elif kind in (1, 5):
-                at += 8 if kind == 1 else 4
-            elif kind == 2:
-                nbytes, begin = _whole_varint(data, at, end)
-                at = begin + nbytes
-                if at > end:
-                    raise ValueError(f"a field of {nbytes:,} bytes where {end - begin:,} are left")
-                is_tree = key >> 3 == (TREES_FIELD if is_request else CHILDREN_FIELD)
-                if is_tree:
-                    waiting.append((begin, at, False))
-                count += is_tree or is_request
-                if count > most:
-                    return count
-            else:
-                raise ValueError(f"wire type {kind} in field {key >> 3}")
+        begin, end, is_request = waiting.pop()
+        for field, begin_at, end_at in _fields(data, begin, end):
+            is_tree = field == (TREES_FIELD if is_request else CHILDREN_FIELD)
+            if is_tree:
+                waiting.append((begin_at, end_at, False))
+            count += is_tree or is_request
+            if count > most:
+                return count
     return count
 
 
 TREES_FIELD, CHILDREN_FIELD = 3, 2
 """Of a PushMessagesRequest the objects' trees, of a tree the trees below."""
+
+
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The fields of a message in ``data[at:end]``: number, and where the content begins and ends, lengths left out."""
+    while at < end:
+        key, begin = _whole_varint(data, at, end)
+        kind = key & 7
+        if kind == 0:
+            _, at = _whole_varint(data, begin, end)
+        elif kind in (1, 5):
+            at = begin + (8 if kind == 1 else 4)
+        elif kind == 2:
+            nbytes, begin = _whole_varint(data, begin, end)
+            at = begin + nbytes
+            if at > end:
+                raise ValueError(f"a field of {nbytes:,} bytes where {end - begin:,} are left")
+        else:
+            raise ValueError(f"wire type {kind} in field {key >> 3}")
+        yield key >> 3, begin, at
 
 
 def _whole_varint(data: bytes, at: int, end: int) -> tuple[int, int]:

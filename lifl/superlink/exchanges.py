@@ -66,7 +66,7 @@ class Server(Protocol):
         ``MemoryError`` if its sender sends too much at once, ``ValueError`` if its reply has grown too large.
         """
 
-    def spool_for(self, request: Any, nbytes: int) -> Target:
+    def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
         """Memory beside the arena for an object; ``MemoryError`` if its sender sends too much at once."""
 
     def is_incoming(self, node_id: int) -> bool:
@@ -474,7 +474,7 @@ class PushObject(Exchange):
         target: Target = Sink(self._nbytes)
         if keeps:
             try:
-                target = self.gateway.spool_for(self._request, self._nbytes)
+                target = self.gateway.spool_for(self._request, self._nbytes, is_trusted=self._api == "runtime")
             except MemoryError as error:
                 self._upload.failure = error
         self._upload.move(target)

@@ -237,13 +237,15 @@ class Gateway:
                 self._full_since_s = time.monotonic()
                 return Large(content)
             self._check_room(nbytes)
-        return self.spool_for(request, nbytes)
+        return self.spool_for(request, nbytes, is_trusted=is_trusted)
 
-    def spool_for(self, request: Any, nbytes: int) -> Target:
+    def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
         """Memory beside the arena for an object; raises :class:`MemoryError` if its sender sends too much at once."""
-        if (refusal := self._budget.announce(request.node.node_id, nbytes)) is not None:
+        # All ServerApps are one node: each has its run's share.
+        sender = f"run {request.run_id}" if is_trusted else f"node {request.node.node_id}"
+        if (refusal := self._budget.announce(sender, nbytes)) is not None:
             raise MemoryError(refusal)
-        return Spool(self._arena, self._budget, request.node.node_id, nbytes, self._warn_that_full)
+        return Spool(self._arena, self._budget, sender, nbytes, self._warn_that_full)
 
     def _check_room(self, nbytes: int) -> None:
         """A large object is coming: raises :class:`BlockingIOError` unless it can be kept."""

@@ -64,24 +64,24 @@ class SpoolBudget:
     def __init__(self, most_bytes: int, most_of_a_node: int) -> None:
         self._most, self.taken_bytes = most_bytes, 0
         self._most_of_a_node = most_of_a_node
-        self._announced: Counter[int] = Counter()
+        self._announced: Counter[str] = Counter()
 
-    def announce(self, node_id: int, nbytes: int) -> str | None:
-        """Why a node may not begin with an object of so many bytes now; None: it is counted, until it is forgotten."""
-        under_way = self._announced[node_id]
+    def announce(self, sender: str, nbytes: int) -> str | None:
+        """Why a sender may not begin with so many bytes now; None: they are counted, until they are forgotten."""
+        under_way = self._announced[sender]
         if under_way and under_way + nbytes > self._most_of_a_node:
             return (
-                f"node {node_id} is sending {under_way:,} bytes already, and may send {self._most_of_a_node:,} at "
+                f"{sender} is sending {under_way:,} bytes already, and may send {self._most_of_a_node:,} at "
                 f"once: send these {nbytes:,} when others have come"
             )
-        self._announced[node_id] += nbytes
+        self._announced[sender] += nbytes
         return None
 
-    def forget(self, node_id: int, nbytes: int) -> None:
+    def forget(self, sender: str, nbytes: int) -> None:
         """An object has come, or will not come."""
-        self._announced[node_id] -= nbytes
-        if self._announced[node_id] <= 0:
-            del self._announced[node_id]
+        self._announced[sender] -= nbytes
+        if self._announced[sender] <= 0:
+            del self._announced[sender]
 
     def take(self, nbytes: int) -> bool:
         """Takes memory for what comes; false if too much has come already."""
@@ -101,16 +101,17 @@ class Spool:
     Parameters
     ----------
     arena : lifl.shm.Arena
-    node_id, nbytes : int
+    sender : str
+    nbytes : int
         Who sends how much, which the budget has counted as announced.
     on_full : callable
         Called if a large object is kept as bytes.
     """
 
     def __init__(
-        self, arena: Arena, budget: SpoolBudget, node_id: int, nbytes: int, on_full: Callable[[], None]
+        self, arena: Arena, budget: SpoolBudget, sender: str, nbytes: int, on_full: Callable[[], None]
     ) -> None:
-        self._arena, self._budget, self._node_id, self._nbytes = arena, budget, node_id, nbytes
+        self._arena, self._budget, self._sender, self._nbytes = arena, budget, sender, nbytes
         self._on_full = on_full
         self._pieces: list[bytearray] = []
         self._taken = 0
@@ -157,7 +158,7 @@ class Spool:
         self._pieces.clear()
         if self._is_open:
             self._is_open = False
-            self._budget.forget(self._node_id, self._nbytes)
+            self._budget.forget(self._sender, self._nbytes)
             self._budget.give_back(self._taken)
 
 

@@ -200,8 +200,8 @@ class Desk:
             return
         target: Any = client.reception.place(object_id, len(content))
         if target is None:
-            assert self.budget.announce(1, len(content)) is None
-            target = Spool(self.node.arena, self.budget, 1, len(content), lambda: None)
+            assert self.budget.announce("one", len(content)) is None
+            target = Spool(self.node.arena, self.budget, "one", len(content), lambda: None)
         push = Push(object_id, content, target, [p for p in target.pieces() if len(p)])
         target.watch(lambda keeps: setattr(push, "revoked", keeps))
         client.pushes.append(push)
@@ -209,8 +209,8 @@ class Desk:
     def move(self, push: Push) -> None:
         """An upload whose place is given up goes on elsewhere, some time later."""
         if push.revoked:
-            target: Any = Spool(self.node.arena, self.budget, 1, len(push.content), lambda: None)
-            assert self.budget.announce(1, len(push.content)) is None
+            target: Any = Spool(self.node.arena, self.budget, "one", len(push.content), lambda: None)
+            assert self.budget.announce("one", len(push.content)) is None
         else:
             target = Sink(len(push.content))
         came = b"".join(push.pieces)[: push.at]
