@@ -295,6 +295,22 @@ def test_a_node_sends_so_much_at_once(rig: Rig) -> None:
         assert rig.store.get(announced.object_id) == announced.content
 
 
+def test_serverapps_hold_no_other_run_up(rig: Rig) -> None:
+    """To the server all of them are one node; what each sends counts for its run."""
+
+    def spool(run_id: int) -> Any:
+        request = message_pb2.PushObjectRequest(node={"node_id": 1}, run_id=run_id)
+        return rig.plane.gateway.spool_for(request, 100 * MIB, is_trusted=True)
+
+    first, second = spool(1), spool(2)
+    with pytest.raises(MemoryError, match="run 1 is sending 104,857,600 bytes already"):
+        spool(1)
+    for one in (first, second):
+        one.drop()
+    spool(1).drop()
+    assert not rig.plane.gateway._budget._announced
+
+
 def test_what_comes_into_spools_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond it an upload is read, forgotten and answered with 503; it can come again."""
     with Announced(rig, 3 * MIB) as announced:
