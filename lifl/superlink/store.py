@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
-from sqlalchemy import event
+from sqlalchemy import delete, event, insert, select, update
 
 from lifl.superlink import flower
 from lifl.superlink.content import Content, Landed, answer_head
@@ -23,11 +23,11 @@ _names = flower.part("store")
 IS_CHECKING = bool(os.environ.get("LIFL_CHECK_CONTENT"))
 """Hash contents again when they are read and when they go, and raise if they have changed; for tests, it is slow."""
 
-MAX_DEPTH, MAX_OBJECTS = 100, 2**18
-"""Of the objects below one: protobuf does not read deeper trees, and no model has so many chunks."""
+MAX_OBJECTS = 2**18
+"""In one announced tree: no model has so many chunks."""
 
-MAX_HEAD_BYTES = 2**25
-"""The ids of half a million objects."""
+SOME = 1000
+"""Ids in one statement: databases limit them."""
 
 broken: list[str] = []
 """What that check has found: who reads may swallow the error."""
@@ -35,15 +35,18 @@ broken: list[str] = []
 
 @attrs.define(eq=False)
 class _Entry:
-    children: tuple[str, ...] | None  # None: it is here without anybody having registered it
-    runs: set[int]
     content: Content | bytes | None = None  # None: not there, or not there any more
-    references: int = 0
-    beside: frozenset[str] = frozenset()  # what goes with it although it is not below it
+    tree: bytes = b""  # as it was announced, if it is the root of an announced tree
+    runs: set[int] = attrs.field(factory=set)  # that have announced it as a root
+    references: int = 0  # of announced trees that it is in, its own too
+    offers: int = 0
 
 
 class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a base that is found at run time
     """Flower's in-memory store, except that content may be a block of the arena and may be given up while registered.
+
+    An announced tree holds every object in it until its root is deleted, whatever other trees say of the same objects:
+    it is one client's word, so it decides about nobody else's objects.
 
     `on_available` is called, without the lock, with the id of each object that has come.
     """
@@ -52,7 +55,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
-        self._runs: dict[int, set[str]] = {}
+        self._roots: dict[int, set[str]] = {}  # by run
         self._lock = threading.RLock()
         self.on_available: Callable[[str], None] = lambda _: None
 
@@ -60,52 +63,37 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
 
     def preregister(self, run_id: int, object_tree: Any) -> list[str]:
         """Notes a tree's objects; the ids of those that have to be pushed, each once."""
-        nodes = [
-            (node.object_id, tuple(c.object_id for c in node.children)) for node in _names.iterate_tree(object_tree)
-        ]
-        for object_id, _ in nodes:
-            if not _names.is_valid_id(object_id):
-                raise ValueError(f"Invalid object ID format: {object_id}")
-        missing, is_disputed = dict[str, None](), False
+        object_ids, root_id = _checked(_ids_of(object_tree)), object_tree.object_id
+        said, missing = object_tree.SerializeToString(), list[str]()
         with self._lock:
-            of_run = self._runs.setdefault(run_id, set())
-            for object_id, children in nodes:  # children come before their parents
+            for object_id in object_ids:
                 entry = self._entries.get(object_id)
                 if entry is None:
-                    entry = self._entries[object_id] = _Entry(None, {run_id})
-                if entry.children is None:
-                    entry.children = children
-                    for child in children:
-                        self._entries[child].references += 1
-                    if entry.content is not None:
-                        self._correct(object_id, entry, entry.content)
-                is_disputed |= entry.children != children
-                entry.runs.add(run_id)
-                of_run.add(object_id)
+                    entry = self._entries[object_id] = _Entry()
                 if entry.content is None:
-                    missing[object_id] = None
-            root = self._entries[object_tree.object_id]
-            if is_disputed or root.beside:
-                self._hold(object_tree.object_id, [object_id for object_id, _ in nodes])
-        return list(missing)
+                    missing.append(object_id)
+            root = self._entries[root_id]
+            root.runs.add(run_id)
+            self._roots.setdefault(run_id, set()).add(root_id)
+            if root.tree != said:
+                before, root.tree = root.tree, said
+                for object_id in object_ids:
+                    self._entries[object_id].references += 1
+                self._let_go(before)
+        return missing
 
-    def _hold(self, root_id: str, object_ids: list[str]) -> None:
-        """Makes a root hold those of its tree's objects that it does not reach, as long as it is there itself.
-
-        Others have said something else of an object above them. They may be right, or this tree may be. What the root
-        was announced with before, and is not any more, it does not hold.
-        """
-        root, reached, waiting = self._entries[root_id], set[str](), [root_id]
-        while waiting:
-            if (object_id := waiting.pop()) not in reached:
-                reached.add(object_id)
-                waiting += self._entries[object_id].children or ()
-        before, root.beside = root.beside, frozenset(object_ids) - reached
-        for object_id in root.beside - before:
-            self._entries[object_id].references += 1
-        for object_id in before - root.beside:
+    def _let_go(self, tree: bytes) -> None:
+        """A tree holds its objects no longer."""
+        for object_id in _ids_of(_names.ObjectTree.FromString(tree)) if tree else ():
             self._entries[object_id].references -= 1
-            self.delete(object_id)
+            self._remove(object_id)
+
+    def _remove(self, object_id: str) -> None:
+        """Forgets an object that nobody holds."""
+        entry = self._entries[object_id]
+        if not entry.references and not entry.offers:
+            del self._entries[object_id]
+            _release(object_id, entry)
 
     def get_object_tree(self, object_id: str) -> Any:
         """The tree below an object."""
@@ -113,14 +101,13 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             entry = self._entries.get(object_id)
             if entry is None:
                 raise _names.NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
-            try:
-                children = [self.get_object_tree(child) for child in entry.children or ()]
-            except _names.NoObjectInStoreError as error:
-                raise _names.NoObjectInStoreError(
-                    f"Object tree for object ID '{object_id}' contains missing children. This may indicate a "
-                    "corrupted object store."
-                ) from error
-            return _names.ObjectTree(object_id=object_id, children=children)
+            if entry.tree:
+                return _names.ObjectTree.FromString(entry.tree)
+            for other in self._entries.values():  # Flower asks for whole messages only
+                for node in _names.iterate_tree(_names.ObjectTree.FromString(other.tree)) if other.tree else ():
+                    if node.object_id == object_id:
+                        return node
+            return _names.ObjectTree(object_id=object_id)
 
     def put(self, object_id: str, object_content: bytes | Landed) -> None:
         """Takes an object's content: bytes, which are checked here, or what landed and was checked on the way."""
@@ -135,41 +122,8 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                 return
             if landed.is_sunk:
                 raise _gone(object_id)
-            self._correct(object_id, entry, landed.content)
             entry.content = landed.take()
         self.on_available(object_id)
-
-    def _correct(self, object_id: str, entry: _Entry, content: Content | bytes) -> None:
-        """An object's content says what is below it; who announced it may have said something else.
-
-        Else whoever announces another's object first could hide its chunks from everybody. Raises ``ValueError`` if
-        what the content says does not go with what has been announced of the objects below.
-        """
-        if entry.children is None:  # nobody has announced it
-            return
-        children = _children_of(content)
-        if children == entry.children:
-            return
-        above, waiting = {object_id: 0}, [(child, 1) for child in children]
-        while waiting:
-            below, depth = waiting.pop()
-            if below == object_id or depth > MAX_DEPTH or len(above) > MAX_OBJECTS:
-                raise ValueError(f"object {object_id} is announced as a part of what it has, or of too much")
-            if above.get(below, 0) < depth:
-                above[below] = depth
-                found = self._entries.get(below)
-                waiting += [(child, depth + 1) for child in (found.children or () if found else ())]
-        for child in children:
-            known = self._entries.setdefault(child, _Entry(None, set()))
-            known.references += 1
-            for run_id in entry.runs:
-                known.runs.add(run_id)
-                self._runs.setdefault(run_id, set()).add(child)
-        before, entry.children = entry.children, children
-        for child in before:
-            self._entries[child].references -= 1
-            if not self._entries[child].references:
-                self.delete(child)
 
     def get(self, object_id: str) -> bytes | None:
         """An object's content, copied; ``b""`` if it is registered and not there, None if it is not registered."""
@@ -183,33 +137,22 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             return bytes(entry.content)
 
     def delete(self, object_id: str) -> None:
-        """Forgets an object that nothing refers to, and what below it nothing else refers to."""
+        """Forgets an announced tree by its root, and of its objects those that no other tree has."""
         with self._lock:
-            waiting = [object_id]
-            while waiting:
-                entry = self._entries.get(object_id := waiting.pop())
-                if entry is None or entry.references:
-                    continue
-                del self._entries[object_id]
+            entry = self._entries.get(object_id)
+            if entry is not None:
                 for run_id in entry.runs:
-                    if run_id in self._runs:
-                        self._runs[run_id].discard(object_id)
-                _release(object_id, entry)
-                for child in (*(entry.children or ()), *entry.beside):
-                    self._entries[child].references -= 1
-                    waiting.append(child)
+                    self._roots[run_id].discard(object_id)
+                entry.runs.clear()
+                tree, entry.tree = entry.tree, b""
+                self._let_go(tree)
 
     def delete_objects_in_run(self, run_id: int) -> None:
-        """Forgets what only this run has registered."""
+        """Forgets the trees that this run has announced."""
         with self._lock:
-            for object_id in list(self._runs.get(run_id, ())):
-                entry = self._entries.get(object_id)
-                if entry is None:
-                    continue
-                entry.runs.discard(run_id)
-                if not entry.references:  # a message; what is below goes with it
-                    self.delete(object_id)
-            self._runs.pop(run_id, None)
+            for object_id in list(self._roots.get(run_id, ())):
+                self.delete(object_id)
+            self._roots.pop(run_id, None)
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -217,7 +160,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             for object_id, entry in self._entries.items():
                 _release(object_id, entry)
             self._entries.clear()
-            self._runs.clear()
+            self._roots.clear()
 
     def __contains__(self, object_id: object) -> bool:
         with self._lock:
@@ -244,11 +187,10 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             for object_id, content in contents.items():
                 entry = self._entries.get(object_id)
                 if entry is None:
-                    entry = self._entries[object_id] = _Entry(None, set())
+                    entry = self._entries[object_id] = _Entry()
                 if entry.content is None:
-                    self._correct(object_id, entry, content)
                     entry.content = content
-                    entry.references += 1
+                    entry.offers += 1
                     taken.add(object_id)
         for object_id in taken:
             self.on_available(object_id)
@@ -260,9 +202,8 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             for object_id in object_ids:
                 entry = self._entries.get(object_id)
                 if entry is not None:
-                    entry.references -= 1
-                    if not entry.runs or not entry.references:
-                        self.delete(object_id)
+                    entry.offers -= 1
+                    self._remove(object_id)
 
     def answer(self, object_id: str) -> tuple[int, tuple[Any, ...]] | None:
         """An object's length, and a PullObjectResponse with it in parts one after another; None if it is not there.
@@ -320,13 +261,19 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                     content.release()
 
 
-def _children_of(content: Content | bytes) -> tuple[str, ...]:
-    """The ids that an object's content names as below it, each once."""
-    begin = content[:12] if isinstance(content, bytes) else content.begin(12)
-    if begin == b"ArrayChunk  ":  # most are, and large: they are not copied
-        return ()
-    begin = content if isinstance(content, bytes) else content.begin(MAX_HEAD_BYTES)
-    return tuple(dict.fromkeys(filter(None, begin.partition(b"\0")[0].decode().split(" ")[1].split(","))))
+def _ids_of(object_tree: Any) -> list[str]:
+    """The objects of a tree, each once, children before their parents; the root is the last, whatever is below it."""
+    found = dict.fromkeys(node.object_id for node in _names.iterate_tree(object_tree))
+    del found[object_tree.object_id]
+    return [*found, object_tree.object_id]
+
+
+def _checked(object_ids: list[str]) -> list[str]:
+    """Raises ``ValueError`` for what is no id."""
+    for object_id in object_ids:
+        if not _names.is_valid_id(object_id):
+            raise ValueError(f"Invalid object ID format: {object_id}")
+    return object_ids
 
 
 def _check(object_id: str, content: Content | bytes, when: str) -> None:
@@ -352,6 +299,8 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
     """Flower's store in a database: what was acknowledged is there after a crash too.
 
     An object is landed and checked as with :class:`ArenaStore`, then written to the database, from which it is read.
+    Trees hold objects as there. In Flower's tables all objects of a tree are children of its root, the root too: by
+    that it is told from what Flower's server has left there, which is read and deleted as Flower does it.
     """
 
     is_durable = True
@@ -360,6 +309,59 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         super().__init__(database, verify=False)  # that is done in `put`, once
         self.initialize()
         self.on_available: Callable[[str], None] = lambda _: None
+
+    def preregister(self, run_id: int, object_tree: Any) -> list[str]:
+        """Notes a tree's objects; the ids of those that have to be pushed, each once."""
+        object_ids, root_id = _checked(_ids_of(object_tree)), object_tree.object_id
+        objects, children, run = _names.StoredObject, _names.ObjectChild, _names.signed(run_id)
+        with self._mutation_session() as session:
+            rows = [{"object_id": one, "content": b"", "is_available": 0, "ref_count": 0} for one in object_ids]
+            session.execute(self.dialect_insert(objects).on_conflict_do_nothing(), rows)
+            root = {"run_id": run, "object_id": root_id}
+            session.execute(self.dialect_insert(_names.RunObject).on_conflict_do_nothing(), root)
+            held = set(session.scalars(_held_by(root_id)))
+            if new := [one for one in object_ids if one not in held]:
+                session.execute(insert(children), [{"parent_id": root_id, "child_id": one} for one in new])
+                self._count(session, new, 1)
+            self._let_go(session, root_id, list(held.difference(object_ids)))
+            missing = set[str]()
+            for at in range(0, len(object_ids), SOME):
+                some = objects.object_id.in_(object_ids[at : at + SOME])
+                missing |= set(session.scalars(select(objects.object_id).where(some, objects.is_available == 0)))
+        return [one for one in object_ids if one in missing]
+
+    def get_object_tree(self, object_id: str) -> Any:
+        """A root, and right below it all others in its tree: a tree is read for which objects to pull."""
+        with self.session() as session:
+            held = dict.fromkeys(session.scalars(_held_by(object_id)))
+        if object_id not in held:
+            return super().get_object_tree(object_id)
+        del held[object_id]
+        return _names.ObjectTree(object_id=object_id, children=[_names.ObjectTree(object_id=one) for one in held])
+
+    def delete(self, object_id: str) -> None:
+        """Forgets an announced tree by its root, and of its objects those that no other tree has."""
+        with self._mutation_session() as session:
+            held = list(session.scalars(_held_by(object_id)))
+            if object_id in held:
+                self._let_go(session, object_id, held)
+            else:
+                super().delete(object_id)
+
+    def _let_go(self, session: Any, root_id: str, object_ids: list[str]) -> None:
+        """A tree holds these of its objects no longer."""
+        objects, children = _names.StoredObject, _names.ObjectChild
+        self._count(session, object_ids, -1)
+        for at in range(0, len(object_ids), SOME):
+            some = object_ids[at : at + SOME]
+            session.execute(delete(children).where(children.parent_id == root_id, children.child_id.in_(some)))
+            session.execute(delete(objects).where(objects.object_id.in_(some), objects.ref_count == 0))
+
+    def _count(self, session: Any, object_ids: list[str], change: int) -> None:
+        objects = _names.StoredObject
+        for at in range(0, len(object_ids), SOME):
+            those = update(objects).where(objects.object_id.in_(object_ids[at : at + SOME]))
+            session.execute(those.values(ref_count=objects.ref_count + change))
 
     def put(self, object_id: str, object_content: bytes | Landed) -> None:
         """Takes an object's content: bytes, or what landed."""
@@ -410,6 +412,11 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         """Lets go of the database."""
         if self._engine is not None:
             self._engine.dispose()
+
+
+def _held_by(object_id: str) -> Any:
+    """The query for what a root in the database holds."""
+    return select(_names.ObjectChild.child_id).where(_names.ObjectChild.parent_id == object_id)
 
 
 Store = ArenaStore | DurableStore

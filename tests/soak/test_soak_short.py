@@ -13,9 +13,10 @@ import soak
 def test_soak_for_a_moment(tmp_path: Path) -> None:
     """Rounds, kills, stops, forks and refusals for some seconds: exact, and nothing drifts."""
     file = tmp_path / "soak.json"
-    assert soak.main(["--minutes", "0.33", "--seed", "7", "--json", str(file)]) == 0
+    status = soak.main(["--minutes", "0.33", "--seed", "7", "--json", str(file)])
     found = json.loads(file.read_text())
     assert found["wrong"] == []
+    assert status == 0
     at_leasts = {"rounds": 50, "kills": 20, "workers died": 10, "refused": 20, "forks": 1, "spawners killed": 1}
     for what, at_least in at_leasts.items():
         assert found["counts"][what] > at_least, what
