@@ -114,7 +114,8 @@ class Agent:
             leaving, left_s = crew.dismiss(now, self._node.engaged(), self._idle_timeout)
             for me in leaving:
                 outbox.push(me, Descriptor(Kind.STOP, 0))
-        self._is_dozing = not self._node.is_owed
+        # Who was told to stop and does not is watched too: it would stay for ever.
+        self._is_dozing = not self._node.is_owed and not crew.leaving
         if self._is_dozing:
             crew.rest()
             return left_s

@@ -59,6 +59,23 @@ def test_all_stopped() -> None:
         assert not set(before) & set(node.pids())
 
 
+def test_stopped_at_rest() -> None:
+    """A worker that is stopped while it has nothing to do, and so cannot leave when it is told to, does not stay."""
+    with lifl.Node("16MiB", workers=1, warm=0, idle_timeout=0.3, stall_timeout=STALL_S) as node:
+        with node.open_round(SPEC, 1) as round_:
+            round_.submit(update(0), client_id=0)
+            assert round_.result(WAIT_S).arrays["n"] == 1
+            os.kill(stopped := node.pids()[0], signal.SIGSTOP)
+        end = time.monotonic() + WAIT_S
+        while node.pids() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert node.pids() == ()
+        with node.open_round(SPEC, 1) as round_:
+            round_.submit(update(1), client_id=1)
+            assert round_.result(WAIT_S).arrays["n"] == 2
+            assert stopped not in node.pids()
+
+
 def test_a_short_stop_kills_nobody() -> None:
     """Stopped for less than the stall timeout, a worker goes on, and so does the round."""
     with lifl.Node("16MiB", workers=1, stall_timeout=30) as node, node.open_round(SPEC, 3) as round_:

@@ -61,7 +61,7 @@ class Soak:
         self.samples: list[dict[str, int]] = []
         self.error: BaseException | None = None
         self.hurt_node = SoakedNode("96MiB", 3, stall_timeout=STALL_S)
-        self.calm_node = SoakedNode("24MiB", 2, stall_timeout=60.0, debug=True)
+        self.calm_node = SoakedNode("24MiB", 2, stall_timeout=60.0, idle_timeout=None, debug=True)
         self.elastic_node = SoakedNode("32MiB", 2, stall_timeout=STALL_S, warm=0, idle_timeout=0.02)
         self.nodes = [self.hurt_node, self.calm_node, self.elastic_node, SoakedNode("16MiB", 0)]
         self.models = [Model(name) for name in MOST]
