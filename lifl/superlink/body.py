@@ -84,6 +84,8 @@ def cut(prefix: bytes | bytearray, length: int) -> Cut | None:
 
 def _varint(data: bytes | bytearray, at: int) -> tuple[int, int] | None:
     """A number and where it ends; None if it is not all there."""
+    if at < len(data) and (value := data[at]) < 0x80:  # most have one byte
+        return value, at + 1
     value = shift = 0
     while at < len(data):
         byte = data[at]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -43,15 +43,23 @@ def why_not(app: Any) -> str | None:
     return None
 
 
-class _Headers(dict[str, str]):
-    """Of several of one name, the first counts; `getlist` has all."""
+class _Headers(Mapping[str, str]):
+    """Of several of one name, the first counts; `getlist` has all. Decoded when they are asked for: most never are."""
+
+    __slots__ = ("_first", "_raw")
 
     def __init__(self, raw: Any) -> None:
-        super().__init__((name.decode("latin-1"), value.decode("latin-1")) for name, value in reversed(raw))
-        self._raw = raw
+        self._raw, self._first = raw, dict(reversed(raw))
 
     def __getitem__(self, name: str) -> str:
-        return super().__getitem__(name.lower())
+        value: bytes = self._first[name.lower().encode("latin-1")]
+        return value.decode("latin-1")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode("latin-1") for name in self._first)
+
+    def __len__(self) -> int:
+        return len(self._first)
 
     def getlist(self, name: str) -> list[str]:
         """All values, in order."""

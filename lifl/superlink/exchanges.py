@@ -6,7 +6,6 @@ bytes of objects go another way.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -457,15 +456,14 @@ class PushObject(Exchange):
             self.fail(error)
             return True
         self._upload.aim(target)
-        loop = asyncio.get_running_loop()
-
-        def move(keeps: bool) -> None:
-            with contextlib.suppress(RuntimeError):  # the server has ended
-                loop.call_soon_threadsafe(self._move, keeps)
-
-        target.watch(move)
+        target.watch(self._revoked)
         self.protocol.proceed()
         return True
+
+    def _revoked(self, keeps: bool) -> None:
+        """From any thread."""
+        with contextlib.suppress(RuntimeError):  # the server has ended
+            self.protocol.loop.call_soon_threadsafe(self._move, keeps)
 
     def _move(self, keeps: bool) -> None:
         """The block that it comes into is given up: it goes on beside the arena, or it is only read."""

@@ -17,8 +17,8 @@ import termios
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import httptools
@@ -59,6 +59,13 @@ _COPIES = sys.version_info < (3, 12)
 _scratch = memoryview(bytearray(READ_BYTES))  # one loop reads at a time, and what is read is used at once
 _PLAIN = (b"content-type", b"text/plain; charset=utf-8")
 _CLOSE = (b"connection", b"close")
+_KIND = (b"content-type", _names.MEDIA_TYPE.encode())
+
+
+@lru_cache(maxsize=256)
+def _path_of(url: bytes) -> str:
+    """As uvicorn has it."""
+    return urllib.parse.unquote(httptools.parse_url(url).path.decode("ascii"))
 
 
 class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc,name-defined]
@@ -76,6 +83,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     desk: Desk
     open: set[GatewayProtocol]
     busy: set[GatewayProtocol]
+    _usual: tuple[Any, bytes] = None, b""  # uvicorn's headers, and a head that begins with them
     _said_s = -SAID_S
     _unsaid = 0
 
@@ -170,10 +178,11 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         if self._is_over:
             self._awaits = None
             return
-        path = urllib.parse.unquote(httptools.parse_url(self.url).path.decode("ascii"))  # as uvicorn does
-        declared = next((int(v) for name, v in self.headers if name == b"content-length" and v.strip().isdigit()), 0)
-        is_upgrade, is_free = self.parser.should_upgrade(), self._is_free
-        if is_free and not is_upgrade and self.parser.get_method() == b"POST" and self._has_plain_length:
+        path, said = _path_of(self.url), dict(self.headers)
+        length = said.get(b"content-length", b"").strip()
+        declared = int(length) if length.isdigit() else 0
+        is_plain = length and b"transfer-encoding" not in said and self._is_identity(said)
+        if is_plain and self._is_free and self.parser.get_method() == b"POST" and not self.parser.should_upgrade():
             if declared > self.desk.max_body_bytes:
                 self._refuse_length(declared, self.desk.max_body_bytes)
                 return
@@ -236,13 +245,12 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         is_whole = cycle.chunked_encoding is False and cycle.expected_content_length == 0
         return bool(cycle.response_started and is_whole and cycle.keep_alive)
 
-    @property
-    def _has_plain_length(self) -> bool:
-        """True if the body is what is sent, as long as declared."""
-        for name, value in self.headers:
-            if name == b"transfer-encoding" or (name == b"content-encoding" and value.strip().lower() != b"identity"):
-                return False
-        return any(name == b"content-length" for name, _ in self.headers)
+    def _is_identity(self, said: Mapping[bytes, bytes]) -> bool:
+        """True if the body is what is sent."""
+        if b"content-encoding" not in said:
+            return True
+        encodings = [value for name, value in self.headers if name == b"content-encoding"]
+        return all(encoding.strip().lower() == b"identity" for encoding in encodings)
 
     def on_body(self, body: bytes) -> None:
         """Feeds the exchange, or counts what goes to Flower."""
@@ -384,7 +392,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         self._is_answered = True
         parts = body if isinstance(body, tuple) else (body,)
         length = sum(map(len, parts))
-        head = self._head(status, length, headers or ((b"content-type", _names.MEDIA_TYPE.encode()),), self._says_so)
+        is_plain = status == 200 and not headers and not self._says_so
+        head = self._usual_head(length) if is_plain else self._head(status, length, headers or (_KIND,), self._says_so)
         if status >= 400 and self.access_log:
             client = f"{self.client[0]}:{self.client[1]}" if self.client else ""
             self.access_logger.info('%s - "%s %s HTTP/%s" %d', client, "POST", self.path, "1.1", status)
@@ -396,11 +405,19 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._sending.extend((head, *(memoryview(part) for part in parts)))
             self._send()
 
+    def _usual_head(self, length: int) -> bytes:
+        """Of an answer as most are: made once for all of a second, as uvicorn makes its own headers."""
+        cls, default = type(self), self.server_state.default_headers
+        if cls._usual[0] is not default:
+            cls._usual = default, self._begun(200, (_KIND,), False)
+        return b"%bcontent-length: %d\r\n\r\n" % (cls._usual[1], length)
+
     def _head(self, status: int, length: int, headers: Iterable[tuple[bytes, bytes]], closes: bool) -> bytes:
-        lines = [_names.STATUS_LINE[status]]
-        for name, value in (*self.server_state.default_headers, *headers, *((_CLOSE,) if closes else ())):
-            lines += [name, b": ", value, b"\r\n"]
-        return b"".join((*lines, b"content-length: %d\r\n\r\n" % length))
+        return b"%bcontent-length: %d\r\n\r\n" % (self._begun(status, headers, closes), length)
+
+    def _begun(self, status: int, headers: Iterable[tuple[bytes, bytes]], closes: bool) -> bytes:
+        said = (*self.server_state.default_headers, *headers, *((_CLOSE,) if closes else ()))
+        return b"".join((_names.STATUS_LINE[status], *(b"%b: %b\r\n" % one for one in said)))
 
     def _send(self) -> None:
         while self._sending and not self.flow.write_paused and not self.transport.is_closing():
