@@ -5,20 +5,61 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Container, Sequence
+from typing import Protocol
 
 from lifl.errors import ShmError
+from lifl.metrics import RoundReport
+from lifl.planner.shape import Shape
 from lifl.ring import Outbox
 from lifl.shm import Arena, Block
-
-if TYPE_CHECKING:
-    from lifl.forecast import Forecast
-    from lifl.pool import Pool
-    from lifl.tally import Tally
-    from lifl.transport import Transport
+from lifl.tally import Tally
+from lifl.terms import Terms
 
 WAIT_CAP_S = 0.1
 """No wait is longer in one piece: signals and lost peers are noticed within it."""
+
+
+class Workers(Protocol):
+    """A Node's workers: how many there may be, which are there, and which are the best choice.
+
+    Attributes
+    ----------
+    most : int
+        Workers that the Node may have.
+    cold_starts : int
+        Workers that were started so far.
+    """
+
+    most: int
+    cold_starts: int
+
+    @property
+    def present(self) -> frozenset[int]:
+        """The workers that are running."""
+
+    def choose(self, n: int, without: Container[int] = ()) -> tuple[int, ...]:
+        """The best `n` workers for a new part in a round; starts those that are not there."""
+
+    def prepare(self, n: int) -> None:
+        """Starts workers until `n` are there."""
+
+
+class Router(Protocol):
+    """The way to the workers, as a round uses it."""
+
+    def route_top(self, number: int, me: int | None) -> None:
+        """Partial sums of round `number` go to worker `me`; None: to nobody any more."""
+
+
+class Predictor(Protocol):
+    """The cost model, as a round uses it."""
+
+    def predict(self, terms: Terms, shape: Shape, arrivals: Sequence[float]) -> dict[str, float] | None:
+        """Seconds that each phase of a round is expected to take; None if the model does not apply."""
+
+    def learn(self, report: RoundReport) -> None:
+        """Takes a finished round into account."""
 
 
 class Host(Protocol):
@@ -26,11 +67,21 @@ class Host(Protocol):
 
     arena: Arena
     outbox: Outbox
-    transport: Transport
     changed: threading.Condition
-    pool: Pool
-    forecast: Forecast
     tally: Tally
+
+    # Properties, so that a Node may have more than a round asks for.
+    @property
+    def pool(self) -> Workers:
+        """The Node's workers."""
+
+    @property
+    def transport(self) -> Router:
+        """The way to them."""
+
+    @property
+    def forecast(self) -> Predictor:
+        """The Node's cost model."""
 
     def pump(self) -> None:
         """Gets the work going that is there; without workers it is done now, in the calling thread."""
