@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lifl.crew import Crew
 from lifl.errors import PeerGoneError
-from lifl.ring import Bell, Descriptor, Kind, Outbox, Receiver
+from lifl.shm.ring import Bell, Descriptor, Kind, Outbox, Receiver
 from lifl.traffic import Traffic
 
 log = logging.getLogger("lifl.agent")

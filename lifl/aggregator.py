@@ -26,11 +26,12 @@ from itertools import islice
 
 import attrs
 
-from lifl import fold, order
+from lifl import fold
 from lifl.errors import PeerGoneError
-from lifl.order import BATCH_SHIFT, FLOWER
-from lifl.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Receiver, ring_for
-from lifl.shm import AGENT, Arena, Block, Mapping, State, lib
+from lifl.shm import control_block as order
+from lifl.shm.arena import AGENT, Arena, Block, Mapping, State, lib
+from lifl.shm.control_block import BATCH_SHIFT, FLOWER
+from lifl.shm.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Receiver, ring_for
 from lifl.tensor import Layout
 
 log = logging.getLogger("lifl.aggregator")

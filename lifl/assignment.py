@@ -9,16 +9,17 @@ import errno
 from collections import deque
 from collections.abc import Iterable
 
-from lifl import order, recovery
+from lifl import recovery
 from lifl.books import Update
 from lifl.errors import ArenaCorruptError, PeerGoneError, ShmError
 from lifl.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.shape import Shape
 from lifl.recovery import Remains
-from lifl.ring import NO_BLOCK, Descriptor, Kind
-from lifl.shm import AGENT, Block, State
-from lifl.sizes import sum_bytes_of, units_of
+from lifl.shm import control_block as order
+from lifl.shm.arena import AGENT, Block, State
+from lifl.shm.ring import NO_BLOCK, Descriptor, Kind
+from lifl.shm.sizes import sum_bytes_of, units_of
 from lifl.tensor import Layout
 from lifl.terms import Terms
 

@@ -11,7 +11,7 @@ from collections import Counter
 import attrs
 
 from lifl.metrics import Contribution, Rejection, RoundReport, Span
-from lifl.shm import Block
+from lifl.shm.arena import Block
 from lifl.tally import Tally
 
 

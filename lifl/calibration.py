@@ -28,8 +28,8 @@ from lifl.errors import LiflError, PeerGoneError
 from lifl.gauge import measure_memory
 from lifl.nursery import Nursery
 from lifl.planner.costs import Costs
-from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
-from lifl.shm import AGENT, Arena, require
+from lifl.shm.arena import AGENT, Arena, require
+from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
 
 STARTS = 3
 QUESTIONS = 20

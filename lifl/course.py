@@ -22,9 +22,9 @@ from lifl.host import Host
 from lifl.metrics import Rejection, RoundReport
 from lifl.pace import Pace
 from lifl.result import RoundResult
-from lifl.ring import Descriptor, Kind
 from lifl.roster import Roster
-from lifl.shm import Block
+from lifl.shm.arena import Block
+from lifl.shm.ring import Descriptor, Kind
 from lifl.terms import Terms
 
 MOST_DEATHS = 2

@@ -124,7 +124,7 @@ def _do_a_round() -> None:
     import numpy as np
 
     from lifl import Node, TensorSpec
-    from lifl.sizes import round_bytes
+    from lifl.shm.sizes import round_bytes
 
     spec = TensorSpec.from_arrays({"w": np.zeros(8, "float32")})
     with (
@@ -166,7 +166,7 @@ def _cpu_quota() -> float | None:
 
 
 def _vector_width() -> Iterator[Line]:
-    from lifl import kernels
+    from lifl.shm import kernels
 
     width = kernels.vector_width()
     is_narrow = width == "sse2"
@@ -175,7 +175,7 @@ def _vector_width() -> Iterator[Line]:
 
 
 def _memory() -> Iterator[Line]:
-    from lifl import shm
+    from lifl.shm import arena as shm
 
     available, limit = shm.available_bytes(), shm.limit_bytes()
     yield Line("available_bytes", available, f"{_gib(available)} of memory")
@@ -206,7 +206,7 @@ def _open_files() -> Iterator[Line]:
 
 def _arenas() -> Iterator[Line]:
     from lifl import runtime
-    from lifl.sizes import default_bytes
+    from lifl.shm.sizes import default_bytes
     from lifl.superlink import command
 
     for name, who, most, option in (
@@ -221,7 +221,7 @@ def _arenas() -> Iterator[Line]:
 
 
 def _memfd() -> Iterator[Line]:
-    from lifl import shm
+    from lifl.shm import arena as shm
 
     try:
         shm.Arena.create(1, 2).close()

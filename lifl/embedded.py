@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 
-from lifl import calibration, shm
+from lifl import calibration
 from lifl.errors import LiflError
 from lifl.runtime import Node, cores
-from lifl.sizes import round_bytes
+from lifl.shm import arena as shm
+from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
 from lifl.terms import Order
 

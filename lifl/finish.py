@@ -11,13 +11,14 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from lifl import fold, order
+from lifl import fold
 from lifl.assignment import Assignment
 from lifl.books import Update
 from lifl.host import Host
-from lifl.order import Order, Source
-from lifl.ring import Descriptor, Kind
-from lifl.shm import Block
+from lifl.shm import control_block as order
+from lifl.shm.arena import Block
+from lifl.shm.control_block import Order, Source
+from lifl.shm.ring import Descriptor, Kind
 
 
 class Finish:

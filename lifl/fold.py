@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from lifl import kernels
+from lifl.shm import kernels
 from lifl.tensor import (
     CODES,
     ITEM_BYTES,

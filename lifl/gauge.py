@@ -15,10 +15,11 @@ from typing import Any, cast
 import attrs
 import numpy as np
 
-from lifl import admission, kernels
+from lifl import admission
 from lifl.intake import copy_in
 from lifl.loan import Loan
-from lifl.shm import Arena
+from lifl.shm import kernels
+from lifl.shm.arena import Arena
 from lifl.tensor import CODES, TensorSpec
 
 PARAMETERS = 3_000_000

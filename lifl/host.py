@@ -11,8 +11,8 @@ from typing import Protocol
 from lifl.errors import ShmError
 from lifl.metrics import RoundReport
 from lifl.planner.shape import Shape
-from lifl.ring import Outbox
-from lifl.shm import Arena, Block
+from lifl.shm.arena import Arena, Block
+from lifl.shm.ring import Outbox
 from lifl.tally import Tally
 from lifl.terms import Terms
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lifl import admission, kernels
+from lifl import admission
 from lifl.loan import Loan
+from lifl.shm import kernels
 from lifl.tensor import CODES, Array, TensorSpec
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from lifl import kernels
-from lifl.shm import Lease
+from lifl.shm import kernels
+from lifl.shm.arena import Lease
 from lifl.tensor import Array, TensorSpec, torch_views
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from lifl.assignment import Assignment
 from lifl.errors import AdmissionError
 from lifl.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.roster import Roster
-from lifl.shm import Block
-from lifl.sizes import units_of
+from lifl.shm.arena import Block
+from lifl.shm.sizes import units_of
 
 
 class Quota:

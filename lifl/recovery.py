@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from lifl.books import Update
-from lifl.shm import AGENT, Arena, Block, State, lib
+from lifl.shm.arena import AGENT, Arena, Block, State, lib
 
 
 @attrs.define

@@ -24,7 +24,7 @@ from lifl.pace import Pace
 from lifl.quota import Quota
 from lifl.result import RoundResult
 from lifl.roster import Roster
-from lifl.shm import Block, Lease
+from lifl.shm.arena import Block, Lease
 from lifl.terms import Terms
 
 CLOSE_TIMEOUT_S = 30.0

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from lifl import shm
 from lifl.admission import Limits
 from lifl.agent import Agent
 from lifl.assignment import Assignment
@@ -23,10 +22,11 @@ from lifl.errors import LeaseError, LiflError, PeerGoneError
 from lifl.forecast import Forecast
 from lifl.planner.shape import Shape
 from lifl.pool import Pool
-from lifl.ring import Descriptor, Kind
 from lifl.round import Round
-from lifl.shm import Arena
-from lifl.sizes import default_bytes, parse_bytes
+from lifl.shm import arena as shm
+from lifl.shm.arena import Arena
+from lifl.shm.ring import Descriptor, Kind
+from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.staff import Staff, headcount
 from lifl.staff import cores as cores
 from lifl.stats import NodeStats

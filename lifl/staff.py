@@ -11,8 +11,8 @@ from functools import partial
 
 from lifl.aggregator import Aggregator
 from lifl.crew import Crew
-from lifl.ring import Bell, queued
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
+from lifl.shm.ring import Bell, queued
 from lifl.traffic import Traffic
 from lifl.transport import Name, open_transport
 

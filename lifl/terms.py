@@ -11,9 +11,9 @@ import attrs
 from lifl.admission import Limits
 from lifl.clip import Clip
 from lifl.intake import as_numpy
-from lifl.order import BATCH_SHIFT, FLOWER
 from lifl.planner.shape import Shape
-from lifl.shm import lib
+from lifl.shm.arena import lib
+from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.tensor import Layout, TensorSpec
 
 Timing = Literal["eager", "lazy", "jit"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lifl.shm import AGENT
+from lifl.shm.arena import AGENT
 
 if TYPE_CHECKING:
     from lifl.ebpf.record import Metrics

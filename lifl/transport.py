@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from lifl.errors import EbpfUnavailableError
-from lifl.ring import Inbox, Outbox, Receiver
-from lifl.shm import AGENT, Arena
+from lifl.shm.arena import AGENT, Arena
+from lifl.shm.ring import Inbox, Outbox, Receiver
 
 if TYPE_CHECKING:
     from lifl.ebpf.record import Metrics

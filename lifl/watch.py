@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lifl.beacon import Beacon
 from lifl.errors import LeaseError
-from lifl.ring import counts_of, queued
+from lifl.shm.ring import counts_of, queued
 from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
 
 if TYPE_CHECKING:

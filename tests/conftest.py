@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import lifl
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
 
 MARK = "LIFL_TESTS"
 SETTLE_S = 5.0

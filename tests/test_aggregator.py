@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl import fold, order
+from lifl import fold
 from lifl.aggregator import Aggregator
 from lifl.errors import RoundError
-from lifl.order import Order, Source
-from lifl.ring import Descriptor, Inbox, Kind, Outbox
-from lifl.shm import AGENT, Arena, Block, State
+from lifl.shm import control_block as order
+from lifl.shm.arena import AGENT, Arena, Block, State
+from lifl.shm.control_block import Order, Source
+from lifl.shm.ring import Descriptor, Inbox, Kind, Outbox
 
 ME, OTHER = 1, 2
 MANIFEST_BYTES = 4096

@@ -12,8 +12,8 @@ import pytest
 
 from lifl.crew import Crew, Dead
 from lifl.errors import PeerGoneError
-from lifl.ring import Bell
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
+from lifl.shm.ring import Bell
 
 STALL_S = 8.0
 WAIT_S = 10.0

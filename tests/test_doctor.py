@@ -18,9 +18,11 @@ import deprived
 import pytest
 
 import lifl
-from lifl import doctor, kernels, runtime, shm
+from lifl import doctor, runtime
 from lifl.doctor_view import TITLES
 from lifl.ebpf import probe
+from lifl.shm import arena as shm
+from lifl.shm import kernels
 from lifl.superlink import command, flower
 
 DEPRIVED = (sys.executable, deprived.__file__)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lifl import kernels
 from lifl.fold import (
     MANTISSA_BITS,
     SMALLEST,
@@ -27,6 +26,7 @@ from lifl.fold import (
     merge,
     tolerance,
 )
+from lifl.shm import kernels
 from lifl.tensor import DTYPES, Array, Layout, Segment, Tensor, TensorSpec
 
 Model = Mapping[str, Array]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lifl
-from lifl import order
-from lifl.order import Order, Source
+from lifl.shm import control_block as order
+from lifl.shm.control_block import Order, Source
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(7, np.float32), "n": np.array(0), "h": np.zeros(3, np.float16)})
 numbers = st.integers(0, 2**32 - 1)

@@ -15,8 +15,8 @@ import lifl
 from lifl.crew import Crew
 from lifl.errors import PeerGoneError
 from lifl.pool import Pool
-from lifl.ring import Bell
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
+from lifl.shm.ring import Bell
 
 pytestmark = pytest.mark.transports
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lifl
 from lifl.errors import AdmissionError
-from lifl.sizes import units_of
+from lifl.shm.sizes import units_of
 
 pytestmark = pytest.mark.transports
 

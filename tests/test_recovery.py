@@ -8,7 +8,7 @@ import pytest
 
 from lifl.books import Update
 from lifl.recovery import free, sweep, word
-from lifl.shm import AGENT, Arena, Block, State
+from lifl.shm.arena import AGENT, Arena, Block, State
 
 ME, TOP = 1, 2
 

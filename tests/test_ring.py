@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lifl.errors import LeaseError, ShmError
-from lifl.ring import NO_BLOCK, Bell, Consumer, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
+from lifl.shm.ring import NO_BLOCK, Bell, Consumer, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
 
 MANY = 200_000
 HANG_S = 60.0

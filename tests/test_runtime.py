@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lifl
-from lifl import sizes
 from lifl.errors import ShmError
 from lifl.fold import flower_mean, mean_reference, tolerance
-from lifl.shm import available_bytes
+from lifl.shm import sizes
+from lifl.shm.arena import available_bytes
 from lifl.tensor import DTYPES, Array, Tensor
 
 pytestmark = pytest.mark.transports

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl import sizes
-from lifl.shm import available_bytes
+from lifl.shm import sizes
+from lifl.shm.arena import available_bytes
 from lifl.tensor import Tensor
 
 WAIT_S = 120.0

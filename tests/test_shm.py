@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lifl import kernels, shm
 from lifl.errors import ArenaCorruptError, LeaseError, ShmError
-from lifl.shm import AGENT, Arena, Block, Lease, State
+from lifl.shm import arena as shm
+from lifl.shm import kernels
+from lifl.shm.arena import AGENT, Arena, Block, Lease, State
 
 UNIT = 65536
 POISON = 0xA5

@@ -22,8 +22,8 @@ from lifl.ebpf import probe
 from lifl.ebpf.links import ends_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.sidecar import Sidecar
-from lifl.ring import Descriptor, Kind, Outbox, Receiver
-from lifl.shm import AGENT, Arena, Block, State
+from lifl.shm.arena import AGENT, Arena, Block, State
+from lifl.shm.ring import Descriptor, Kind, Outbox, Receiver
 
 LEAF, TOP = 1, 2
 ROUND = 1

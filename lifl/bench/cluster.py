@@ -22,7 +22,6 @@ from typing import cast
 import attrs
 import numpy as np
 
-from lifl import kernels
 from lifl.bench.usage import machine_s, own_s
 from lifl.errors import LiflError, ShmError
 from lifl.planner.shape import Shape
@@ -31,7 +30,8 @@ from lifl.planner.traces import Trace
 from lifl.result import RoundResult
 from lifl.round import Round
 from lifl.runtime import Node
-from lifl.sizes import round_bytes, units_of
+from lifl.shm import kernels
+from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
 from lifl.terms import Timing
 

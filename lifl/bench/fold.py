@@ -22,7 +22,7 @@ from lifl.bench.limits import MEMORY_BYTES, read_gb_per_s
 from lifl.bench.shapes import model_spec, random_update
 from lifl.planner.shape import Shape
 from lifl.runtime import Node, cores
-from lifl.sizes import round_bytes
+from lifl.shm.sizes import round_bytes
 from lifl.tensor import Array, TensorSpec
 
 RESULT_TIMEOUT_S = 300.0

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lifl import calibration, kernels
+from lifl import calibration
 from lifl.bench import pair
 from lifl.bench.handoff import one_way
 from lifl.errors import PeerGoneError
 from lifl.nursery import Nursery
-from lifl.ring import Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.runtime import Node, cores
-from lifl.shm import AGENT, Arena
+from lifl.shm import kernels
+from lifl.shm.arena import AGENT, Arena
+from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.tensor import Array, TensorSpec
 
 MEMORY_BYTES = 512 * 2**20

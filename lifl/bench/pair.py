@@ -26,8 +26,8 @@ from lifl.bench import sockets
 from lifl.bench.echo import ASKER, ECHO, PAYLOAD, Measure, forked, share_a_core, spent_ns, timed
 from lifl.bench.sockets import END, PING
 from lifl.errors import PeerGoneError
-from lifl.ring import Bell, Descriptor, Inbox, Kind, Producer, ring_for
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
+from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Producer, ring_for
 
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "

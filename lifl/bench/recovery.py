@@ -25,8 +25,8 @@ from lifl.errors import LiflError
 from lifl.planner.shape import Shape
 from lifl.round import Round
 from lifl.runtime import Node, cores
-from lifl.shm import Block, State
-from lifl.sizes import round_bytes
+from lifl.shm.arena import Block, State
+from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
 
 WAYS = {"waiting": "its updates wait (READY)", "folding": "it is folding them (READING)"}

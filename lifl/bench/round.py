@@ -28,7 +28,7 @@ from lifl.bench.tree import MemoryLog, cpu_s, descendants_cpu_s
 from lifl.bench.work import Run, Work, make_run
 from lifl.deployment import Deployment
 from lifl.errors import LiflError
-from lifl.sizes import parse_bytes
+from lifl.shm.sizes import parse_bytes
 from lifl.tensor import TensorSpec
 from lifl.terms import Timing
 

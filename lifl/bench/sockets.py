@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from lifl.bench.echo import ASKER, ECHO, PAYLOAD, Measure, forked, timed
 from lifl.ebpf.links import Receiver, ends_of
 from lifl.ebpf.sidecar import Sidecar
-from lifl.ring import IDLE_WAIT_S, Descriptor, Kind
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
+from lifl.shm.ring import IDLE_WAIT_S, Descriptor, Kind
 
 PING, END = Descriptor(Kind.UPDATE, 1), Descriptor(Kind.STOP, 0)
 

@@ -22,8 +22,8 @@ from lifl.bench.shapes import model_spec
 from lifl.errors import LiflError
 from lifl.metrics import RoundReport
 from lifl.runtime import Node, cores
-from lifl.shm import Arena
-from lifl.sizes import round_bytes, units_of
+from lifl.shm.arena import Arena
+from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
 from lifl.terms import Timing
 

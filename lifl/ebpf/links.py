@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.errors import PeerGoneError
-from lifl.ring import WAIT_CAP_S, Descriptor, Kind, Outbox, Spent
-from lifl.shm import AGENT, Arena, check, ffi, lib
+from lifl.shm.arena import AGENT, Arena, check, ffi, lib
+from lifl.shm.ring import WAIT_CAP_S, Descriptor, Kind, Outbox, Spent
 
 TOP = 0x80000000
 """The top of round r is the aggregator TOP | r, whoever that is: a leaf's sum is sent there."""

@@ -12,7 +12,7 @@
 #define LIFL_MOST_SOCKETS 1024
 #define LIFL_MOST_ROUTES 4096
 
-/* Kinds of descriptor that are counted apart (lifl/ring.py has them all): an update on its way to a leaf, and back. */
+/* Kinds of descriptor that are counted apart (lifl/shm/ring.py has them all): an update on its way to a leaf, and back. */
 #define LIFL_KIND_UPDATE 3
 #define LIFL_KIND_FOLDED 9
 

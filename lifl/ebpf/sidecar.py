@@ -15,8 +15,8 @@ from lifl.ebpf.links import Receiver, outbox_of, sent_on, top_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import LAUNCHER, Metrics, Record
 from lifl.errors import EbpfUnavailableError, PeerGoneError
-from lifl.ring import Descriptor, Outbox
-from lifl.shm import AGENT, Arena, check, lib
+from lifl.shm.arena import AGENT, Arena, check, lib
+from lifl.shm.ring import Descriptor, Outbox
 
 
 class Sidecar:

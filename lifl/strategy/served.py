@@ -32,7 +32,7 @@ from lifl.errors import LiflError, PeerGoneError, RoundError
 from lifl.heap import give_back
 from lifl.metrics import Rejection, RoundReport
 from lifl.result import RoundResult
-from lifl.shm import Arena, Block
+from lifl.shm.arena import Arena, Block
 from lifl.strategy.exchange import push
 from lifl.tensor import TensorSpec
 from lifl.terms import Order, Timing

@@ -13,10 +13,10 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
-from lifl import shm
 from lifl.errors import EbpfUnavailableError, LiflError
 from lifl.runtime import Node
-from lifl.sizes import default_bytes, parse_bytes
+from lifl.shm import arena as shm
+from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.superlink import flower
 from lifl.superlink.sampler import Sampler
 

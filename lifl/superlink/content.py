@@ -14,7 +14,7 @@ import hashlib
 import re
 from typing import Any
 
-from lifl.shm import Arena, Block
+from lifl.shm.arena import Arena, Block
 from lifl.superlink import flower
 
 _names = flower.part("store")

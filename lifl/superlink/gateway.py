@@ -14,7 +14,7 @@ from collections.abc import Callable
 from logging import WARNING
 from typing import Any, Protocol
 
-from lifl.shm import available_bytes
+from lifl.shm.arena import available_bytes
 from lifl.superlink import flower
 from lifl.superlink.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
 from lifl.superlink.checks import Checks

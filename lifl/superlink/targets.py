@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
 from lifl.superlink.content import SMALL_BYTES, BlockContent, Content, Landed
 
 SINK_BYTES = 2**16

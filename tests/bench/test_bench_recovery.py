@@ -17,7 +17,7 @@ from lifl.bench import recovery
 from lifl.bench.recovery import SPANS, WAYS, measure_recovery, recovery_table, spread_ms
 from lifl.errors import LiflError
 from lifl.recovery import Remains
-from lifl.shm import State
+from lifl.shm.arena import State
 
 SPEC = TensorSpec.from_arrays({"w": np.empty((2048, 512), np.float32), "n": np.empty((), np.int64)})
 """Four MB: large enough to be met while it is folded."""

@@ -21,7 +21,7 @@ from lifl.bench.idle import idle_table, measure_idle
 from lifl.bench.roles import measure_roles, roles_table
 from lifl.bench.trickle import TIMINGS, measure_trickle, trickle_table
 from lifl.errors import LiflError
-from lifl.sizes import round_bytes
+from lifl.shm.sizes import round_bytes
 
 SPEC = TensorSpec.from_arrays({"w": np.empty((300, 70), np.float32), "n": np.empty((), np.int64)})
 

@@ -14,7 +14,7 @@ import pytest
 from lifl.ebpf import compiled, probe
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
 
 
 def _give_up(reason: str) -> NoReturn:

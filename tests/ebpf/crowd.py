@@ -20,7 +20,7 @@ import numpy as np
 from lifl.ebpf.links import top_of
 from lifl.ebpf.record import RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
-from lifl.shm import AGENT, Arena
+from lifl.shm.arena import AGENT, Arena
 
 WORKERS = 64
 IDS = 64

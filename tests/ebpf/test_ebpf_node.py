@@ -17,8 +17,8 @@ import pytest
 import lifl
 from lifl.assignment import Assignment
 from lifl.ebpf import bpf
-from lifl.ring import Descriptor, Kind, counts_of
-from lifl.shm import AGENT, State
+from lifl.shm.arena import AGENT, State
+from lifl.shm.ring import Descriptor, Kind, counts_of
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(1000), "n": np.array(0)})
 WAIT_S = 60.0

@@ -20,8 +20,8 @@ from lifl.ebpf.links import Receiver, ends_of, sent_on, top_of
 from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import LeaseError, PeerGoneError, ShmError
-from lifl.ring import NO_BLOCK, WAIT_CAP_S, Descriptor, Kind, Outbox, counts_of
-from lifl.shm import AGENT, Arena, ffi
+from lifl.shm.arena import AGENT, Arena, ffi
+from lifl.shm.ring import NO_BLOCK, WAIT_CAP_S, Descriptor, Kind, Outbox, counts_of
 
 BATCH = len(ffi.new("lifl_flow *").bytes) // RECORD_BYTES
 """Records that are received at a time."""

@@ -21,8 +21,8 @@ from lifl.ebpf import record as record_module
 from lifl.ebpf.record import METRICS_BYTES, RECORD_BYTES, Metrics, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError
-from lifl.ring import Descriptor, Kind
-from lifl.shm import AGENT, Arena
+from lifl.shm.arena import AGENT, Arena
+from lifl.shm.ring import Descriptor, Kind
 
 HEADER = build.HERE / "record.h"
 LOADERS = ["prebuilt", "bcc"]

@@ -27,9 +27,9 @@ from lifl.ebpf.links import ends_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
-from lifl.ring import Descriptor, Kind, Outbox
-from lifl.shm import AGENT, Arena, Block, State
-from lifl.sizes import sum_bytes_of
+from lifl.shm.arena import AGENT, Arena, Block, State
+from lifl.shm.ring import Descriptor, Kind, Outbox
+from lifl.shm.sizes import sum_bytes_of
 
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1

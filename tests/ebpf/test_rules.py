@@ -20,8 +20,8 @@ from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import LAUNCHER, RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import PeerGoneError
-from lifl.ring import Descriptor, Kind, Spent, counts_of
-from lifl.shm import AGENT, Arena, ffi
+from lifl.shm.arena import AGENT, Arena, ffi
+from lifl.shm.ring import Descriptor, Kind, Spent, counts_of
 
 UNDRAINED = 100_000
 HANG_S = 60.0

@@ -19,8 +19,8 @@ from lifl.ebpf.links import ends_of
 from lifl.ebpf.record import METRICS_BYTES, RECORD_BYTES, Metrics, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError, PeerGoneError
-from lifl.ring import NO_BLOCK, Descriptor, Kind, counts_of
-from lifl.shm import AGENT, Arena
+from lifl.shm.arena import AGENT, Arena
+from lifl.shm.ring import NO_BLOCK, Descriptor, Kind, counts_of
 from lifl.transport import open_transport
 
 InFork = Callable[[Callable[[], None]], int]

@@ -60,7 +60,7 @@ def test_short_read_at_an_attach(program: Any, shim: Path) -> None:
     said = program(
         """
 from lifl.errors import ArenaCorruptError
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
 before, said = fds(), []
 arena = Arena.create(2**20, 4)
 for nth in (1, 2):

@@ -25,8 +25,9 @@ import numpy as np
 
 with atheris.instrument_imports(include=["lifl"]):
     import lifl
-    from lifl import admission, npy, sizes, tensor
+    from lifl import admission, npy, tensor
     from lifl.errors import AdmissionError
+    from lifl.shm import sizes
 
 MODEL = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3),

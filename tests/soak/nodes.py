@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import lifl
-from lifl.shm import Block, State
-from lifl.sizes import units_of
+from lifl.shm.arena import Block, State
+from lifl.shm.sizes import units_of
 
 
 class SoakedNode(lifl.Node):

@@ -32,7 +32,7 @@ from processes import children_of, descriptors, kill_a_parent, private_bytes
 import lifl
 from lifl.errors import AdmissionError, LeaseError, RoundError, ShmError
 from lifl.heap import give_back
-from lifl.sizes import units_of
+from lifl.shm.sizes import units_of
 
 WAIT_S = 60.0
 SETTLE_S = 100.0

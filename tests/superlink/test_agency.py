@@ -24,7 +24,7 @@ from things import update
 from lifl import wire
 from lifl.admission import Limits
 from lifl.errors import LeaseError, PeerGoneError, RoundError
-from lifl.shm import Arena, Block
+from lifl.shm.arena import Arena, Block
 from lifl.strategy.landing import spec_of
 from lifl.strategy.served import Server
 from lifl.superlink.agency import Agency

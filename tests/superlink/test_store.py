@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from things import Thing
 
-from lifl.shm import Arena
+from lifl.shm.arena import Arena
 from lifl.superlink import store as store_module
 from lifl.superlink.content import BlockContent, Content, Landed
 from lifl.superlink.store import ArenaStore, DurableStore

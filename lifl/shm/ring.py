@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from lifl.shm import Arena, check, ffi, lib
+from lifl.shm.arena import Arena, check, ffi, lib
 
 NO_BLOCK = 0xFFFFFFFF
 WAIT_CAP_S = 0.1

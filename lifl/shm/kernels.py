@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lifl.shm import check, ffi, lib, require
+from lifl.shm.arena import check, ffi, lib, require
 
 
 def _pointers(addresses: Sequence[int]) -> Any:

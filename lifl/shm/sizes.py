@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from lifl import shm
+from lifl.shm import arena as shm
 from lifl.tensor import Layout, TensorSpec
 
 UNITS = {"": 1, "b": 1}
