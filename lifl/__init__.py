@@ -6,9 +6,9 @@
 from lifl import errors
 from lifl.admission import Limits
 from lifl.loan import Loan
-from lifl.metrics import Contribution, Rejection, RoundReport, Span
 from lifl.planner.shape import Shape
-from lifl.result import RoundResult
+from lifl.report.report import Contribution, Rejection, RoundReport, Span
+from lifl.report.result import RoundResult
 from lifl.round import Round
 from lifl.runtime import Node
 from lifl.tensor import TensorSpec

@@ -10,7 +10,7 @@ from collections import Counter
 
 import attrs
 
-from lifl.metrics import Contribution, Rejection, RoundReport, Span
+from lifl.report.report import Contribution, Rejection, RoundReport, Span
 from lifl.shm.arena import Block
 from lifl.tally import Tally
 

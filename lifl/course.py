@@ -19,9 +19,9 @@ from lifl.books import Books, Update
 from lifl.errors import ArenaCorruptError, PeerGoneError, RoundError
 from lifl.finish import Finish
 from lifl.host import Host
-from lifl.metrics import Rejection, RoundReport
 from lifl.pace import Pace
-from lifl.result import RoundResult
+from lifl.report.report import Rejection, RoundReport
+from lifl.report.result import RoundResult
 from lifl.roster import Roster
 from lifl.shm.arena import Block
 from lifl.shm.ring import Descriptor, Kind

@@ -9,8 +9,8 @@ from collections.abc import Container, Sequence
 from typing import Protocol
 
 from lifl.errors import ShmError
-from lifl.metrics import RoundReport
 from lifl.planner.shape import Shape
+from lifl.report.report import RoundReport
 from lifl.shm.arena import Arena, Block
 from lifl.shm.ring import Outbox
 from lifl.tally import Tally

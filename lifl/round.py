@@ -19,10 +19,10 @@ from lifl.errors import AdmissionError, LeaseError, RoundError
 from lifl.host import WAIT_CAP_S, Host
 from lifl.intake import copy_in, look_for_nonfinite
 from lifl.loan import Loan
-from lifl.metrics import Rejection, RoundReport
 from lifl.pace import Pace
 from lifl.quota import Quota
-from lifl.result import RoundResult
+from lifl.report.report import Rejection, RoundReport
+from lifl.report.result import RoundResult
 from lifl.roster import Roster
 from lifl.shm.arena import Block, Lease
 from lifl.terms import Terms

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl.metrics import Contribution, Rejection, RoundReport, Span
+from lifl.report.report import Contribution, Rejection, RoundReport, Span
 
 FULL = RoundReport(
     round=3,
@@ -79,7 +79,7 @@ def test_import_draws_nothing(tmp_path: Path) -> None:
     """Importing lifl imports nothing that draws, and a notebook's view and SVG need no matplotlib."""
     code = (
         "import sys, lifl\n"
-        "assert not {'matplotlib', 'lifl.picture', 'lifl.plot', 'lifl.scene'} & set(sys.modules)\n"
+        "assert not {'matplotlib', 'lifl.report.svg', 'lifl.report.mpl', 'lifl.report.scene'} & set(sys.modules)\n"
         "report = lifl.RoundReport(1, 1, 'eager', 'any')\n"
         "report._repr_html_()\n"
         "report.save('round.svg')\n"

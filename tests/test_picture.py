@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.metrics import Contribution, Rejection, RoundReport, Span
-from lifl.picture import COLOURS, SUFFIXES, escaped, gantt_svg, report_html
-from lifl.scene import WIDTH_PX
+from lifl.report.report import Contribution, Rejection, RoundReport, Span
+from lifl.report.scene import WIDTH_PX
+from lifl.report.svg import COLOURS, SUFFIXES, escaped, gantt_svg, report_html
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>alert('1')</script>&\"\x00\x1b\ud800\u202e]]>"

@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from lifl.metrics import Contribution, RoundReport, Span
+from lifl.report.report import Contribution, RoundReport, Span
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")

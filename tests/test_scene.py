@@ -5,8 +5,8 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from lifl.metrics import Contribution, RoundReport, Span
-from lifl.scene import (
+from lifl.report.report import Contribution, RoundReport, Span
+from lifl.report.scene import (
     LEAST_PX,
     Window,
     arrivals_in,

@@ -27,7 +27,7 @@ from lifl.errors import LiflError, ShmError
 from lifl.planner.shape import Shape
 from lifl.planner.simulate import Part, Policy, doors_of
 from lifl.planner.traces import Trace
-from lifl.result import RoundResult
+from lifl.report.result import RoundResult
 from lifl.round import Round
 from lifl.runtime import Node
 from lifl.shm import kernels

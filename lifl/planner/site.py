@@ -12,7 +12,7 @@ from lifl.planner.engine import MEMORY, Done, Engine, Machine
 
 @attrs.frozen
 class Span:
-    """What one runtime did for a while, a bar of a Gantt picture; roles and steps as in ``lifl.metrics.Span``.
+    """What one runtime did for a while, a bar of a Gantt picture; roles and steps as in ``lifl.report.report.Span``.
 
     ``runtime`` is its number on the node, None its gateway. Two steps more than there
     are: "start", and "touch", the first touch of memory by a new process.

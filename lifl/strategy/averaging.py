@@ -12,7 +12,7 @@ from flwr.supercore import log
 
 from lifl import admission
 from lifl.errors import AdmissionError
-from lifl.metrics import Rejection
+from lifl.report.report import Rejection
 from lifl.strategy.landing import error_reply
 
 

@@ -25,7 +25,7 @@ from flwr.supercore import log
 
 from lifl.admission import Limits
 from lifl.errors import LiflError, PeerGoneError, RoundError
-from lifl.metrics import RoundReport
+from lifl.report.report import RoundReport
 from lifl.runtime import Node
 from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported

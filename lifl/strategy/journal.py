@@ -24,7 +24,7 @@ from flwr.supercore import log
 
 from lifl import checkpoint
 from lifl.errors import CheckpointError
-from lifl.metrics import RoundReport
+from lifl.report.report import RoundReport
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 

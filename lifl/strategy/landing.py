@@ -20,8 +20,8 @@ from lifl import admission, npy
 from lifl.admission import Limits
 from lifl.embedded import embedded
 from lifl.errors import AdmissionError, PeerGoneError, shortened
-from lifl.metrics import Rejection, RoundReport
-from lifl.result import RoundResult
+from lifl.report.report import Rejection, RoundReport
+from lifl.report.result import RoundResult
 from lifl.round import Round
 from lifl.runtime import Node
 from lifl.strategy.reading import read_reply, widened

@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
-from lifl.metrics import RoundReport
+from lifl.report.report import RoundReport
 from lifl.strategy.landing import spec_of
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]

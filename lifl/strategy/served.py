@@ -30,8 +30,8 @@ from lifl import wire
 from lifl.admission import Limits
 from lifl.errors import LiflError, PeerGoneError, RoundError
 from lifl.heap import give_back
-from lifl.metrics import Rejection, RoundReport
-from lifl.result import RoundResult
+from lifl.report.report import Rejection, RoundReport
+from lifl.report.result import RoundResult
 from lifl.shm.arena import Arena, Block
 from lifl.strategy.exchange import push
 from lifl.tensor import TensorSpec

@@ -24,7 +24,7 @@ from flwr.app import Message
 
 from lifl.errors import AdmissionError, LeaseError, LiflError, ShmError
 from lifl.loan import Loan
-from lifl.metrics import Rejection
+from lifl.report.report import Rejection
 from lifl.round import Round
 from lifl.strategy.reading import widened
 from lifl.superlink.content import Landed, PartContent

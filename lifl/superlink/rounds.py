@@ -19,7 +19,7 @@ from flwr.app.message import make_message
 
 from lifl.admission import Limits
 from lifl.errors import ShmError
-from lifl.metrics import Rejection
+from lifl.report.report import Rejection
 from lifl.runtime import Node
 from lifl.superlink import flower
 from lifl.superlink.awaited import Awaited

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from lifl.scene import (
+from lifl.report.scene import (
     COLOURS,
     Scene,
     Window,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lifl.metrics import RoundReport
+    from lifl.report.report import RoundReport
 
 
 def draw(report: RoundReport, ax: Axes | None = None) -> Axes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    from lifl.metrics import RoundReport, Span
+    from lifl.report.report import RoundReport, Span
 
 COLOURS = {"receive": "#3b82d6", "aggregate": "#d97706", "send": "#c2458f"}
 """Each at least 3:1 against white and against nearly black."""

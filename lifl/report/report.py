@@ -167,7 +167,7 @@ class RoundReport:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from lifl.picture import report_html
+        from lifl.report.svg import report_html
 
         return report_html(self)
 
@@ -190,7 +190,7 @@ class RoundReport:
         ModuleNotFoundError
             Without matplotlib.
         """
-        from lifl.plot import draw
+        from lifl.report.mpl import draw
 
         return draw(self, ax)
 
@@ -212,6 +212,6 @@ class RoundReport:
         ModuleNotFoundError
             For ``.png`` and ``.pdf`` without matplotlib.
         """
-        from lifl.picture import save
+        from lifl.report.svg import save
 
         save(self, path)

@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from lifl import plot
-from lifl.scene import (
+from lifl.report import mpl as plot
+from lifl.report.scene import (
     COLOURS,
     LABEL_PX,
     LANES,
@@ -42,7 +42,7 @@ from lifl.scene import (
 )
 
 if TYPE_CHECKING:
-    from lifl.metrics import RoundReport
+    from lifl.report.report import RoundReport
 
 SUFFIXES = (".html", ".svg", ".png", ".pdf", ".json")
 FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lifl.metrics import Rejection, RoundReport
+from lifl.report.report import Rejection, RoundReport
 from lifl.tensor import Array, TensorSpec, torch_views
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The record of a finished round: numbers, result, and pictures of both."""
