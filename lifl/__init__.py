@@ -4,12 +4,12 @@
 """
 
 from lifl import errors
-from lifl.admission import Limits
-from lifl.loan import Loan
 from lifl.planner.shape import Shape
 from lifl.report.report import Contribution, Rejection, RoundReport, Span
 from lifl.report.result import RoundResult
-from lifl.round import Round
+from lifl.round.admission import Limits
+from lifl.round.loan import Loan
+from lifl.round.round import Round
 from lifl.runtime import Node
 from lifl.tensor import TensorSpec
 

@@ -7,11 +7,11 @@ import threading
 
 from lifl import calibration
 from lifl.errors import LiflError
+from lifl.round.settings import Order
 from lifl.runtime import Node, cores
 from lifl.shm import arena as shm
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
-from lifl.terms import Order
 
 LEAST_BYTES = 2**28
 MOST_SIDE_BY_SIDE = 16

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lifl.pace import Pace
 from lifl.planner.choose import choose_shape
 from lifl.planner.costs import Costs, Sizes, predict
 from lifl.planner.load import Load, observe
 from lifl.planner.shape import Shape
 from lifl.report.report import RoundReport
-from lifl.terms import Terms
+from lifl.round.pacing import Pace
+from lifl.round.settings import Terms
 from lifl.traffic import Interval
 
 MOST_PREDICTED = 4096

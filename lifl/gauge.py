@@ -15,9 +15,9 @@ from typing import Any, cast
 import attrs
 import numpy as np
 
-from lifl import admission
-from lifl.intake import copy_in
-from lifl.loan import Loan
+from lifl.round import admission
+from lifl.round.intake import copy_in
+from lifl.round.loan import Loan
 from lifl.shm import kernels
 from lifl.shm.arena import Arena
 from lifl.tensor import CODES, TensorSpec

@@ -15,14 +15,16 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from lifl.admission import Limits
 from lifl.agent import Agent
-from lifl.assignment import Assignment
 from lifl.errors import LeaseError, LiflError, PeerGoneError
 from lifl.forecast import Forecast
 from lifl.planner.shape import Shape
 from lifl.pool import Pool
-from lifl.round import Round
+from lifl.round.admission import Limits
+from lifl.round.blocks import Assignment
+from lifl.round.round import Round
+from lifl.round.settings import Order, Terms, Timing
+from lifl.round.tally import Tally
 from lifl.shm import arena as shm
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Descriptor, Kind
@@ -30,9 +32,7 @@ from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.staff import Staff, headcount
 from lifl.staff import cores as cores
 from lifl.stats import NodeStats
-from lifl.tally import Tally
 from lifl.tensor import TensorSpec
-from lifl.terms import Order, Terms, Timing
 from lifl.transport import Name as TransportName
 from lifl.watch import Watch
 

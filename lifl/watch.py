@@ -19,7 +19,7 @@ from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Total
 
 if TYPE_CHECKING:
     from lifl.exporter import Exporter
-    from lifl.round import Round
+    from lifl.round.round import Round
     from lifl.runtime import Node
     from lifl.staff import Staff
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.admission import MAX_WEIGHT, MIN_WEIGHT, Limits, check_arrays, check_weight, refuse_quota, refuse_value
 from lifl.errors import MOST_REASON, AdmissionError, LiflError
+from lifl.round.admission import MAX_WEIGHT, MIN_WEIGHT, Limits, check_arrays, check_weight, refuse_quota, refuse_value
 from lifl.tensor import DTYPES, NUMPY_DTYPES, Tensor, TensorSpec
 
 MODEL = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3), "steps": np.array(0), "none": np.zeros((0, 2), np.int8)}

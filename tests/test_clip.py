@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lifl
-from lifl.clip import CHUNK, FLOATS, Clip
 from lifl.errors import AdmissionError
+from lifl.round.clip import CHUNK, FLOATS, Clip
 from lifl.tensor import NUMPY_DTYPES, Tensor, TensorSpec
 
 pytestmark = pytest.mark.transports

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import lifl
-from lifl.pace import MOST_REPLANS, Pace
+from lifl.round.pacing import MOST_REPLANS, Pace
 
 AHEAD, AT_THE_END = lifl.Shape(1, 2), lifl.Shape(0, 2)
 FOLD_S = 0.1

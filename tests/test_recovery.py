@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lifl.books import Update
-from lifl.recovery import free, sweep, word
+from lifl.round.record import Update
+from lifl.round.recovery import free, sweep, word
 from lifl.shm.arena import AGENT, Arena, Block, State
 
 ME, TOP = 1, 2

@@ -28,12 +28,12 @@ from lifl.planner.shape import Shape
 from lifl.planner.simulate import Part, Policy, doors_of
 from lifl.planner.traces import Trace
 from lifl.report.result import RoundResult
-from lifl.round import Round
+from lifl.round.round import Round
+from lifl.round.settings import Timing
 from lifl.runtime import Node
 from lifl.shm import kernels
 from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
-from lifl.terms import Timing
 
 HEAD = struct.Struct("<dq")
 """Before an update on the wire: its weight, and its number; a node's mean has one below 0."""

@@ -31,7 +31,7 @@ class Peer(StrEnum):
 
 
 class Fold(StrEnum):
-    """``lifl.terms.Timing``."""
+    """``lifl.round.settings.Timing``."""
 
     EAGER = "eager"
     LAZY = "lazy"

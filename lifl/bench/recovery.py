@@ -23,7 +23,7 @@ from lifl.bench.shapes import model_spec
 from lifl.crew import Crew
 from lifl.errors import LiflError
 from lifl.planner.shape import Shape
-from lifl.round import Round
+from lifl.round.round import Round
 from lifl.runtime import Node, cores
 from lifl.shm.arena import Block, State
 from lifl.shm.sizes import round_bytes

@@ -28,9 +28,9 @@ from lifl.bench.tree import MemoryLog, cpu_s, descendants_cpu_s
 from lifl.bench.work import Run, Work, make_run
 from lifl.deployment import Deployment
 from lifl.errors import LiflError
+from lifl.round.settings import Timing
 from lifl.shm.sizes import parse_bytes
 from lifl.tensor import TensorSpec
-from lifl.terms import Timing
 
 APP = Path(__file__).parents[1] / "_round_app"
 START_TIMEOUT_S = 120.0

@@ -21,11 +21,11 @@ from lifl.bench.limits import MEMORY_BYTES, read_gb_per_s
 from lifl.bench.shapes import model_spec
 from lifl.errors import LiflError
 from lifl.report.report import RoundReport
+from lifl.round.settings import Timing
 from lifl.runtime import Node, cores
 from lifl.shm.arena import Arena
 from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
-from lifl.terms import Timing
 
 TIMINGS: tuple[Timing, ...] = ("eager", "jit", "lazy")
 RESULT_TIMEOUT_S = 300.0

@@ -16,8 +16,8 @@ from lifl import fold
 from lifl.bench.shapes import random_update
 from lifl.bench.tree import MemoryLog
 from lifl.errors import LiflError
+from lifl.round.settings import Timing
 from lifl.tensor import Array, TensorSpec
-from lifl.terms import Timing
 
 FIRST_MODEL = -1
 """The seed of the first model; those of the nodes' updates are 0 and up."""

@@ -10,9 +10,9 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.supercore import log
 
-from lifl import admission
 from lifl.errors import AdmissionError
 from lifl.report.report import Rejection
+from lifl.round import admission
 from lifl.strategy.landing import error_reply
 
 

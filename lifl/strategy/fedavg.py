@@ -23,9 +23,10 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 
-from lifl.admission import Limits
 from lifl.errors import LiflError, PeerGoneError, RoundError
 from lifl.report.report import RoundReport
+from lifl.round.admission import Limits
+from lifl.round.settings import Order, Timing
 from lifl.runtime import Node
 from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
@@ -35,7 +36,6 @@ from lifl.strategy.options import RoundOptions
 from lifl.strategy.scalars import noted
 from lifl.strategy.served import Server, exchange_served
 from lifl.tensor import TensorSpec
-from lifl.terms import Order, Timing
 
 
 @dataclass

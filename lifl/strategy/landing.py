@@ -16,18 +16,19 @@ from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode, SType
 
-from lifl import admission, npy
-from lifl.admission import Limits
+from lifl import npy
 from lifl.embedded import embedded
 from lifl.errors import AdmissionError, PeerGoneError, shortened
 from lifl.report.report import Rejection, RoundReport
 from lifl.report.result import RoundResult
-from lifl.round import Round
+from lifl.round import admission
+from lifl.round.admission import Limits
+from lifl.round.round import Round
+from lifl.round.settings import Order, Timing
 from lifl.runtime import Node
 from lifl.strategy.reading import read_reply, widened
 from lifl.strategy.served import Reply, ServedRound
 from lifl.tensor import TensorSpec
-from lifl.terms import Order, Timing
 
 
 @attrs.frozen(eq=False)

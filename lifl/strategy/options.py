@@ -6,10 +6,10 @@ import inspect
 from os import PathLike
 from typing import Any, ClassVar
 
-from lifl.admission import Limits
+from lifl.round.admission import Limits
+from lifl.round.settings import Order, Timing
 from lifl.runtime import Node
 from lifl.strategy import scalars
-from lifl.terms import Order, Timing
 
 
 def _show_flowers_arguments(cls: type[RoundOptions]) -> None:

@@ -27,15 +27,15 @@ from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from lifl import wire
-from lifl.admission import Limits
 from lifl.errors import LiflError, PeerGoneError, RoundError
 from lifl.heap import give_back
 from lifl.report.report import Rejection, RoundReport
 from lifl.report.result import RoundResult
+from lifl.round.admission import Limits
+from lifl.round.settings import Order, Timing
 from lifl.shm.arena import Arena, Block
 from lifl.strategy.exchange import push
 from lifl.tensor import TensorSpec
-from lifl.terms import Order, Timing
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 120.0

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lifl import wire
-from lifl.admission import Limits
 from lifl.errors import LiflError, RoundError
+from lifl.round.admission import Limits
 from lifl.superlink import flower
 from lifl.superlink.reception import Settled
 from lifl.superlink.rounds import Rounds

@@ -23,9 +23,9 @@ import attrs
 from flwr.app import Message
 
 from lifl.errors import AdmissionError, LeaseError, LiflError, ShmError
-from lifl.loan import Loan
 from lifl.report.report import Rejection
-from lifl.round import Round
+from lifl.round.loan import Loan
+from lifl.round.round import Round
 from lifl.strategy.reading import widened
 from lifl.superlink.content import Landed, PartContent
 from lifl.superlink.geometry import Form, Geometry, Piece

@@ -17,9 +17,10 @@ from typing import Any
 from flwr.app import Error
 from flwr.app.message import make_message
 
-from lifl.admission import Limits
 from lifl.errors import ShmError
 from lifl.report.report import Rejection
+from lifl.round.admission import Limits
+from lifl.round.settings import Order, Timing
 from lifl.runtime import Node
 from lifl.superlink import flower
 from lifl.superlink.awaited import Awaited
@@ -32,7 +33,6 @@ from lifl.superlink.reception import Place, Reception, Settled
 from lifl.superlink.served_round import Announced, ServedRound
 from lifl.superlink.store import Store
 from lifl.tensor import TensorSpec
-from lifl.terms import Order, Timing
 
 _names, _server = flower.part("rounds"), flower.part("server")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import attrs
 
-from lifl.round import Round
+from lifl.round.round import Round
 from lifl.superlink.geometry import Geometry
 from lifl.superlink.reception import Reception, Settled
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lifl import TensorSpec, cli
-from lifl.assignment import Assignment
 from lifl.bench import recovery
 from lifl.bench.recovery import SPANS, WAYS, measure_recovery, recovery_table, spread_ms
 from lifl.errors import LiflError
-from lifl.recovery import Remains
+from lifl.round.blocks import Assignment
+from lifl.round.recovery import Remains
 from lifl.shm.arena import State
 
 SPEC = TensorSpec.from_arrays({"w": np.empty((2048, 512), np.float32), "n": np.empty((), np.int64)})

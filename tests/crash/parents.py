@@ -19,7 +19,11 @@ import numpy as np
 import sitecustomize
 
 import lifl
-from lifl import assignment, books, crew, finish, intake, loan, nursery, pool, recovery, round, runtime
+from lifl import crew, nursery, pool, runtime
+from lifl.round import blocks as assignment
+from lifl.round import intake, loan, recovery, round
+from lifl.round import mean as finish
+from lifl.round import record as books
 
 PR_SET_CHILD_SUBREAPER = 36
 GONE_S = 5.0

@@ -26,7 +26,8 @@ import pytest
 from stepping import SPAWNER, Control, stepping
 
 import lifl
-from lifl import assignment, recovery
+from lifl.round import blocks as assignment
+from lifl.round import recovery
 
 pytestmark = pytest.mark.transports
 

@@ -14,7 +14,7 @@ import pytest
 from stepping import Control, stepping
 
 import lifl
-from lifl import assignment
+from lifl.round import blocks as assignment
 
 pytestmark = pytest.mark.transports
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl.assignment import Assignment
 from lifl.ebpf import bpf
+from lifl.round.blocks import Assignment
 from lifl.shm.arena import AGENT, State
 from lifl.shm.ring import Descriptor, Kind, counts_of
 

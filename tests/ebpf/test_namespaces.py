@@ -232,7 +232,7 @@ def test_lifls_workers_make_a_round_across_them(launcher: Sidecar, large: Arena)
 
 
 def enlist(arena: Arena, outbox: Outbox, me: int, control: Block) -> None:
-    """Makes a participant a leaf of the round, as `lifl.assignment` does."""
+    """Makes a participant a leaf of the round, as `lifl.round.blocks` does."""
     outbox.push(me, Descriptor(Kind.OPEN, ROUND, control.index, control.generation))
     for _ in range(2):
         block = arena.alloc(sum_bytes_of(SPEC.layout))

@@ -25,8 +25,9 @@ import numpy as np
 
 with atheris.instrument_imports(include=["lifl"]):
     import lifl
-    from lifl import admission, npy, tensor
+    from lifl import npy, tensor
     from lifl.errors import AdmissionError
+    from lifl.round import admission
     from lifl.shm import sizes
 
 MODEL = {
@@ -165,7 +166,7 @@ def fuzz_landing(data: bytes) -> None:
     """One good reply and one made of the input: a result of the good one alone or of both, and no block is lost."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-    from lifl.admission import Limits
+    from lifl.round.admission import Limits
     from lifl.strategy.landing import Landing
 
     if Landings.node is None:

@@ -24,7 +24,7 @@ from scripted import ScriptedGrid, failing, nudge, plain, record
 
 import lifl
 from lifl import checkpoint
-from lifl.round import Round
+from lifl.round.round import Round
 from lifl.strategy import FedAdam
 
 ROUNDS = 5

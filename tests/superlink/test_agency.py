@@ -22,8 +22,8 @@ from rig import Rig
 from things import update
 
 from lifl import wire
-from lifl.admission import Limits
 from lifl.errors import LeaseError, PeerGoneError, RoundError
+from lifl.round.admission import Limits
 from lifl.shm.arena import Arena, Block
 from lifl.strategy.landing import spec_of
 from lifl.strategy.served import Server

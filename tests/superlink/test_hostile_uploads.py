@@ -22,7 +22,7 @@ from players import Client, check_mean, play, wait_until
 from rig import HOST, UNIT, Node, Rig
 from things import update
 
-from lifl import round as round_module
+from lifl.round import round as round_module
 from lifl.superlink import protocol
 
 PUSH = "/v1/fleet/push-object"

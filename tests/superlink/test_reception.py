@@ -23,8 +23,8 @@ from players import Client, check_mean, flowers, never, play, prepare, says, set
 from rig import UNIT, Rig
 from things import Thing, array, chunks_of, metrics, record, reply, saved, update, weight
 
-from lifl.admission import Limits
 from lifl.errors import RoundError
+from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
 from lifl.strategy.served import Server
 from lifl.superlink import reply as reply_module

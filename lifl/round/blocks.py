@@ -1,6 +1,6 @@
 """Who has which blocks of a round: the updates and sums that its leaves were given, and what they are told.
 
-Carries out, decides nothing about who counts: that is ``lifl.round``'s. Called with the host's lock held.
+Carries out, decides nothing about who counts: that is ``lifl.round.round``'s. Called with the host's lock held.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import errno
 from collections import deque
 from collections.abc import Iterable
 
-from lifl import recovery
-from lifl.books import Update
 from lifl.errors import ArenaCorruptError, PeerGoneError, ShmError
-from lifl.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.shape import Shape
-from lifl.recovery import Remains
+from lifl.round import recovery
+from lifl.round.host import WAIT_CAP_S, Host, wait_for_block
+from lifl.round.record import Update
+from lifl.round.recovery import Remains
+from lifl.round.settings import Terms
 from lifl.shm import control_block as order
 from lifl.shm.arena import AGENT, Block, State
 from lifl.shm.ring import NO_BLOCK, Descriptor, Kind
 from lifl.shm.sizes import sum_bytes_of, units_of
 from lifl.tensor import Layout
-from lifl.terms import Terms
 
 ROOM_FOR_UPDATES = 4
 """A leaf that joins a round leaves room for so many more updates, so that it does not keep them out."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lifl import admission
-from lifl.admission import Limits
-from lifl.assignment import Assignment
 from lifl.errors import AdmissionError
-from lifl.host import WAIT_CAP_S, Host, wait_for_block
-from lifl.roster import Roster
+from lifl.round import admission
+from lifl.round.admission import Limits
+from lifl.round.blocks import Assignment
+from lifl.round.clients import Roster
+from lifl.round.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.shm.arena import Block
 from lifl.shm.sizes import units_of
 

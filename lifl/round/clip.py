@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lifl import admission
 from lifl.errors import AdmissionError
+from lifl.round import admission
 from lifl.tensor import Array, TensorSpec
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from lifl import fold
-from lifl.assignment import Assignment
-from lifl.books import Update
-from lifl.host import Host
+from lifl.round.blocks import Assignment
+from lifl.round.host import Host
+from lifl.round.record import Update
 from lifl.shm import control_block as order
 from lifl.shm.arena import Block
 from lifl.shm.control_block import Order, Source

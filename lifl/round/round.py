@@ -11,21 +11,21 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from lifl import admission
-from lifl.assignment import Assignment
-from lifl.books import Update
-from lifl.course import Course
 from lifl.errors import AdmissionError, LeaseError, RoundError
-from lifl.host import WAIT_CAP_S, Host
-from lifl.intake import copy_in, look_for_nonfinite
-from lifl.loan import Loan
-from lifl.pace import Pace
-from lifl.quota import Quota
 from lifl.report.report import Rejection, RoundReport
 from lifl.report.result import RoundResult
-from lifl.roster import Roster
+from lifl.round import admission
+from lifl.round.blocks import Assignment
+from lifl.round.clients import Roster
+from lifl.round.host import WAIT_CAP_S, Host
+from lifl.round.intake import copy_in, look_for_nonfinite
+from lifl.round.lifecycle import Course
+from lifl.round.loan import Loan
+from lifl.round.pacing import Pace
+from lifl.round.quota import Quota
+from lifl.round.record import Update
+from lifl.round.settings import Terms
 from lifl.shm.arena import Block, Lease
-from lifl.terms import Terms
 
 CLOSE_TIMEOUT_S = 30.0
 

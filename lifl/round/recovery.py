@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 
-from lifl.books import Update
+from lifl.round.record import Update
 from lifl.shm.arena import AGENT, Arena, Block, State, lib
 
 

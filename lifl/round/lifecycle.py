@@ -14,18 +14,18 @@ from typing import Literal
 
 import attrs
 
-from lifl.assignment import Assignment
-from lifl.books import Books, Update
 from lifl.errors import ArenaCorruptError, PeerGoneError, RoundError
-from lifl.finish import Finish
-from lifl.host import Host
-from lifl.pace import Pace
 from lifl.report.report import Rejection, RoundReport
 from lifl.report.result import RoundResult
-from lifl.roster import Roster
+from lifl.round.blocks import Assignment
+from lifl.round.clients import Roster
+from lifl.round.host import Host
+from lifl.round.mean import Finish
+from lifl.round.pacing import Pace
+from lifl.round.record import Books, Update
+from lifl.round.settings import Terms
 from lifl.shm.arena import Block
 from lifl.shm.ring import Descriptor, Kind
-from lifl.terms import Terms
 
 MOST_DEATHS = 2
 MOST_DEATHS_IN_VAIN = 8

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lifl import admission
-from lifl.loan import Loan
+from lifl.round import admission
+from lifl.round.loan import Loan
 from lifl.shm import kernels
 from lifl.tensor import CODES, Array, TensorSpec
 

@@ -11,10 +11,10 @@ from typing import Protocol
 from lifl.errors import ShmError
 from lifl.planner.shape import Shape
 from lifl.report.report import RoundReport
+from lifl.round.settings import Terms
+from lifl.round.tally import Tally
 from lifl.shm.arena import Arena, Block
 from lifl.shm.ring import Outbox
-from lifl.tally import Tally
-from lifl.terms import Terms
 
 WAIT_CAP_S = 0.1
 """No wait is longer in one piece: signals and lost peers are noticed within it."""

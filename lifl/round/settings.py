@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import attrs
 
-from lifl.admission import Limits
-from lifl.clip import Clip
-from lifl.intake import as_numpy
 from lifl.planner.shape import Shape
+from lifl.round.admission import Limits
+from lifl.round.clip import Clip
+from lifl.round.intake import as_numpy
 from lifl.shm.arena import lib
 from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.tensor import Layout, TensorSpec

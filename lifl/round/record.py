@@ -11,8 +11,8 @@ from collections import Counter
 import attrs
 
 from lifl.report.report import Contribution, Rejection, RoundReport, Span
+from lifl.round.tally import Tally
 from lifl.shm.arena import Block
-from lifl.tally import Tally
 
 
 @attrs.define(eq=False)

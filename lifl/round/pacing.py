@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lifl.planner.load import Load, has_changed
 from lifl.planner.shape import Shape
-from lifl.terms import Timing
+from lifl.round.settings import Timing
 
 MOST_RATE = 1e9
 """Updates per second; what comes faster is all at once."""
