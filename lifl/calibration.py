@@ -26,10 +26,10 @@ import attrs
 
 from lifl.errors import LiflError, PeerGoneError
 from lifl.gauge import measure_memory
-from lifl.nursery import Nursery
 from lifl.planner.costs import Costs
 from lifl.shm.arena import AGENT, Arena, require
 from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.workers.spawner import Nursery
 
 STARTS = 3
 QUESTIONS = 20

@@ -270,7 +270,7 @@ def _ebpf() -> Iterator[Line]:
 
 
 def _transport() -> Iterator[Line]:
-    from lifl import transport
+    from lifl.workers import transport
 
     told = os.environ.get(transport.VARIABLE)
     default = told or "rings"

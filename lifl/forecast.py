@@ -16,7 +16,7 @@ from lifl.planner.shape import Shape
 from lifl.report.report import RoundReport
 from lifl.round.pacing import Pace
 from lifl.round.settings import Terms
-from lifl.traffic import Interval
+from lifl.workers.traffic import Interval
 
 MOST_PREDICTED = 4096
 """Updates of a round for which the cost model is asked afterwards; it takes some microseconds for each."""

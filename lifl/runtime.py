@@ -15,11 +15,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from lifl.agent import Agent
 from lifl.errors import LeaseError, LiflError, PeerGoneError
 from lifl.forecast import Forecast
 from lifl.planner.shape import Shape
-from lifl.pool import Pool
 from lifl.round.admission import Limits
 from lifl.round.blocks import Assignment
 from lifl.round.round import Round
@@ -29,12 +27,14 @@ from lifl.shm import arena as shm
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Descriptor, Kind
 from lifl.shm.sizes import default_bytes, parse_bytes
-from lifl.staff import Staff, headcount
-from lifl.staff import cores as cores
 from lifl.stats import NodeStats
 from lifl.tensor import TensorSpec
-from lifl.transport import Name as TransportName
 from lifl.watch import Watch
+from lifl.workers.listener import Agent
+from lifl.workers.pool import Pool
+from lifl.workers.team import Staff, headcount
+from lifl.workers.team import cores as cores
+from lifl.workers.transport import Name as TransportName
 
 DEFAULT_MEMORY = 2 * 2**30
 STALL_TIMEOUT_S = 10.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lifl.exporter import Exporter
     from lifl.round.round import Round
     from lifl.runtime import Node
-    from lifl.staff import Staff
+    from lifl.workers.team import Staff
 
 log = logging.getLogger("lifl.watch")
 

@@ -11,12 +11,12 @@ import pytest
 
 import lifl
 from lifl import fold
-from lifl.aggregator import Aggregator
 from lifl.errors import RoundError
 from lifl.shm import control_block as order
 from lifl.shm.arena import AGENT, Arena, Block, State
 from lifl.shm.control_block import Order, Source
 from lifl.shm.ring import Descriptor, Inbox, Kind, Outbox
+from lifl.workers.aggregator import Aggregator
 
 ME, OTHER = 1, 2
 MANIFEST_BYTES = 4096
@@ -240,7 +240,7 @@ def test_error_in_a_fold_loses_the_round_and_not_the_node(monkeypatch: pytest.Mo
             with monkeypatch.context() as patch:
                 patch.setattr(fold, "finish_at", lambda *_: 1 / 0)
                 # Its traceback would keep the blocks of the fold mapped.
-                patch.setattr(logging.getLogger("lifl.aggregator"), "disabled", True)
+                patch.setattr(logging.getLogger("lifl.workers.aggregator"), "disabled", True)
                 round_.submit(MODEL)
             with pytest.raises(RoundError, match="worker 1"):
                 round_.result(5)

@@ -119,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # the planner
     "gauge": {"round.admission", "round.intake", "shm.kernels", "round.loan", "shm.arena", "tensor"},
-    "calibration": {"errors", "gauge", "nursery", "planner.costs", "shm.ring", "shm.arena"},
+    "calibration": {"errors", "gauge", "workers.spawner", "planner.costs", "shm.ring", "shm.arena"},
     "planner": set(),
     "planner.load": set(),
     "planner.shape": {"errors"},
@@ -156,14 +156,21 @@ ALLOWED: dict[str, set[str]] = {
         *("ebpf.links", "ebpf.pairs", "ebpf.probe", "ebpf.record", "errors", "shm.ring", "shm.arena"),
     },
     # the processes
-    "transport": {"ebpf.sidecar", "errors", "shm.ring", "shm.arena"},
-    "aggregator": {"ebpf.links", "errors", "fold", "shm.control_block", "shm.ring", "shm.arena", "tensor"},
-    "nursery": {"aggregator", "ebpf.links", "errors"},
-    "crew": {"errors", "nursery"},
-    "pool": {"crew", "errors"},
-    "staff": {"aggregator", "crew", "shm.ring", "shm.arena", "traffic", "transport"},
-    "agent": {"crew", "errors", "shm.ring", "traffic"},
-    "traffic": {"shm.arena"},
+    "workers.transport": {"ebpf.sidecar", "errors", "shm.ring", "shm.arena"},
+    "workers.aggregator": {"ebpf.links", "errors", "fold", "shm.control_block", "shm.ring", "shm.arena", "tensor"},
+    "workers.spawner": {"workers.aggregator", "ebpf.links", "errors"},
+    "workers.supervisor": {"errors", "workers.spawner"},
+    "workers.pool": {"workers.supervisor", "errors"},
+    "workers.team": {
+        "workers.aggregator",
+        "workers.supervisor",
+        "shm.ring",
+        "shm.arena",
+        "workers.traffic",
+        "workers.transport",
+    },
+    "workers.listener": {"workers.supervisor", "errors", "shm.ring", "workers.traffic"},
+    "workers.traffic": {"shm.arena"},
     "forecast": {
         *(
             "report.report",
@@ -174,7 +181,7 @@ ALLOWED: dict[str, set[str]] = {
             "planner.shape",
             "round.settings",
         ),
-        "traffic",
+        "workers.traffic",
     },
     "stats": set(),
     "forks": set(),
@@ -183,19 +190,19 @@ ALLOWED: dict[str, set[str]] = {
     "exporter": {"errors", "forks", "stats"},
     "watch": {"beacon", "errors", "exporter", "shm.ring", "stats"},
     "runtime": {
-        *("round.admission", "agent", "round.blocks", "calibration", "errors", "forecast", "planner.shape"),
+        *("round.admission", "workers.listener", "round.blocks", "calibration", "errors", "forecast", "planner.shape"),
         *(
-            "pool",
+            "workers.pool",
             "shm.ring",
             "round.round",
             "shm.arena",
             "shm.sizes",
-            "staff",
+            "workers.team",
             "stats",
             "round.tally",
             "tensor",
             "round.settings",
-            "transport",
+            "workers.transport",
             "watch",
         ),
     },
@@ -354,9 +361,9 @@ ALLOWED: dict[str, set[str]] = {
     "deployment": {"programs"},
     "demo": {"deployment"},
     "bench.shapes": {"tensor"},
-    "bench.echo": {"aggregator"},
+    "bench.echo": {"workers.aggregator"},
     "bench.sockets": {"bench.echo", "ebpf.links", "ebpf.sidecar", "shm.ring", "shm.arena"},
-    "bench.pair": {"aggregator", "bench.echo", "bench.sockets", "errors", "shm.ring", "shm.arena"},
+    "bench.pair": {"workers.aggregator", "bench.echo", "bench.sockets", "errors", "shm.ring", "shm.arena"},
     "bench.handoff": {"bench.pair", "ebpf.probe", "runtime"},
     "bench.limits": {
         *(
@@ -365,7 +372,7 @@ ALLOWED: dict[str, set[str]] = {
             "calibration",
             "errors",
             "shm.kernels",
-            "nursery",
+            "workers.spawner",
             "shm.ring",
             "runtime",
             "shm.arena",
@@ -384,7 +391,7 @@ ALLOWED: dict[str, set[str]] = {
             "tensor",
         ),
     },
-    "bench.idle": {"errors", "runtime", "tensor", "transport"},
+    "bench.idle": {"errors", "runtime", "tensor", "workers.transport"},
     "bench.roles": {"bench.limits", "report.report", "planner.shape", "runtime", "tensor"},
     "bench.trickle": {
         *(
@@ -402,7 +409,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "bench.recovery": {
         "bench.shapes",
-        "crew",
+        "workers.supervisor",
         "errors",
         "planner.shape",
         "round.round",
@@ -465,7 +472,7 @@ ALLOWED: dict[str, set[str]] = {
             "shm.arena",
             "shm.sizes",
         ),
-        *("superlink.command", "superlink.flower", "transport"),
+        *("superlink.command", "superlink.flower", "workers.transport"),
     },
     "doctor_view": set(),
     "cli": {
@@ -475,6 +482,7 @@ ALLOWED: dict[str, set[str]] = {
     "shm": {"shm.arena"},
     "report": set(),
     "round": set(),
+    "workers": set(),
     # the public names ("" is the package itself)
     "": {
         "round.admission",
@@ -533,7 +541,7 @@ OWNERS = {
     "flwr": ("strategy.", "superlink."),
     "ray": ("cluster.",),
     "_shm_ffi": ("shm.arena",),
-    "multiprocess": ("nursery",),
+    "multiprocess": ("workers.spawner",),
     "bcc": ("ebpf.",),
     "prometheus_client": ("exporter",),
 }

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from lifl.crew import Crew, Dead
 from lifl.errors import PeerGoneError
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Bell
+from lifl.workers.supervisor import Crew, Dead
 
 STALL_S = 8.0
 WAIT_S = 10.0
@@ -167,7 +167,7 @@ def test_a_worker_that_dies_alone_may_have_died_of_work(crew: Crew) -> None:
 
 def test_a_stopped_nursery_is_not_waited_for_for_ever(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     """When its time is over it is killed, and its workers die with it; the start goes on with another one."""
-    monkeypatch.setattr("lifl.nursery.FORK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("lifl.workers.spawner.FORK_TIMEOUT_S", 0.2)
     old = crew.nursery.pid
     os.kill(crew.pids[0], signal.SIGKILL)
     bury_all(crew, 1)

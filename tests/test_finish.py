@@ -207,7 +207,7 @@ def test_workers_that_cannot_start_accuse_nobody(
 ) -> None:
     """Who dies before its first word has read nothing: no update is refused for it, and the Node says what is wrong."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\nimport lifl.aggregator as aggregator\naggregator.main = lambda *_: os._exit(3)\n"
+        "import os\nimport lifl.workers.aggregator as aggregator\naggregator.main = lambda *_: os._exit(3)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with (

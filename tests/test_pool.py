@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl.crew import Crew
 from lifl.errors import PeerGoneError
-from lifl.pool import Pool
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Bell
+from lifl.workers.pool import Pool
+from lifl.workers.supervisor import Crew
 
 pytestmark = pytest.mark.transports
 

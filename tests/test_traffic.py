@@ -10,7 +10,7 @@ import pytest
 import lifl
 from lifl.ebpf.record import Metrics
 from lifl.planner.load import observe
-from lifl.traffic import Flow, Interval, Traffic
+from lifl.workers.traffic import Flow, Interval, Traffic
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(100_000, np.float32)})
 UPDATES = 20

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lifl.aggregator import die_with
+from lifl.workers.aggregator import die_with
 
 ASKER, ECHO = 0, 1
 """The two sides; also participants of an arena between them."""

@@ -19,7 +19,7 @@ from rich.table import Table
 from lifl.errors import LiflError
 from lifl.runtime import Node, cores
 from lifl.tensor import TensorSpec
-from lifl.transport import Name as TransportName
+from lifl.workers.transport import Name as TransportName
 
 TITLES = {
     "warm": "warm workers, after a round",

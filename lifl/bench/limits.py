@@ -22,12 +22,12 @@ from lifl import calibration
 from lifl.bench import pair
 from lifl.bench.handoff import one_way
 from lifl.errors import PeerGoneError
-from lifl.nursery import Nursery
 from lifl.runtime import Node, cores
 from lifl.shm import kernels
 from lifl.shm.arena import AGENT, Arena
 from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.tensor import Array, TensorSpec
+from lifl.workers.spawner import Nursery
 
 MEMORY_BYTES = 512 * 2**20
 """Large enough that most caches hold little of it."""

@@ -21,13 +21,13 @@ from typing import Any
 
 import attrs
 
-from lifl.aggregator import die_with
 from lifl.bench import sockets
 from lifl.bench.echo import ASKER, ECHO, PAYLOAD, Measure, forked, share_a_core, spent_ns, timed
 from lifl.bench.sockets import END, PING
 from lifl.errors import PeerGoneError
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Producer, ring_for
+from lifl.workers.aggregator import die_with
 
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "

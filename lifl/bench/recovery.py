@@ -20,7 +20,6 @@ import attrs
 from rich.table import Table
 
 from lifl.bench.shapes import model_spec
-from lifl.crew import Crew
 from lifl.errors import LiflError
 from lifl.planner.shape import Shape
 from lifl.round.round import Round
@@ -28,6 +27,7 @@ from lifl.runtime import Node, cores
 from lifl.shm.arena import Block, State
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
+from lifl.workers.supervisor import Crew
 
 WAYS = {"waiting": "its updates wait (READY)", "folding": "it is folding them (READING)"}
 SPANS = {

@@ -19,11 +19,14 @@ import numpy as np
 import sitecustomize
 
 import lifl
-from lifl import crew, nursery, pool, runtime
+from lifl import runtime
 from lifl.round import blocks as assignment
 from lifl.round import intake, loan, recovery, round
 from lifl.round import mean as finish
 from lifl.round import record as books
+from lifl.workers import pool
+from lifl.workers import spawner as nursery
+from lifl.workers import supervisor as crew
 
 PR_SET_CHILD_SUBREAPER = 36
 GONE_S = 5.0

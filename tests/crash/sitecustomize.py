@@ -18,7 +18,8 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["lifl._shm_ffi"] = module
 
-from lifl import aggregator, nursery  # noqa: E402
+from lifl.workers import aggregator  # noqa: E402
+from lifl.workers import spawner as nursery  # noqa: E402
 
 lib = module.lib
 WAITING = {"run", "step", "_advance", "<lambda>", "main"}

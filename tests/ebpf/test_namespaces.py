@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl.aggregator import Aggregator, die_with
 from lifl.ebpf.links import ends_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import RECORD_BYTES
@@ -30,6 +29,7 @@ from lifl.ebpf.sidecar import Sidecar
 from lifl.shm.arena import AGENT, Arena, Block, State
 from lifl.shm.ring import Descriptor, Kind, Outbox
 from lifl.shm.sizes import sum_bytes_of
+from lifl.workers.aggregator import Aggregator, die_with
 
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1

@@ -21,7 +21,7 @@ from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError, PeerGoneError
 from lifl.shm.arena import AGENT, Arena
 from lifl.shm.ring import NO_BLOCK, Descriptor, Kind, counts_of
-from lifl.transport import open_transport
+from lifl.workers.transport import open_transport
 
 InFork = Callable[[Callable[[], None]], int]
 CLONE_NEWNET = 0x40000000

@@ -170,7 +170,7 @@ def test_nodes(case: Case) -> None:
     assert message == f"eBPF cannot be used: {reason}; {remedy}"
     assert told["used"] == ["rings"] * 3
     assert told["means"] == [1.5] * 3
-    assert told["said"] == [["lifl.transport", "INFO", f"transport auto: rings are used; {message}"]]
+    assert told["said"] == [["lifl.workers.transport", "INFO", f"transport auto: rings are used; {message}"]]
     assert told["left"] == []
 
 

@@ -186,7 +186,7 @@ def test_workers_import_neither_flower_nor_torch(start: Callable[[str], Program]
 
 def test_what_workers_import_is_small() -> None:
     """The modules that a worker consists of import neither Flower, torch, Ray nor pandas."""
-    code = "import lifl.nursery, lifl.aggregator, multiprocess, sys; print(*sys.modules)"
+    code = "import lifl.workers.spawner, lifl.workers.aggregator, multiprocess, sys; print(*sys.modules)"
     modules = {name.partition(".")[0] for name in run_python("-c", code).split()}
     assert not modules & {"flwr", "torch", "ray", "pandas", "grpc", "typer", "rich", "IPython"}
 

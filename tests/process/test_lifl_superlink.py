@@ -275,7 +275,7 @@ def processes(servers: Servers, *words: str) -> list[int]:
 
 def lifl_processes(servers: Servers) -> list[int]:
     """The workers of the server, and who starts them; not those of ServerApps."""
-    return processes(servers, "lifl.nursery")
+    return processes(servers, "lifl.workers.spawner")
 
 
 # ---------------------------------------------------------------- how it starts and ends

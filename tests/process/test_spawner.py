@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl import crew, nursery
 from lifl.errors import AdmissionError, PeerGoneError
+from lifl.workers import spawner as nursery
+from lifl.workers import supervisor as crew
 
 pytestmark = pytest.mark.transports
 

@@ -129,7 +129,7 @@ def test_killed_while_all_workers_rest(rig: Rig, statuses: Counter[int]) -> None
 
 def test_stopped_in_a_served_round(rig: Rig, statuses: Counter[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is stopped when a worker has to be started is given some time, and then replaced."""
-    monkeypatch.setattr("lifl.nursery.FORK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("lifl.workers.spawner.FORK_TIMEOUT_S", 0.3)
     turns = Turns(rig, MOMENTS[1], signal.SIGSTOP)
     play_all(rig, turns, num_rounds=1)
     os.kill(rig.plane.node.pids()[0], signal.SIGKILL)

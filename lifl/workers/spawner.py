@@ -33,7 +33,7 @@ from lifl.errors import PeerGoneError
 
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from lifl.nursery import main; main(*map(int, sys.argv[2:]))"
+    "from lifl.workers.spawner import main; main(*map(int, sys.argv[2:]))"
 )
 START_TIMEOUT_S = 60.0
 """For the first answer of a Node's first nursery, whose files may come from a slow disk; nothing waits meanwhile."""
@@ -265,7 +265,7 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
     # It may be ignored in whatever started the agent: the kernel would reap the workers, and a wait for one would fail.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from lifl import aggregator
+    from lifl.workers import aggregator
 
     control = socket.socket(fileno=socket_fd)
     parent = os.getpid()

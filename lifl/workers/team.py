@@ -9,12 +9,12 @@ import os
 import time
 from functools import partial
 
-from lifl.aggregator import Aggregator
-from lifl.crew import Crew
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Bell, queued
-from lifl.traffic import Traffic
-from lifl.transport import Name, open_transport
+from lifl.workers.aggregator import Aggregator
+from lifl.workers.supervisor import Crew
+from lifl.workers.traffic import Traffic
+from lifl.workers.transport import Name, open_transport
 
 SPIN_S = 50e-6
 MAX_WORKERS = 255

@@ -19,9 +19,9 @@ from functools import partial
 import attrs
 
 from lifl.errors import PeerGoneError
-from lifl.nursery import KILL_TIMEOUT_S, Nursery
+from lifl.workers.spawner import KILL_TIMEOUT_S, Nursery
 
-log = logging.getLogger("lifl.crew")
+log = logging.getLogger("lifl.workers.supervisor")
 
 MOST_DEATHS_IN_A_ROW = 8
 TICKS_PER_STALL = 4

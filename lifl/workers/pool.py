@@ -9,10 +9,10 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Container
 
-from lifl.crew import Crew
 from lifl.errors import PeerGoneError
+from lifl.workers.supervisor import Crew
 
-log = logging.getLogger("lifl.pool")
+log = logging.getLogger("lifl.workers.pool")
 
 
 class Pool:

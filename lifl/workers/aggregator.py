@@ -34,7 +34,7 @@ from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.shm.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Receiver, ring_for
 from lifl.tensor import Layout
 
-log = logging.getLogger("lifl.aggregator")
+log = logging.getLogger("lifl.workers.aggregator")
 
 RETRY_S = 0.001
 """What did not fit into a full ring is tried again so soon."""

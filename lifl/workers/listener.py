@@ -11,12 +11,12 @@ import time
 from collections.abc import Container
 from typing import Protocol
 
-from lifl.crew import Crew
 from lifl.errors import PeerGoneError
 from lifl.shm.ring import Bell, Descriptor, Kind, Outbox, Receiver
-from lifl.traffic import Traffic
+from lifl.workers.supervisor import Crew
+from lifl.workers.traffic import Traffic
 
-log = logging.getLogger("lifl.agent")
+log = logging.getLogger("lifl.workers.listener")
 
 SLOWEST_FOLD = 100e6
 """Bytes a second that the slowest worker still reads: it may be silent as long as it takes to read all in use."""

@@ -17,7 +17,7 @@ from lifl.shm.ring import Inbox, Outbox, Receiver
 if TYPE_CHECKING:
     from lifl.ebpf.record import Metrics
 
-log = logging.getLogger("lifl.transport")
+log = logging.getLogger("lifl.workers.transport")
 
 Name = Literal["rings", "ebpf", "auto"]
 NAMES = ("rings", "ebpf", "auto")
