@@ -123,8 +123,8 @@ def top(
     Memory, open rounds, and of each worker its role, its queue and how busy it is; until Ctrl-C. With --json one look,
     as JSON. If the output is no terminal, as with --once. A Node without workers (workers=0) is not found.
     """
-    from lifl.top import Watcher, ask_all
-    from lifl.top_view import nodes_view, show_live, svg_of
+    from lifl.monitor.top import Watcher, ask_all
+    from lifl.monitor.top_view import nodes_view, show_live, svg_of
 
     if as_json:
         typer.echo(json.dumps({"nodes": [stats.to_dict() for stats in ask_all(pid)]}, indent=2))

@@ -17,6 +17,7 @@ from typing import Any
 
 from lifl.errors import LeaseError, LiflError, PeerGoneError
 from lifl.forecast import Forecast
+from lifl.monitor.stats import NodeStats
 from lifl.planner.shape import Shape
 from lifl.round.admission import Limits
 from lifl.round.blocks import Assignment
@@ -27,7 +28,6 @@ from lifl.shm import arena as shm
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Descriptor, Kind
 from lifl.shm.sizes import default_bytes, parse_bytes
-from lifl.stats import NodeStats
 from lifl.tensor import TensorSpec
 from lifl.watch import Watch
 from lifl.workers.listener import Agent
@@ -214,7 +214,7 @@ class Node:
             return () if self._crew is None else self._crew.pids
 
     def stats(self) -> NodeStats:
-        """What the Node is doing now, and what it has done; see :mod:`lifl.stats`.
+        """What the Node is doing now, and what it has done; see :mod:`lifl.monitor.stats`.
 
         Works at any time and waits for no worker; with ``workers=0``, for the fold that goes on. Raises
         :class:`LeaseError` if the Node is closed.

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lifl.beacon import Beacon
 from lifl.errors import LeaseError
+from lifl.monitor.beacon import Beacon
+from lifl.monitor.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
 from lifl.shm.ring import counts_of, queued
-from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
 
 if TYPE_CHECKING:
-    from lifl.exporter import Exporter
+    from lifl.monitor.prometheus import Exporter
     from lifl.round.round import Round
     from lifl.runtime import Node
     from lifl.workers.team import Staff
@@ -59,9 +59,9 @@ class Watch:
     # ------------------------------------------------------------ who is told
 
     def export(self, port: int, host: str) -> None:
-        """Serves the figures to Prometheus; see :class:`lifl.exporter.Exporter`. Closes the Node if that cannot be."""
+        """Serves the figures to Prometheus, by an ``Exporter``. Closes the Node if that cannot be."""
         try:
-            from lifl.exporter import Exporter  # late: it needs an extra
+            from lifl.monitor.prometheus import Exporter  # late: it needs an extra
 
             self._exporter = Exporter(self.stats, port, host)
         except ModuleNotFoundError as error:

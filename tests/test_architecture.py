@@ -183,12 +183,12 @@ ALLOWED: dict[str, set[str]] = {
         ),
         "workers.traffic",
     },
-    "stats": set(),
+    "monitor.stats": set(),
     "forks": set(),
     "heap": set(),
-    "beacon": {"errors", "forks", "wire"},
-    "exporter": {"errors", "forks", "stats"},
-    "watch": {"beacon", "errors", "exporter", "shm.ring", "stats"},
+    "monitor.beacon": {"errors", "forks", "wire"},
+    "monitor.prometheus": {"errors", "forks", "monitor.stats"},
+    "watch": {"monitor.beacon", "errors", "monitor.prometheus", "shm.ring", "monitor.stats"},
     "runtime": {
         *("round.admission", "workers.listener", "round.blocks", "calibration", "errors", "forecast", "planner.shape"),
         *(
@@ -198,7 +198,7 @@ ALLOWED: dict[str, set[str]] = {
             "shm.arena",
             "shm.sizes",
             "workers.team",
-            "stats",
+            "monitor.stats",
             "round.tally",
             "tensor",
             "round.settings",
@@ -337,7 +337,7 @@ ALLOWED: dict[str, set[str]] = {
     "superlink.resumption": {"superlink.flower", "superlink.store"},
     "superlink.plane": {
         *("superlink.announcements", "superlink.rates", "superlink.relief", "superlink.resumption"),
-        *("runtime", "stats", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
+        *("runtime", "monitor.stats", "superlink.agency", "superlink.checks", "superlink.flower", "superlink.gateway"),
         *("superlink.holding", "superlink.protocol", "superlink.rounds", "superlink.signatures", "superlink.store"),
         "wire",
     },
@@ -450,8 +450,8 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "shm.sizes", "tensor", "round.settings"),
     },
     "bench.round_view": {"bench.ablation_view"},
-    "top": {"beacon", "errors", "stats", "wire"},
-    "top_view": {"stats", "top"},
+    "monitor.top": {"monitor.beacon", "errors", "monitor.stats", "wire"},
+    "monitor.top_view": {"monitor.stats", "monitor.top"},
     "console": {"errors"},
     "bench.commands": {
         *("bench.ablation", "bench.ablation_view"),
@@ -477,12 +477,13 @@ ALLOWED: dict[str, set[str]] = {
     "doctor_view": set(),
     "cli": {
         *("bench.commands", "bench.planning", "console", "demo", "doctor", "doctor_view", ""),
-        *("planner.hierarchy", "planner.load", "planner.placement", "top", "top_view"),
+        *("planner.hierarchy", "planner.load", "planner.placement", "monitor.top", "monitor.top_view"),
     },
     "shm": {"shm.arena"},
     "report": set(),
     "round": set(),
     "workers": set(),
+    "monitor": set(),
     # the public names ("" is the package itself)
     "": {
         "round.admission",
@@ -515,7 +516,7 @@ PURE = {
     "superlink.derived": {"attrs", "collections", "hashlib", "json", "typing"},
     "round.pacing": {"collections", "math"},
     "report.report": {"attrs", "typing"},
-    "stats": {"attrs", "collections", "typing"},
+    "monitor.stats": {"attrs", "collections", "typing"},
     "round.tally": {"attrs", "collections"},
     "report.scene": {"attrs", "collections", "math", "typing"},
     "errors": set(),
@@ -543,7 +544,7 @@ OWNERS = {
     "_shm_ffi": ("shm.arena",),
     "multiprocess": ("workers.spawner",),
     "bcc": ("ebpf.",),
-    "prometheus_client": ("exporter",),
+    "prometheus_client": ("monitor.prometheus",),
 }
 
 

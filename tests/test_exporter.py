@@ -22,9 +22,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import lifl
-from lifl import exporter
 from lifl.errors import AdmissionError
-from lifl.stats import MemoryStats, NodeStats, SuperlinkStats, Totals
+from lifl.monitor import prometheus as exporter
+from lifl.monitor.stats import MemoryStats, NodeStats, SuperlinkStats, Totals
 
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}

@@ -20,7 +20,7 @@ import pytest
 import lifl
 from lifl.ebpf import probe
 from lifl.errors import AdmissionError, LeaseError, RoundError
-from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
+from lifl.monitor.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
 
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}

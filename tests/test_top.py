@@ -26,11 +26,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lifl
-from lifl import cli, top, top_view, watch
-from lifl.beacon import name_of
+from lifl import cli, watch
 from lifl.errors import LiflError, PeerGoneError
-from lifl.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
-from lifl.top import Place, Sight, Watcher, ask, find_places, rates_of
+from lifl.monitor import top, top_view
+from lifl.monitor.beacon import name_of
+from lifl.monitor.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
+from lifl.monitor.top import Place, Sight, Watcher, ask, find_places, rates_of
 
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}

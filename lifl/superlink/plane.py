@@ -13,8 +13,8 @@ from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
 from lifl import wire
+from lifl.monitor.stats import SuperlinkStats
 from lifl.runtime import Node
-from lifl.stats import SuperlinkStats
 from lifl.superlink import flower
 from lifl.superlink.flower import MissingNameError
 from lifl.superlink.holding import Holding

@@ -19,8 +19,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Servers
 
-from lifl import top
-from lifl.stats import NodeStats
+from lifl.monitor import top
+from lifl.monitor.stats import NodeStats
 
 WAIT_S = 240.0
 

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from rig import Rig
 
-from lifl.stats import SuperlinkStats
+from lifl.monitor.stats import SuperlinkStats
 from lifl.strategy import FedAvg
 from lifl.superlink.fleet import Fleet
 from lifl.superlink.prebuilt import Prebuilt

@@ -1,6 +1,6 @@
 """The figures of a Node for Prometheus, over HTTP: collected when they are asked for, named by its conventions.
 
-Owns the server, its thread and the names. What is told is `lifl.stats`; the default registry of the program is not
+Owns the server, its thread and the names. What is told is ``lifl.monitor.stats``; the program's default registry is not
 touched. Needs the extra ``metrics``.
 """
 
@@ -24,9 +24,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from lifl.errors import LiflError
 from lifl.forks import keep_from_forks
-from lifl.stats import NodeStats, SuperlinkStats, WorkerStats
+from lifl.monitor.stats import NodeStats, SuperlinkStats, WorkerStats
 
-log = logging.getLogger("lifl.exporter")
+log = logging.getLogger("lifl.monitor.prometheus")
 
 REQUESTS = 8
 """So many are answered at once, each in a thread."""
@@ -50,7 +50,7 @@ class Exporter:
     Parameters
     ----------
     stats : callable
-        Gives a :class:`lifl.stats.NodeStats`, or raises :class:`LiflError` when there is nothing to tell any more.
+        Gives a :class:`~lifl.monitor.stats.NodeStats`; raises :class:`LiflError` when there is nothing to tell any more.
     port : int
         0: any that is free.
     host : str

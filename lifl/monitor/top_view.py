@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lifl.stats import NodeStats, RoundStats, SuperlinkStats, WorkerStats
-from lifl.top import Rates, Sight, Watcher
+from lifl.monitor.stats import NodeStats, RoundStats, SuperlinkStats, WorkerStats
+from lifl.monitor.top import Rates, Sight, Watcher
 
 MOST_ROUNDS = 8
 MOST_WORKERS = 32

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import attrs
 
-from lifl.beacon import PREFIX, name_of
 from lifl.errors import LiflError, PeerGoneError
-from lifl.stats import NodeStats
+from lifl.monitor.beacon import PREFIX, name_of
+from lifl.monitor.stats import NodeStats
 from lifl.wire import uid_of_peer
 
 TIMEOUT_S = 2.0

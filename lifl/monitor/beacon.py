@@ -18,7 +18,7 @@ from lifl.errors import LeaseError
 from lifl.forks import keep_from_forks
 from lifl.wire import uid_of_peer
 
-log = logging.getLogger("lifl.beacon")
+log = logging.getLogger("lifl.monitor.beacon")
 
 PREFIX = "lifl-node"
 BACKLOG = 16

@@ -1,0 +1,1 @@
+"""The state of running Nodes for people and for Prometheus; changes nothing."""
