@@ -4,13 +4,13 @@
 """
 
 from lifl import errors
+from lifl.node.node import Node
 from lifl.planner.shape import Shape
 from lifl.report.report import Contribution, Rejection, RoundReport, Span
 from lifl.report.result import RoundResult
 from lifl.round.admission import Limits
 from lifl.round.loan import Loan
 from lifl.round.round import Round
-from lifl.runtime import Node
 from lifl.tensor import TensorSpec
 
 __version__ = "0.1.0"

@@ -143,7 +143,7 @@ def _kernel() -> Iterator[Line]:
 
 
 def _cores() -> Iterator[Line]:
-    from lifl.runtime import cores
+    from lifl.node.node import cores
 
     may, there, quota = cores(), os.cpu_count() or 1, _cpu_quota()
     said = f"{may} of {there} may be used: so many workers a Node has by default"
@@ -205,7 +205,7 @@ def _open_files() -> Iterator[Line]:
 
 
 def _arenas() -> Iterator[Line]:
-    from lifl import runtime
+    from lifl.node import node as runtime
     from lifl.shm.sizes import default_bytes
     from lifl.superlink import command
 
@@ -360,7 +360,7 @@ def _version(name: str) -> str | None:
 
 
 def _calibration() -> Iterator[Line]:
-    from lifl import calibration
+    from lifl.node import calibration
 
     measured = calibration.known() is not None
     said = "costs were measured on this machine" if measured else "costs are assumed: those of a slow machine"

@@ -110,7 +110,7 @@ def left_behind(before: tuple[dict[int, str], dict[int, str], set[str]]) -> list
 
 def close_embedded() -> None:
     """Closes the process's embedded Node, which otherwise lives until exit."""
-    node = getattr(sys.modules.get("lifl.embedded"), "_node", None)
+    node = getattr(sys.modules.get("lifl.node.embedded"), "_node", None)
     if node is not None:
         node.close()
 

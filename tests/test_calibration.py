@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lifl import calibration, gauge
 from lifl.errors import PeerGoneError
+from lifl.node import calibration
+from lifl.node import microbench as gauge
 from lifl.planner.costs import Costs
 
 

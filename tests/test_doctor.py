@@ -18,9 +18,10 @@ import deprived
 import pytest
 
 import lifl
-from lifl import doctor, runtime
+from lifl import doctor
 from lifl.doctor_view import TITLES
 from lifl.ebpf import probe
+from lifl.node import node as runtime
 from lifl.shm import arena as shm
 from lifl.shm import kernels
 from lifl.superlink import command, flower
@@ -101,7 +102,8 @@ def check_complete(said: dict[str, Any], table: str) -> None:
 
 NODE = """
 import json
-from lifl import Node, calibration
+from lifl import Node
+from lifl.node import calibration
 with Node(workers=1, transport="auto") as node:
     loader = getattr(node.transport, "loader", None)
     print(json.dumps([node.transport.name, loader, node.arena.block_bytes, node.forecast.costs.to_dict()]))

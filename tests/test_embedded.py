@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import lifl
-from lifl.embedded import LEAST_BYTES, embedded
+from lifl.node.embedded import LEAST_BYTES, embedded
 from lifl.tensor import Tensor
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(3, np.float32)})

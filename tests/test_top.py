@@ -26,12 +26,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lifl
-from lifl import cli, watch
+from lifl import cli
 from lifl.errors import LiflError, PeerGoneError
 from lifl.monitor import top, top_view
 from lifl.monitor.beacon import name_of
 from lifl.monitor.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
 from lifl.monitor.top import Place, Sight, Watcher, ask, find_places, rates_of
+from lifl.node import telemetry as watch
 
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}

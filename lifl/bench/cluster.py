@@ -24,13 +24,13 @@ import numpy as np
 
 from lifl.bench.usage import machine_s, own_s
 from lifl.errors import LiflError, ShmError
+from lifl.node.node import Node
 from lifl.planner.shape import Shape
 from lifl.planner.simulate import Part, Policy, doors_of
 from lifl.planner.traces import Trace
 from lifl.report.result import RoundResult
 from lifl.round.round import Round
 from lifl.round.settings import Timing
-from lifl.runtime import Node
 from lifl.shm import kernels
 from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec

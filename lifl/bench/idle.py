@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from lifl.errors import LiflError
-from lifl.runtime import Node, cores
+from lifl.node.node import Node, cores
 from lifl.tensor import TensorSpec
 from lifl.workers.transport import Name as TransportName
 

@@ -1,7 +1,7 @@
 """What this machine can do at most: memory, hashing, wake-ups, starting processes.
 
 Owns the limits that other figures are held against. It measures the machine and lifl's start, never a
-round's work; what the steps of a round cost here is ``lifl.calibration``'s, and shown beside. Nothing is
+round's work; what the steps of a round cost here is ``lifl.node.calibration``'s, and shown beside. Nothing is
 printed here.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lifl import calibration
 from lifl.bench import pair
 from lifl.bench.handoff import one_way
 from lifl.errors import PeerGoneError
-from lifl.runtime import Node, cores
+from lifl.node import calibration
+from lifl.node.node import Node, cores
 from lifl.shm import kernels
 from lifl.shm.arena import AGENT, Arena
 from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from lifl.bench.shapes import model_spec
 from lifl.errors import LiflError
+from lifl.node.node import Node, cores
 from lifl.planner.shape import Shape
 from lifl.round.round import Round
-from lifl.runtime import Node, cores
 from lifl.shm.arena import Block, State
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec

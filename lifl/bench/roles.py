@@ -13,9 +13,9 @@ import numpy as np
 from rich.table import Table
 
 from lifl.bench.limits import start_workers
+from lifl.node.node import Node, cores
 from lifl.planner.shape import Shape
 from lifl.report.report import RoundReport
-from lifl.runtime import Node, cores
 from lifl.tensor import TensorSpec
 
 TITLES = {

@@ -20,7 +20,6 @@ from typing import Any
 import attrs
 import numpy as np
 
-from lifl import calibration
 from lifl.bench import peer
 from lifl.bench.load import READY
 from lifl.bench.shapes import model_spec, tensors_of
@@ -28,6 +27,7 @@ from lifl.bench.tree import MemoryLog, cpu_s, descendants_cpu_s
 from lifl.bench.work import Run, Work, make_run
 from lifl.deployment import Deployment
 from lifl.errors import LiflError
+from lifl.node import calibration
 from lifl.round.settings import Timing
 from lifl.shm.sizes import parse_bytes
 from lifl.tensor import TensorSpec

@@ -50,7 +50,7 @@ class Exporter:
     Parameters
     ----------
     stats : callable
-        Gives a :class:`~lifl.monitor.stats.NodeStats`; raises :class:`LiflError` when there is nothing to tell any more.
+        Gives a :class:`~lifl.monitor.stats.NodeStats`; raises :class:`LiflError` when there is nothing more to tell.
     port : int
         0: any that is free.
     host : str

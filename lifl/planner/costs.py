@@ -1,6 +1,6 @@
 """What aggregation costs on a machine, and what a round will therefore take.
 
-The rates were measured (``lifl.calibration``); here they are only numbers.
+The rates were measured (``lifl.node.calibration``); here they are only numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The only importer of ``lifl._shm_ffi``: statuses become exceptions, addresses become objects.
 
 Owns an arena's lifetime, its blocks and the leases on them. It never decides who may have a block:
-that is ``lifl.runtime``'s. Kernels take addresses (``int``) and release the GIL.
+that is ``lifl.node.node``'s. Kernels take addresses (``int``) and release the GIL.
 """
 
 from __future__ import annotations

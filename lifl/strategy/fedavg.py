@@ -24,10 +24,10 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 
 from lifl.errors import LiflError, PeerGoneError, RoundError
+from lifl.node.node import Node
 from lifl.report.report import RoundReport
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
-from lifl.runtime import Node
 from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
 from lifl.strategy.journal import kept

@@ -17,15 +17,15 @@ from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode, SType
 
 from lifl import npy
-from lifl.embedded import embedded
 from lifl.errors import AdmissionError, PeerGoneError, shortened
+from lifl.node.embedded import embedded
+from lifl.node.node import Node
 from lifl.report.report import Rejection, RoundReport
 from lifl.report.result import RoundResult
 from lifl.round import admission
 from lifl.round.admission import Limits
 from lifl.round.round import Round
 from lifl.round.settings import Order, Timing
-from lifl.runtime import Node
 from lifl.strategy.reading import read_reply, widened
 from lifl.strategy.served import Reply, ServedRound
 from lifl.tensor import TensorSpec

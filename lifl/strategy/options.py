@@ -6,9 +6,9 @@ import inspect
 from os import PathLike
 from typing import Any, ClassVar
 
+from lifl.node.node import Node
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
-from lifl.runtime import Node
 from lifl.strategy import scalars
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lifl.errors import EbpfUnavailableError, LiflError
-from lifl.runtime import Node
+from lifl.node.node import Node
 from lifl.shm import arena as shm
 from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.superlink import flower

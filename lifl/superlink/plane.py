@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lifl import wire
 from lifl.monitor.stats import SuperlinkStats
-from lifl.runtime import Node
+from lifl.node.node import Node
 from lifl.superlink import flower
 from lifl.superlink.flower import MissingNameError
 from lifl.superlink.holding import Holding

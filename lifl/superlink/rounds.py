@@ -18,10 +18,10 @@ from flwr.app import Error
 from flwr.app.message import make_message
 
 from lifl.errors import ShmError
+from lifl.node.node import Node
 from lifl.report.report import Rejection
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
-from lifl.runtime import Node
 from lifl.superlink import flower
 from lifl.superlink.awaited import Awaited
 from lifl.superlink.comings import Comings

@@ -16,13 +16,14 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lifl import TensorSpec, calibration
+from lifl import TensorSpec
 from lifl.bench import echo, fold, handoff, limits, pair, shapes
 from lifl.bench.fold import fold_table, measure_fold
 from lifl.bench.handoff import handoff_table, measure_handoff
 from lifl.bench.limits import limits_table, measure_limits
 from lifl.ebpf import probe
 from lifl.errors import PeerGoneError
+from lifl.node import calibration
 from lifl.tensor import CODES
 
 SMALL = TensorSpec.from_arrays(

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lifl import TensorSpec, calibration
+from lifl import TensorSpec
 from lifl.bench import ablation as bench
 from lifl.bench import cluster as real
 from lifl.bench.ablation import COUNTS, STEPS, measure_ablation
 from lifl.bench.cluster import Cluster
 from lifl.errors import LiflError, PlanError
+from lifl.node import calibration
 from lifl.planner.costs import Sizes
 from lifl.planner.simulate import LIFL, POLICIES, Policy, cluster, divide
 from lifl.planner.traces import ablation

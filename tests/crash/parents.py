@@ -19,7 +19,7 @@ import numpy as np
 import sitecustomize
 
 import lifl
-from lifl import runtime
+from lifl.node import node as runtime
 from lifl.round import blocks as assignment
 from lifl.round import intake, loan, recovery, round
 from lifl.round import mean as finish

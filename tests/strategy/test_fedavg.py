@@ -355,7 +355,7 @@ def test_no_training_and_no_evaluation(node: lifl.Node, clock: Clock) -> None:
 
 def test_the_embedded_node(clock: Clock) -> None:
     """Without a Node of the user's, the process's own is made, and serves every strategy after."""
-    from lifl import embedded
+    from lifl.node import embedded
 
     first, _ = run(FedAvg(order="flower"), FOUR, 1, clock)
     made = embedded._node

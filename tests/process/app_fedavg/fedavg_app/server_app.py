@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from lifl import embedded
+from lifl.node import embedded
 from lifl.strategy import FedAvg
 
 app = ServerApp()

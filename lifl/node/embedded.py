@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 
-from lifl import calibration
 from lifl.errors import LiflError
+from lifl.node import calibration
+from lifl.node.node import Node, cores
 from lifl.round.settings import Order
-from lifl.runtime import Node, cores
 from lifl.shm import arena as shm
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
@@ -26,7 +26,7 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
     It has room for `updates` of `spec` beside each other. Where they can be folded one after another, 16
     and half of the machine's memory are the most, and more than fit wait their turn; ``order="flower"``
     keeps all of them, and raises :class:`~lifl.errors.ShmError` if the machine cannot. The first one on a machine
-    measures what aggregation costs there, which is kept in a file; see ``lifl.calibration``.
+    measures what aggregation costs there, which is kept in a file; see ``lifl.node.calibration``.
     """
     global _node
     with _lock:

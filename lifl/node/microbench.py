@@ -1,6 +1,6 @@
 """Measures what work on memory costs: the kernels, the first touch of a page, the start of an array's copy.
 
-Owns these measurements; what they mean, and where they are remembered, is ``lifl.calibration``'s.
+Owns these measurements; what they mean, and where they are remembered, is ``lifl.node.calibration``'s.
 """
 
 from __future__ import annotations

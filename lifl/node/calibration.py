@@ -25,7 +25,7 @@ from typing import Any
 import attrs
 
 from lifl.errors import LiflError, PeerGoneError
-from lifl.gauge import measure_memory
+from lifl.node.microbench import measure_memory
 from lifl.planner.costs import Costs
 from lifl.shm.arena import AGENT, Arena, require
 from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox

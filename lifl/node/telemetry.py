@@ -19,11 +19,11 @@ from lifl.shm.ring import counts_of, queued
 
 if TYPE_CHECKING:
     from lifl.monitor.prometheus import Exporter
+    from lifl.node.node import Node
     from lifl.round.round import Round
-    from lifl.runtime import Node
     from lifl.workers.team import Staff
 
-log = logging.getLogger("lifl.watch")
+log = logging.getLogger("lifl.node.telemetry")
 
 MOST_ROUNDS_TOLD = 64
 """Open rounds in a snapshot for another process, which is to fit into what a socket takes."""

@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from lifl.errors import LeaseError, LiflError, PeerGoneError
-from lifl.forecast import Forecast
 from lifl.monitor.stats import NodeStats
+from lifl.node.forecast import Forecast
+from lifl.node.telemetry import Watch
 from lifl.planner.shape import Shape
 from lifl.round.admission import Limits
 from lifl.round.blocks import Assignment
@@ -29,7 +30,6 @@ from lifl.shm.arena import Arena
 from lifl.shm.ring import Descriptor, Kind
 from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.tensor import TensorSpec
-from lifl.watch import Watch
 from lifl.workers.listener import Agent
 from lifl.workers.pool import Pool
 from lifl.workers.team import Staff, headcount
@@ -104,7 +104,7 @@ class Node:
         metrics_host: str = "127.0.0.1",
         debug: bool = False,
     ) -> None:
-        from lifl import calibration  # late: `import lifl` is quick
+        from lifl.node import calibration
 
         shm.require()
         workers, warm = headcount(workers, warm, idle_timeout, stall_timeout)
