@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lifl import checkpoint
 from lifl.errors import CheckpointError
+from lifl.strategy import checkpoint
 
 VALUE: dict[Any, Any] = {
     "nothing": None,
@@ -156,7 +156,7 @@ def test_failure_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 HOLDER = """
 import sys, time
-from lifl import checkpoint
+from lifl.strategy import checkpoint
 
 with checkpoint.locked(sys.argv[1]):
     print(1, flush=True)

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lifl import heap
+from lifl.strategy import heap
 
 PROGRAM = """
 from pathlib import Path
-from lifl.heap import give_back
+from lifl.strategy.heap import give_back
 
 def own_bytes():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lifl import npy
+from lifl.strategy import npy
 from lifl.tensor import DTYPES
 
 NUMPY_NAMES = [name for name in DTYPES if name != "bfloat16"]

@@ -4,6 +4,6 @@ Change ``from flwr.serverapp.strategy import FedAvg`` to ``from lifl.strategy im
 """
 
 from lifl.strategy.fedavg import FedAvg, Result
-from lifl.strategy.on_the_mean import FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi
+from lifl.strategy.optimizers import FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi
 
 __all__ = ["FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedProx", "FedYogi", "Result"]

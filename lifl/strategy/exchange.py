@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from lifl.heap import give_back
+from lifl.strategy.heap import give_back
 from lifl.strategy.pulling import puller
 
 FIRST_PAUSE_S = 0.005

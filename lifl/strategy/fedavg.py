@@ -28,13 +28,13 @@ from lifl.node.node import Node
 from lifl.report.report import RoundReport
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
-from lifl.strategy.averaging import averageable, consistent
 from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
 from lifl.strategy.journal import kept
 from lifl.strategy.landing import Landing, spec_of, to_record, views_of
+from lifl.strategy.metrics import averageable, consistent
 from lifl.strategy.options import RoundOptions
-from lifl.strategy.scalars import noted
-from lifl.strategy.served import Server, exchange_served
+from lifl.strategy.server_client import Server, exchange_served
+from lifl.strategy.tensorboard import noted
 from lifl.tensor import TensorSpec
 
 

@@ -22,9 +22,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
-from lifl import checkpoint
 from lifl.errors import CheckpointError
 from lifl.report.report import RoundReport
+from lifl.strategy import checkpoint
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
@@ -42,7 +42,7 @@ REVIVE: dict[str, Callable[[Any], Any]] = {
 
 
 def convert(value: Any) -> tuple[str, Any] | None:
-    """Flower's records as plain values, for :func:`lifl.checkpoint.pack`."""
+    """Flower's records as plain values, for :func:`lifl.strategy.checkpoint.pack`."""
     if isinstance(value, ArrayRecord):
         return "ArrayRecord", {key: array.numpy() for key, array in value.items()}
     if isinstance(value, MetricRecord):

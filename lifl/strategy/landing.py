@@ -16,7 +16,6 @@ from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode, SType
 
-from lifl import npy
 from lifl.errors import AdmissionError, PeerGoneError, shortened
 from lifl.node.embedded import embedded
 from lifl.node.node import Node
@@ -26,8 +25,9 @@ from lifl.round import admission
 from lifl.round.admission import Limits
 from lifl.round.round import Round
 from lifl.round.settings import Order, Timing
-from lifl.strategy.reading import read_reply, widened
-from lifl.strategy.served import Reply, ServedRound
+from lifl.strategy import npy
+from lifl.strategy.reply import read_reply, widened
+from lifl.strategy.server_client import Reply, ServedRound
 from lifl.tensor import TensorSpec
 
 

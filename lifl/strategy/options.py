@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from lifl.node.node import Node
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
-from lifl.strategy import scalars
+from lifl.strategy import tensorboard as scalars
 
 
 def _show_flowers_arguments(cls: type[RoundOptions]) -> None:

@@ -11,7 +11,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from lifl import npy
+from lifl.strategy import npy
 from lifl.tensor import Array
 
 WEIGHT = "num-examples"

@@ -26,7 +26,7 @@ from lifl.errors import AdmissionError, LeaseError, LiflError, ShmError
 from lifl.report.report import Rejection
 from lifl.round.loan import Loan
 from lifl.round.round import Round
-from lifl.strategy.reading import widened
+from lifl.strategy.reply import widened
 from lifl.superlink.content import Landed, PartContent
 from lifl.superlink.geometry import Form, Geometry, Piece
 from lifl.superlink.reply import MAX_BESIDE_BYTES, Described, ReplyReader, Said

@@ -14,10 +14,10 @@ from typing import Any
 import attrs
 from flwr.app import Array, ArrayRecord, MetricRecord
 
-from lifl import npy
 from lifl.errors import AdmissionError
 from lifl.round import admission
-from lifl.strategy.reading import check_records, weight_of
+from lifl.strategy import npy
+from lifl.strategy.reply import check_records, weight_of
 from lifl.superlink import flower
 from lifl.superlink.body import count_values
 from lifl.superlink.content import CHUNK_HEAD

@@ -208,7 +208,7 @@ def test_records() -> None:
 
 def test_arrays_are_npy_streams() -> None:
     """An Array's data is what np.save writes, and reading it is np.load."""
-    from lifl import npy
+    from lifl.strategy import npy
 
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert Array(values).data == npy.encode(values), broke("Array's data is no .npy stream", "landing.py (to_record)")

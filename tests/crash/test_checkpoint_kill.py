@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lifl import checkpoint
+from lifl.strategy import checkpoint
 
 TRACEME, KILL, SYSCALL, SETOPTIONS = 0, 8, 24, 0x4200
 EXITKILL = 0x100000

@@ -25,10 +25,11 @@ import numpy as np
 
 with atheris.instrument_imports(include=["lifl"]):
     import lifl
-    from lifl import npy, tensor
+    from lifl import tensor
     from lifl.errors import AdmissionError
     from lifl.round import admission
     from lifl.shm import sizes
+    from lifl.strategy import npy
 
 MODEL = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -23,9 +23,8 @@ from safetensors.numpy import save_file
 from scripted import ScriptedGrid, failing, nudge, plain, record
 
 import lifl
-from lifl import checkpoint
 from lifl.round.round import Round
-from lifl.strategy import FedAdam
+from lifl.strategy import FedAdam, checkpoint
 
 ROUNDS = 5
 MOMENTS = {

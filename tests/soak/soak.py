@@ -31,8 +31,8 @@ from processes import children_of, descriptors, kill_a_parent, private_bytes
 
 import lifl
 from lifl.errors import AdmissionError, LeaseError, RoundError, ShmError
-from lifl.heap import give_back
 from lifl.shm.sizes import units_of
+from lifl.strategy.heap import give_back
 
 WAIT_S = 60.0
 SETTLE_S = 100.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lifl.strategy.reading import widened
+from lifl.strategy.reply import widened
 from lifl.tensor import Tensor, TensorSpec
 
 BIG = 2**53

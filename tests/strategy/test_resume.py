@@ -267,14 +267,14 @@ def test_disk_full(
 
     path = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("lifl.checkpoint.os.fsync", full)
+        patched.setattr("lifl.strategy.checkpoint.os.fsync", full)
         with pytest.raises(CheckpointError, match="No space left"):
             run(make(FedAvg, path, node), CLIENTS, 1)
     with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> None:
             if server_round == 2:
-                patched.setattr("lifl.checkpoint.os.fsync", full)
+                patched.setattr("lifl.strategy.checkpoint.os.fsync", full)
 
         result, _ = run(make(FedAvg, path, node), CLIENTS, 3, evaluate_fn=evaluate)
     assert "the one after round 1 is still there" in caplog.text

@@ -17,7 +17,7 @@ from scripted import MODEL, Client, after, content, failing, metrics_of, nudge, 
 
 import lifl
 from lifl.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
-from lifl.strategy.scalars import LONGEST_LIST
+from lifl.strategy.tensorboard import LONGEST_LIST
 
 WRONG: Client = says(content({"weight": np.zeros(3, np.float32)}))
 CLIENTS: Mapping[int, Client] = {1: nudge(1), 2: nudge(2), 3: failing, 4: after(90, nudge(4)), 5: WRONG}

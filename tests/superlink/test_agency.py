@@ -26,7 +26,7 @@ from lifl.errors import LeaseError, PeerGoneError, RoundError
 from lifl.round.admission import Limits
 from lifl.shm.arena import Arena, Block
 from lifl.strategy.landing import spec_of
-from lifl.strategy.served import Server
+from lifl.strategy.server_client import Server
 from lifl.superlink.agency import Agency
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

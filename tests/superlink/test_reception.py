@@ -26,7 +26,7 @@ from things import Thing, array, chunks_of, metrics, record, reply, saved, updat
 from lifl.errors import RoundError
 from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
-from lifl.strategy.served import Server
+from lifl.strategy.server_client import Server
 from lifl.superlink import reply as reply_module
 from lifl.superlink import rounds
 from lifl.superlink.prebuilt import Placeholder

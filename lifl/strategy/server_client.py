@@ -28,13 +28,13 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from lifl import wire
 from lifl.errors import LiflError, PeerGoneError, RoundError
-from lifl.heap import give_back
 from lifl.report.report import Rejection, RoundReport
 from lifl.report.result import RoundResult
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
 from lifl.shm.arena import Arena, Block
 from lifl.strategy.exchange import push
+from lifl.strategy.heap import give_back
 from lifl.tensor import TensorSpec
 
 CONNECT_TIMEOUT_S = 5.0
