@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from lifl.superlink.holding import Holding
+from lifl.superlink.http.long_poll import Holding
 
 STALE_S = 200.0
 """Longer than a push session: whose objects have not come by then has been given up by its ServerApp."""

@@ -17,7 +17,7 @@ from lifl.monitor.stats import SuperlinkStats
 from lifl.node.node import Node
 from lifl.superlink import flower
 from lifl.superlink.flower import MissingNameError
-from lifl.superlink.holding import Holding
+from lifl.superlink.http.long_poll import Holding
 from lifl.superlink.resumption import resume
 from lifl.superlink.store import ArenaStore, DurableStore
 
@@ -38,7 +38,7 @@ class Plane:
     max_object_bytes : int
         A larger object is refused.
     hold_s : float
-        See :class:`lifl.superlink.holding.Holding`.
+        See :class:`lifl.superlink.http.long_poll.Holding`.
 
     Attributes
     ----------
@@ -126,10 +126,10 @@ class Plane:
         self.agency = Agency(self.rounds, self.node.arena.fd)
 
     def _add_gateway(self, max_object_bytes: int) -> None:
-        from lifl.superlink.checks import why_not
-        from lifl.superlink.gateway import Gateway
-        from lifl.superlink.protocol import protocol_of
-        from lifl.superlink.signatures import hasten
+        from lifl.superlink.http.checks import why_not
+        from lifl.superlink.http.gateway import Gateway
+        from lifl.superlink.http.protocol import protocol_of
+        from lifl.superlink.http.signatures import hasten
 
         if (reason := why_not(self.app)) is not None:
             self.left_out.append(reason)
@@ -158,8 +158,8 @@ class Plane:
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Looks for peers that are too slow."""
-        from lifl.superlink.protocol import STALL_S
-        from lifl.superlink.rates import look_s
+        from lifl.superlink.http.protocol import STALL_S
+        from lifl.superlink.http.rates import look_s
 
         now_s = time.monotonic()
         for connection in list(self._connections.open):
@@ -169,7 +169,7 @@ class Plane:
 
     def relieve(self) -> bool:
         """Frees memory of the arena that slow readers hold, for somebody who waits; in the loop."""
-        from lifl.superlink.relief import relieve
+        from lifl.superlink.http.relief import relieve
 
         return relieve(self._connections.open)
 

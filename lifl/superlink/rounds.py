@@ -27,7 +27,7 @@ from lifl.superlink.awaited import Awaited
 from lifl.superlink.comings import Comings
 from lifl.superlink.derived import Recognised, recognise
 from lifl.superlink.geometry import Form, Geometry
-from lifl.superlink.holding import Holding
+from lifl.superlink.http.long_poll import Holding
 from lifl.superlink.offering import offer_model
 from lifl.superlink.reception import Place, Reception, Settled
 from lifl.superlink.served_round import Announced, ServedRound

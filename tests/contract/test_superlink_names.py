@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lifl.superlink import flower
-from lifl.superlink.checks import KNOWN_MIDDLEWARE
+from lifl.superlink.http.checks import KNOWN_MIDDLEWARE
 
 ALL = [(part, ours) for part, names in flower.NAMES.items() for ours in names]
 

@@ -13,8 +13,8 @@ from flwr.proto import fleet_pb2, message_pb2
 from plain import Headers, Line, call, head, headers_of, soon, without
 from rig import HOST, Node, Rig
 
-from lifl.superlink import allowance
-from lifl.superlink.allowance import Allowance
+from lifl.superlink.http import allowance
+from lifl.superlink.http.allowance import Allowance
 
 MIB = 2**20
 TREES = "/v1/fleet/push-messages"

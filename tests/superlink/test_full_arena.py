@@ -11,8 +11,8 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from rig import Rig
 
 from lifl.strategy import FedAvg
-from lifl.superlink import gateway
 from lifl.superlink.fleet import Fleet
+from lifl.superlink.http import gateway
 from lifl.superlink.prebuilt import Prebuilt
 
 NODES = 4

@@ -24,8 +24,8 @@ from plain import Answer, Headers, Line, call, flowers_server, head, headers_of,
 from rig import Node, Rig
 
 from lifl.superlink.caller import Identity
+from lifl.superlink.http.protocol import MAX_DISCARD_BYTES
 from lifl.superlink.prebuilt import Prebuilt
-from lifl.superlink.protocol import MAX_DISCARD_BYTES
 
 TOKEN = TASK_TOKEN_HEADER.lower()
 _numbers = count()

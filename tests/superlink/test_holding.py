@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from lifl.superlink.holding import HOLD_S, Holding
+from lifl.superlink.http.long_poll import HOLD_S, Holding
 
 Test = Callable[[], Coroutine[Any, Any, None]]
 

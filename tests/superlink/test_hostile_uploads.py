@@ -23,7 +23,7 @@ from rig import HOST, UNIT, Node, Rig
 from things import update
 
 from lifl.round import round as round_module
-from lifl.superlink import protocol
+from lifl.superlink.http import protocol
 
 PUSH = "/v1/fleet/push-object"
 MIB = 2**20

@@ -22,7 +22,7 @@ from flwr.proto import fleet_pb2, message_pb2
 from plain import Headers, flowers_server, headers_of, replaced, soon, without
 from rig import HOST, Node, Rig
 
-from lifl.superlink import protocol
+from lifl.superlink.http import protocol
 
 QUIET_S = 0.25
 """After so long without a byte a server has said all."""

@@ -20,9 +20,9 @@ from plain import Headers, Line, head, headers_of, soon, without
 from players import Arrays, check_mean, play
 from rig import HOST, Rig
 
-from lifl.superlink import gateway, protocol
-from lifl.superlink.rates import MIN_RATE, Rate, Rates, look_s
-from lifl.superlink.relief import PRIVATE_BYTES, relieve
+from lifl.superlink.http import gateway, protocol
+from lifl.superlink.http.rates import MIN_RATE, Rate, Rates, look_s
+from lifl.superlink.http.relief import PRIVATE_BYTES, relieve
 
 MIB = 2**20
 WINDOW_S = 0.4

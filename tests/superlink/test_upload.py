@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_body import body
 
 from lifl.superlink.content import Landed
-from lifl.superlink.targets import SINK_BYTES, Sink
-from lifl.superlink.upload import Target, Upload
+from lifl.superlink.http.targets import SINK_BYTES, Sink
+from lifl.superlink.http.upload import Target, Upload
 
 
 class Pieces:

@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 from lifl.superlink import flower
-from lifl.superlink.allowance import Share
+from lifl.superlink.http.allowance import Share
 
 _names = flower.part("gateway")
 

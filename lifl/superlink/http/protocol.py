@@ -24,10 +24,10 @@ from typing import Any
 import httptools
 
 from lifl.superlink import flower
-from lifl.superlink.allowance import Share
-from lifl.superlink.desk import Desk, Exchange
-from lifl.superlink.rates import Rates
-from lifl.superlink.turns import Body, Flow, Turn
+from lifl.superlink.http.allowance import Share
+from lifl.superlink.http.desk import Desk, Exchange
+from lifl.superlink.http.rates import Rates
+from lifl.superlink.http.turns import Body, Flow, Turn
 
 _names = flower.part("gateway")
 

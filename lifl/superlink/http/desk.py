@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from lifl.superlink.allowance import Share
+from lifl.superlink.http.allowance import Share
 
 
 class Exchange(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from lifl.superlink.rates import MIN_RATE
+from lifl.superlink.http.rates import MIN_RATE
 
 PRIVATE_BYTES = 2**28
 """So much of what slow readers have not had may be copied out of the arena."""
@@ -25,7 +25,7 @@ class Connection(Protocol):
 
     @property
     def rates(self) -> Any:
-        """How fast it goes, see ``lifl.superlink.rates``."""
+        """How fast it goes, see ``lifl.superlink.http.rates``."""
 
     @property
     def pinned_bytes(self) -> int:

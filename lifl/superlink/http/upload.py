@@ -9,9 +9,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from lifl.superlink.body import Cut, cut
 from lifl.superlink.content import Landed
-from lifl.superlink.targets import Sink
+from lifl.superlink.http.body import Cut, cut
+from lifl.superlink.http.targets import Sink
 
 
 class Target(Protocol):

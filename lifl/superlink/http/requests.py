@@ -12,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from lifl.superlink import flower
-from lifl.superlink.allowance import Share
-from lifl.superlink.body import count_objects
-from lifl.superlink.checks import Checks
-from lifl.superlink.holding import Holding
-from lifl.superlink.protocol import FREE_BYTES, GatewayProtocol
+from lifl.superlink.http.allowance import Share
+from lifl.superlink.http.body import count_objects
+from lifl.superlink.http.checks import Checks
+from lifl.superlink.http.long_poll import Holding
+from lifl.superlink.http.protocol import FREE_BYTES, GatewayProtocol
+from lifl.superlink.http.targets import Sink
+from lifl.superlink.http.upload import Target, Upload
 from lifl.superlink.store import MAX_OBJECTS, ArenaStore, DurableStore
-from lifl.superlink.targets import Sink
-from lifl.superlink.upload import Target, Upload
 
 _names = flower.part("gateway")
 

@@ -16,10 +16,12 @@ from typing import Any, Protocol
 
 from lifl.shm.arena import available_bytes
 from lifl.superlink import flower
-from lifl.superlink.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
-from lifl.superlink.checks import Checks
 from lifl.superlink.content import SMALL_BYTES, BlockContent
-from lifl.superlink.exchanges import (
+from lifl.superlink.http.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
+from lifl.superlink.http.checks import Checks
+from lifl.superlink.http.long_poll import Holding
+from lifl.superlink.http.protocol import GatewayProtocol
+from lifl.superlink.http.requests import (
     LONG_TREE_BYTES,
     MAX_REQUEST_BYTES,
     ConfirmMessage,
@@ -28,11 +30,9 @@ from lifl.superlink.exchanges import (
     PushMessages,
     PushObject,
 )
-from lifl.superlink.holding import Holding
-from lifl.superlink.protocol import GatewayProtocol
+from lifl.superlink.http.targets import Large, Spool, SpoolBudget
+from lifl.superlink.http.upload import Target
 from lifl.superlink.store import ArenaStore, DurableStore
-from lifl.superlink.targets import Large, Spool, SpoolBudget
-from lifl.superlink.upload import Target
 
 _names, _server = flower.part("gateway"), flower.part("server")
 
@@ -44,7 +44,7 @@ RELIEF_S = 0.25
 
 MAX_BODY_BYTES = 2**26
 FIELDS_BYTES = 2**13
-"""A body has at most so much beside an object; see ``lifl.superlink.body``."""
+"""A body has at most so much beside an object; see ``lifl.superlink.http.body``."""
 
 FULL_S = 4.0
 """When there was none for so long, half of many messages may hold it all: then objects are kept as Flower keeps them.
