@@ -11,7 +11,7 @@ from logging import WARNING
 from typing import Any
 
 from lifl.superlink import flower
-from lifl.superlink.store import MAX_OBJECTS
+from lifl.superlink.store.store import MAX_OBJECTS
 
 _names, _server = flower.part("gateway"), flower.part("server")
 

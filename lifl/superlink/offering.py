@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from lifl.superlink.content import PartContent
 from lifl.superlink.derived import array_object, id_of, record_object
 from lifl.superlink.geometry import Geometry
-from lifl.superlink.store import ArenaStore, DurableStore
+from lifl.superlink.store.content import PartContent
+from lifl.superlink.store.store import ArenaStore, DurableStore
 
 
 def offer_model(store: ArenaStore | DurableStore, geometry: Geometry, mean: Any) -> set[str]:

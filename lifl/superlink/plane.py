@@ -19,7 +19,7 @@ from lifl.superlink import flower
 from lifl.superlink.flower import MissingNameError
 from lifl.superlink.http.long_poll import Holding
 from lifl.superlink.resumption import resume
-from lifl.superlink.store import ArenaStore, DurableStore
+from lifl.superlink.store.store import ArenaStore, DurableStore
 
 if TYPE_CHECKING:
     from lifl.superlink.agency import Agency

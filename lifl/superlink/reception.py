@@ -1,7 +1,7 @@
 """One reply on its way into a round: its objects are put where the update's numbers lie, as they come.
 
 Owns the loan of the update's block until it is sent. A place in the block is written under three rules, which together
-keep the content invariant (``lifl.superlink.content``):
+keep the content invariant (``lifl.superlink.store.content``):
 
 1. An upload gets a place only if the hashes of the announced tree say that its chunk belongs there, and alone.
 2. When the message is complete no upload gets a place any more, and only places are written that no upload has.
@@ -27,10 +27,10 @@ from lifl.report.report import Rejection
 from lifl.round.loan import Loan
 from lifl.round.round import Round
 from lifl.strategy.reply import widened
-from lifl.superlink.content import Landed, PartContent
 from lifl.superlink.geometry import Form, Geometry, Piece
 from lifl.superlink.reply import MAX_BESIDE_BYTES, Described, ReplyReader, Said
-from lifl.superlink.store import Store
+from lifl.superlink.store.content import Landed, PartContent
+from lifl.superlink.store.store import Store
 
 LOAN_TIMEOUT_S = 60.0
 

@@ -19,10 +19,10 @@ from lifl.round import admission
 from lifl.strategy import npy
 from lifl.strategy.reply import check_records, weight_of
 from lifl.superlink import flower
-from lifl.superlink.content import CHUNK_HEAD
 from lifl.superlink.geometry import Geometry
 from lifl.superlink.http.body import count_values
-from lifl.superlink.store import Store
+from lifl.superlink.store.content import CHUNK_HEAD
+from lifl.superlink.store.store import Store
 
 _names = flower.part("rounds")
 

@@ -12,7 +12,7 @@ from logging import WARNING
 from typing import Any
 
 from lifl.superlink import flower
-from lifl.superlink.store import DurableStore
+from lifl.superlink.store.store import DurableStore
 
 _server = flower.part("server")
 

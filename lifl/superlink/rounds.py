@@ -31,7 +31,7 @@ from lifl.superlink.http.long_poll import Holding
 from lifl.superlink.offering import offer_model
 from lifl.superlink.reception import Place, Reception, Settled
 from lifl.superlink.served_round import Announced, ServedRound
-from lifl.superlink.store import Store
+from lifl.superlink.store.store import Store
 from lifl.tensor import TensorSpec
 
 _names, _server = flower.part("rounds"), flower.part("server")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lifl.superlink import store
+from lifl.superlink.store import store
 
 
 @pytest.fixture(autouse=True)

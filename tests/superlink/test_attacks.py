@@ -25,8 +25,8 @@ from rig import HOST, Node, Rig
 from things import NUMPY, Thing, array, chunks_of, metrics, record, reply, saved, update, weight
 
 from lifl.superlink import reception, rounds
-from lifl.superlink.content import BlockContent, Landed, PartContent, varint
 from lifl.superlink.prebuilt import Placeholder
+from lifl.superlink.store.content import BlockContent, Landed, PartContent, varint
 
 MIB = 2**20
 STORED = message_pb2.PushObjectResponse(stored=True).SerializeToString()

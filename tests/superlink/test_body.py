@@ -12,8 +12,8 @@ from flwr.supercore.inflatable.inflatable_object import get_object_body
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.superlink.content import varint
 from lifl.superlink.http.body import MAX_PREFIX_BYTES, MAX_TAIL_BYTES, Cut, count_objects, count_values, cut
+from lifl.superlink.store.content import varint
 
 CONTENT = b"\x22"
 """The tag of field 4, of kind 2."""

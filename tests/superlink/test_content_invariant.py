@@ -30,7 +30,7 @@ from lifl.superlink.geometry import Geometry
 from lifl.superlink.http.targets import Sink, Spool, SpoolBudget
 from lifl.superlink.http.upload import Target
 from lifl.superlink.reception import Reception, Settled
-from lifl.superlink.store import ArenaStore
+from lifl.superlink.store.store import ArenaStore
 
 CASES = 240
 CHUNK_BYTES = 160  # a header is 128 bytes long: the small arrays have two chunks, the others more

@@ -24,9 +24,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from things import Thing
 
 from lifl.shm.arena import Arena
-from lifl.superlink import store as store_module
-from lifl.superlink.content import BlockContent, Content, Landed
-from lifl.superlink.store import ArenaStore, DurableStore
+from lifl.superlink.store import store as store_module
+from lifl.superlink.store.content import BlockContent, Content, Landed
+from lifl.superlink.store.store import ArenaStore, DurableStore
 
 UNIT = 65536
 

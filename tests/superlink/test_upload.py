@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_body import body
 
-from lifl.superlink.content import Landed
 from lifl.superlink.http.targets import SINK_BYTES, Sink
 from lifl.superlink.http.upload import Target, Upload
+from lifl.superlink.store.content import Landed
 
 
 class Pieces:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from lifl.shm.arena import available_bytes
 from lifl.superlink import flower
-from lifl.superlink.content import SMALL_BYTES, BlockContent
 from lifl.superlink.http.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
 from lifl.superlink.http.checks import Checks
 from lifl.superlink.http.long_poll import Holding
@@ -32,7 +31,8 @@ from lifl.superlink.http.requests import (
 )
 from lifl.superlink.http.targets import Large, Spool, SpoolBudget
 from lifl.superlink.http.upload import Target
-from lifl.superlink.store import ArenaStore, DurableStore
+from lifl.superlink.store.content import SMALL_BYTES, BlockContent
+from lifl.superlink.store.store import ArenaStore, DurableStore
 
 _names, _server = flower.part("gateway"), flower.part("server")
 

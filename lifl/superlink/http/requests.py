@@ -19,7 +19,7 @@ from lifl.superlink.http.long_poll import Holding
 from lifl.superlink.http.protocol import FREE_BYTES, GatewayProtocol
 from lifl.superlink.http.targets import Sink
 from lifl.superlink.http.upload import Target, Upload
-from lifl.superlink.store import MAX_OBJECTS, ArenaStore, DurableStore
+from lifl.superlink.store.store import MAX_OBJECTS, ArenaStore, DurableStore
 
 _names = flower.part("gateway")
 

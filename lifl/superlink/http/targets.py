@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from lifl.shm.arena import Arena
-from lifl.superlink.content import SMALL_BYTES, BlockContent, Content, Landed
+from lifl.superlink.store.content import SMALL_BYTES, BlockContent, Content, Landed
 
 SINK_BYTES = 2**16
 _sink = memoryview(bytearray(SINK_BYTES))  # what nobody wants is written over itself

@@ -9,9 +9,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from lifl.superlink.content import Landed
 from lifl.superlink.http.body import Cut, cut
 from lifl.superlink.http.targets import Sink
+from lifl.superlink.store.content import Landed
 
 
 class Target(Protocol):

@@ -5,7 +5,7 @@ clients get, so that it is encoded once.
 
 The content invariant: whatever can be read under an object's id is, at every moment, what was hashed to that id. So
 memory that a content shows is written by nobody before the content is released. Tests switch on a check of it, see
-``lifl.superlink.store``.
+``lifl.superlink.store.store``.
 """
 
 from __future__ import annotations

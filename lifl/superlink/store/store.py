@@ -16,7 +16,7 @@ import attrs
 from sqlalchemy import delete, event, insert, select, update
 
 from lifl.superlink import flower
-from lifl.superlink.content import Content, Landed, answer_head
+from lifl.superlink.store.content import Content, Landed, answer_head
 
 _names = flower.part("store")
 

@@ -1,0 +1,1 @@
+"""Objects on the server by their ids, in the arena or in a database."""
