@@ -284,8 +284,8 @@ ALLOWED: dict[str, set[str]] = {
     "wire": set(),
     "superlink.flower": set(),
     "superlink.http.body": set(),
-    "superlink.geometry": {"tensor"},
-    "superlink.derived": {"superlink.geometry"},
+    "superlink.rounds.chunk_map": {"tensor"},
+    "superlink.rounds.model_objects": {"superlink.rounds.chunk_map"},
     "superlink.store.content": {"shm.arena", "superlink.flower"},
     "superlink.http.targets": {"shm.arena", "superlink.store.content"},
     "superlink.http.upload": {"superlink.http.body", "superlink.store.content", "superlink.http.targets"},
@@ -329,7 +329,7 @@ ALLOWED: dict[str, set[str]] = {
             "superlink.http.upload",
         ),
     },
-    "superlink.reception": {
+    "superlink.rounds.incoming_reply": {
         *(
             "errors",
             "round.loan",
@@ -337,11 +337,11 @@ ALLOWED: dict[str, set[str]] = {
             "round.round",
             "strategy.reply",
             "superlink.store.content",
-            "superlink.geometry",
+            "superlink.rounds.chunk_map",
         ),
-        *("superlink.reply", "superlink.store.store"),
+        *("superlink.rounds.reply", "superlink.store.store"),
     },
-    "superlink.reply": {
+    "superlink.rounds.reply": {
         *(
             "round.admission",
             "errors",
@@ -350,40 +350,46 @@ ALLOWED: dict[str, set[str]] = {
             "superlink.http.body",
             "superlink.store.content",
         ),
-        *("superlink.flower", "superlink.geometry", "superlink.store.store"),
+        *("superlink.flower", "superlink.rounds.chunk_map", "superlink.store.store"),
     },
     "superlink.announcements": {"superlink.flower", "superlink.store.store"},
-    "superlink.awaited": {"superlink.reception"},
-    "superlink.served_round": {"round.round", "superlink.geometry", "superlink.reception"},
-    "superlink.rounds": {
+    "superlink.rounds.reply_index": {"superlink.rounds.incoming_reply"},
+    "superlink.rounds.served_round": {"round.round", "superlink.rounds.chunk_map", "superlink.rounds.incoming_reply"},
+    "superlink.rounds.rounds": {
         *(
             "round.admission",
             "errors",
             "report.report",
             "node.node",
-            "superlink.awaited",
-            "superlink.comings",
-            "superlink.derived",
+            "superlink.rounds.reply_index",
+            "superlink.rounds.outgoing",
+            "superlink.rounds.model_objects",
         ),
         *(
             "superlink.flower",
-            "superlink.geometry",
+            "superlink.rounds.chunk_map",
             "superlink.http.long_poll",
-            "superlink.offering",
-            "superlink.reception",
+            "superlink.rounds.offering",
+            "superlink.rounds.incoming_reply",
         ),
-        *("superlink.served_round", "superlink.store.store", "tensor", "round.settings"),
+        *("superlink.rounds.served_round", "superlink.store.store", "tensor", "round.settings"),
     },
-    "superlink.comings": {"superlink.http.long_poll"},
-    "superlink.offering": {
+    "superlink.rounds.outgoing": {"superlink.http.long_poll"},
+    "superlink.rounds.offering": {
         "superlink.store.content",
-        "superlink.derived",
-        "superlink.geometry",
+        "superlink.rounds.model_objects",
+        "superlink.rounds.chunk_map",
         "superlink.store.store",
     },
     "superlink.agency": {
-        *("round.admission", "errors", "superlink.flower", "superlink.reception", "superlink.rounds"),
-        *("superlink.served_round", "tensor", "wire"),
+        *(
+            "round.admission",
+            "errors",
+            "superlink.flower",
+            "superlink.rounds.incoming_reply",
+            "superlink.rounds.rounds",
+        ),
+        *("superlink.rounds.served_round", "tensor", "wire"),
     },
     "superlink.resumption": {"superlink.flower", "superlink.store.store"},
     "superlink.plane": {
@@ -399,7 +405,7 @@ ALLOWED: dict[str, set[str]] = {
         *(
             "superlink.http.long_poll",
             "superlink.http.protocol",
-            "superlink.rounds",
+            "superlink.rounds.rounds",
             "superlink.http.signatures",
             "superlink.store.store",
         ),
@@ -551,6 +557,7 @@ ALLOWED: dict[str, set[str]] = {
     "node": set(),
     "superlink.http": set(),
     "superlink.store": set(),
+    "superlink.rounds": set(),
     # the public names ("" is the package itself)
     "": {
         "round.admission",
@@ -579,8 +586,8 @@ PURE = {
     "superlink.http.body": {"attrs", "collections"},
     "superlink.http.rates": set(),
     "superlink.http.relief": {"collections", "typing"},
-    "superlink.geometry": {"attrs", "collections", "io", "numpy"},
-    "superlink.derived": {"attrs", "collections", "hashlib", "json", "typing"},
+    "superlink.rounds.chunk_map": {"attrs", "collections", "io", "numpy"},
+    "superlink.rounds.model_objects": {"attrs", "collections", "hashlib", "json", "typing"},
     "round.pacing": {"collections", "math"},
     "report.report": {"attrs", "typing"},
     "monitor.stats": {"attrs", "collections", "typing"},

@@ -21,9 +21,9 @@ from lifl import wire
 from lifl.errors import LiflError, RoundError
 from lifl.round.admission import Limits
 from lifl.superlink import flower
-from lifl.superlink.reception import Settled
-from lifl.superlink.rounds import Rounds
-from lifl.superlink.served_round import Announced, ServedRound
+from lifl.superlink.rounds.incoming_reply import Settled
+from lifl.superlink.rounds.rounds import Rounds
+from lifl.superlink.rounds.served_round import Announced, ServedRound
 from lifl.tensor import Tensor, TensorSpec
 
 _names, _server = flower.part("rounds"), flower.part("server")

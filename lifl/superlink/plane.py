@@ -23,7 +23,7 @@ from lifl.superlink.store.store import ArenaStore, DurableStore
 
 if TYPE_CHECKING:
     from lifl.superlink.agency import Agency
-    from lifl.superlink.rounds import Rounds
+    from lifl.superlink.rounds.rounds import Rounds
 
 
 class Plane:
@@ -115,7 +115,7 @@ class Plane:
     def _add_rounds(self) -> None:
         from lifl.superlink.agency import Agency
         from lifl.superlink.announcements import guard
-        from lifl.superlink.rounds import Rounds
+        from lifl.superlink.rounds.rounds import Rounds
 
         guard(flower.part("gateway").fleet)
         self.rounds = Rounds(self.node, self.store, self.holding)

@@ -139,7 +139,7 @@ def test_an_objects_form() -> None:
     assert chunk.object_id == hashlib.sha256(chunk.deflate()).hexdigest(), broke("an object's id", where)
     import numpy as np
 
-    from lifl.superlink.derived import array_object, record_object
+    from lifl.superlink.rounds.model_objects import array_object, record_object
 
     array = Array(np.arange(6, dtype=np.float32).reshape(2, 3))
     described = array_object([i for i, _ in array.slice_array()], "float32", (2, 3))

@@ -25,11 +25,11 @@ from flwr.proto.message_pb2 import ObjectTree
 from things import NUMPY, Thing, chunks_of, record, reply, saved, weight
 
 import lifl
-from lifl.superlink.derived import recognise
-from lifl.superlink.geometry import Geometry
 from lifl.superlink.http.targets import Sink, Spool, SpoolBudget
 from lifl.superlink.http.upload import Target
-from lifl.superlink.reception import Reception, Settled
+from lifl.superlink.rounds.chunk_map import Geometry
+from lifl.superlink.rounds.incoming_reply import Reception, Settled
+from lifl.superlink.rounds.model_objects import recognise
 from lifl.superlink.store.store import ArenaStore
 
 CASES = 240

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_geometry import MODEL
 
-from lifl.superlink.derived import Recognised, array_object, id_of, recognise, record_object
-from lifl.superlink.geometry import Form, Geometry
+from lifl.superlink.rounds.chunk_map import Form, Geometry
+from lifl.superlink.rounds.model_objects import Recognised, array_object, id_of, recognise, record_object
 from lifl.tensor import TensorSpec
 
 CHUNK_BYTES = 200

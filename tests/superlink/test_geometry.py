@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from lifl.superlink import geometry as geometry_module
-from lifl.superlink.geometry import Geometry, npy_header
+from lifl.superlink.rounds import chunk_map as geometry_module
+from lifl.superlink.rounds.chunk_map import Geometry, npy_header
 from lifl.tensor import DTYPES, NUMPY_DTYPES, Tensor, TensorSpec
 
 MODEL = {

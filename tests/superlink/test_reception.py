@@ -27,9 +27,9 @@ from lifl.errors import RoundError
 from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
-from lifl.superlink import reply as reply_module
-from lifl.superlink import rounds
 from lifl.superlink.prebuilt import Placeholder
+from lifl.superlink.rounds import reply as reply_module
+from lifl.superlink.rounds import rounds
 
 
 def model(seed: int = 99, dtype: Any = np.float32) -> dict[str, Any]:

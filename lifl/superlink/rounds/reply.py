@@ -19,8 +19,8 @@ from lifl.round import admission
 from lifl.strategy import npy
 from lifl.strategy.reply import check_records, weight_of
 from lifl.superlink import flower
-from lifl.superlink.geometry import Geometry
 from lifl.superlink.http.body import count_values
+from lifl.superlink.rounds.chunk_map import Geometry
 from lifl.superlink.store.content import CHUNK_HEAD
 from lifl.superlink.store.store import Store
 

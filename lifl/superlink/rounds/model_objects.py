@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from lifl.superlink.geometry import Form, Geometry
+from lifl.superlink.rounds.chunk_map import Form, Geometry
 
 NUMPY = "numpy.ndarray"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from lifl.superlink.reception import Reception
+from lifl.superlink.rounds.incoming_reply import Reception
 
 
 class Awaited:

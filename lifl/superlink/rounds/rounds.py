@@ -23,14 +23,14 @@ from lifl.report.report import Rejection
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
 from lifl.superlink import flower
-from lifl.superlink.awaited import Awaited
-from lifl.superlink.comings import Comings
-from lifl.superlink.derived import Recognised, recognise
-from lifl.superlink.geometry import Form, Geometry
 from lifl.superlink.http.long_poll import Holding
-from lifl.superlink.offering import offer_model
-from lifl.superlink.reception import Place, Reception, Settled
-from lifl.superlink.served_round import Announced, ServedRound
+from lifl.superlink.rounds.chunk_map import Form, Geometry
+from lifl.superlink.rounds.incoming_reply import Place, Reception, Settled
+from lifl.superlink.rounds.model_objects import Recognised, recognise
+from lifl.superlink.rounds.offering import offer_model
+from lifl.superlink.rounds.outgoing import Comings
+from lifl.superlink.rounds.reply_index import Awaited
+from lifl.superlink.rounds.served_round import Announced, ServedRound
 from lifl.superlink.store.store import Store
 from lifl.tensor import TensorSpec
 

@@ -27,8 +27,8 @@ from lifl.report.report import Rejection
 from lifl.round.loan import Loan
 from lifl.round.round import Round
 from lifl.strategy.reply import widened
-from lifl.superlink.geometry import Form, Geometry, Piece
-from lifl.superlink.reply import MAX_BESIDE_BYTES, Described, ReplyReader, Said
+from lifl.superlink.rounds.chunk_map import Form, Geometry, Piece
+from lifl.superlink.rounds.reply import MAX_BESIDE_BYTES, Described, ReplyReader, Said
 from lifl.superlink.store.content import Landed, PartContent
 from lifl.superlink.store.store import Store
 

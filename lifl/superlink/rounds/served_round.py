@@ -11,8 +11,8 @@ from collections.abc import Callable
 import attrs
 
 from lifl.round.round import Round
-from lifl.superlink.geometry import Geometry
-from lifl.superlink.reception import Reception, Settled
+from lifl.superlink.rounds.chunk_map import Geometry
+from lifl.superlink.rounds.incoming_reply import Reception, Settled
 
 
 @attrs.frozen

@@ -102,7 +102,7 @@ class Geometry:
         """The forms that a node's record may have whose arrays have so many chunks each, the most likely first.
 
         The usual ones come first and a node's own next, so that no node can take a form from another one. A form is a
-        guess until the hashes of a record confirm it, see ``lifl.superlink.derived``.
+        guess until the hashes of a record confirm it, see ``lifl.superlink.rounds.model_objects``.
         """
         counts = list(chunk_counts)
         known = [*self._usual, self._learned.get(node_id), self._newest]

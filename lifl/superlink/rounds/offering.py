@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from lifl.superlink.derived import array_object, id_of, record_object
-from lifl.superlink.geometry import Geometry
+from lifl.superlink.rounds.chunk_map import Geometry
+from lifl.superlink.rounds.model_objects import array_object, id_of, record_object
 from lifl.superlink.store.content import PartContent
 from lifl.superlink.store.store import ArenaStore, DurableStore
 
