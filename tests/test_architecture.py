@@ -381,7 +381,7 @@ ALLOWED: dict[str, set[str]] = {
         "superlink.rounds.chunk_map",
         "superlink.store.store",
     },
-    "superlink.agency": {
+    "superlink.app_socket": {
         *(
             "round.admission",
             "errors",
@@ -397,7 +397,7 @@ ALLOWED: dict[str, set[str]] = {
         *(
             "node.node",
             "monitor.stats",
-            "superlink.agency",
+            "superlink.app_socket",
             "superlink.http.checks",
             "superlink.flower",
             "superlink.http.gateway",
@@ -411,7 +411,7 @@ ALLOWED: dict[str, set[str]] = {
         ),
         "wire",
     },
-    "superlink.sampler": set(),
+    "superlink.profiler": set(),
     "superlink.command": {
         *(
             "",
@@ -421,7 +421,7 @@ ALLOWED: dict[str, set[str]] = {
             "shm.sizes",
             "superlink.flower",
             "superlink.plane",
-            "superlink.sampler",
+            "superlink.profiler",
         ),
     },
     "superlink.__main__": {"superlink.command"},

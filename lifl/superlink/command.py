@@ -18,7 +18,7 @@ from lifl.node.node import Node
 from lifl.shm import arena as shm
 from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.superlink import flower
-from lifl.superlink.sampler import Sampler
+from lifl.superlink.profiler import Sampler
 
 TESTED = ("1.41", "1.42")
 DEFAULT_MEMORY = 2**32

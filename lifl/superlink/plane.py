@@ -22,7 +22,7 @@ from lifl.superlink.resumption import resume
 from lifl.superlink.store.store import ArenaStore, DurableStore
 
 if TYPE_CHECKING:
-    from lifl.superlink.agency import Agency
+    from lifl.superlink.app_socket import Agency
     from lifl.superlink.rounds.rounds import Rounds
 
 
@@ -113,8 +113,8 @@ class Plane:
             module.get_objectstore_linkstate_factories = original
 
     def _add_rounds(self) -> None:
-        from lifl.superlink.agency import Agency
         from lifl.superlink.announcements import guard
+        from lifl.superlink.app_socket import Agency
         from lifl.superlink.rounds.rounds import Rounds
 
         guard(flower.part("gateway").fleet)

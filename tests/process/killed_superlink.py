@@ -83,7 +83,8 @@ def main(kind: str) -> None:
 
         flower_superlink()
         return
-    from lifl.superlink import agency, command
+    from lifl.superlink import app_socket as agency
+    from lifl.superlink import command
 
     for name in ("open", "bound", "finish", "close"):
         watch(agency.Connection, f"_on_{name}", name)

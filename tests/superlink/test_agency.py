@@ -27,7 +27,7 @@ from lifl.round.admission import Limits
 from lifl.shm.arena import Arena, Block
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
-from lifl.superlink.agency import Agency
+from lifl.superlink.app_socket import Agency
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -406,7 +406,7 @@ def test_a_round_that_is_left_leaves_its_messages_to_the_serverapp(rig: Rig) -> 
 
 def test_who_does_not_read_holds_nobody_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is told waits for it; others' replies are settled meanwhile, and at some time it is let go of."""
-    monkeypatch.setattr("lifl.superlink.agency.SEND_TIMEOUT_S", 2)
+    monkeypatch.setattr("lifl.superlink.app_socket.SEND_TIMEOUT_S", 2)
     wait_until(lambda: not rig.plane.agency._connections)
     with Peer(path_of(rig)):
         (connection,) = rig.plane.agency._connections

@@ -18,7 +18,8 @@ from rig import Node, Rig
 from things import update
 
 from lifl.strategy import FedAvg, fedavg
-from lifl.superlink import agency, resumption
+from lifl.superlink import app_socket as agency
+from lifl.superlink import resumption
 
 MODEL = {"w": np.zeros((30, 40), np.float32), "b": np.zeros(3)}
 HONEST = [({"w": np.full((30, 40), n, np.float32), "b": np.full(3, float(n))}, float(n)) for n in (1, 3)]
