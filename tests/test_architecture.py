@@ -276,10 +276,10 @@ ALLOWED: dict[str, set[str]] = {
     "strategy.reference": {"strategy.npy", "tensor"},
     # the SuperLink from the outside
     "superlink": set(),
-    "superlink.caller": {"errors"},
-    "superlink.prebuilt": {"strategy.reference", "tensor"},
-    "superlink.virtual_node": {"errors", "superlink.caller", "superlink.prebuilt"},
-    "superlink.fleet": {"errors", "superlink.caller", "superlink.prebuilt", "superlink.virtual_node"},
+    "bench.fleet.caller": {"errors"},
+    "bench.fleet.canned_reply": {"strategy.reference", "tensor"},
+    "bench.fleet.virtual_node": {"errors", "bench.fleet.caller", "bench.fleet.canned_reply"},
+    "bench.fleet.fleet": {"errors", "bench.fleet.caller", "bench.fleet.canned_reply", "bench.fleet.virtual_node"},
     # the server
     "wire": set(),
     "superlink.flower": set(),
@@ -512,7 +512,13 @@ ALLOWED: dict[str, set[str]] = {
     "bench.ablation_view": set(),
     "bench.tree": set(),
     "bench.work": {"bench.shapes", "bench.tree", "errors", "fold", "tensor", "round.settings"},
-    "bench.load": {"bench.shapes", "bench.work", "superlink.fleet", "superlink.prebuilt", "superlink.virtual_node"},
+    "bench.load": {
+        "bench.shapes",
+        "bench.work",
+        "bench.fleet.fleet",
+        "bench.fleet.canned_reply",
+        "bench.fleet.virtual_node",
+    },
     "bench.peer": {"bench.shapes", "bench.tree", "bench.work", "programs"},
     "bench.peer_job": {"bench.shapes", "bench.tree", "bench.work"},
     "bench.round": {
@@ -558,6 +564,7 @@ ALLOWED: dict[str, set[str]] = {
     "superlink.http": set(),
     "superlink.store": set(),
     "superlink.rounds": set(),
+    "bench.fleet": set(),
     # the public names ("" is the package itself)
     "": {
         "round.admission",
@@ -613,7 +620,7 @@ PURE = {
 
 # Name of a library -> the rooms, by prefix, that may import it.
 OWNERS = {
-    "flwr": ("strategy.", "superlink."),
+    "flwr": ("bench.fleet.", "strategy.", "superlink."),
     "ray": ("cluster.",),
     "_shm_ffi": ("shm.arena",),
     "multiprocess": ("workers.spawner",),
@@ -711,7 +718,7 @@ def test_there_is_no_cycle() -> None:
 
 @pytest.mark.parametrize("library", OWNERS)
 def test_library_is_imported_only_by_its_owner(library: str) -> None:
-    """Flower only in the strategies and the SuperLink, cffi's module only in shm, multiprocess in the nursery."""
+    """Flower only in the strategies and the SuperLink, cffi's module only in shm, multiprocess in the spawner."""
     importers = {room for room, (inner, outer) in ARROWS.items() if library in inner | outer}
     assert {room for room in importers if not room.startswith(OWNERS[library])} == set()
 

@@ -21,9 +21,9 @@ READY = "ready"
 
 def main(order: Path) -> None:
     """Plays the nodes as the file `order` says: "address", "nodes", "tensors", "patient", and "out", where lines go."""
-    from lifl.superlink.fleet import Fleet
-    from lifl.superlink.prebuilt import Prebuilt
-    from lifl.superlink.virtual_node import Answered
+    from lifl.bench.fleet.canned_reply import Prebuilt
+    from lifl.bench.fleet.fleet import Fleet
+    from lifl.bench.fleet.virtual_node import Answered
 
     asked = json.loads(order.read_text())
     spec = spec_of(asked["tensors"])

@@ -24,7 +24,7 @@ from players import Client, check_mean, play, says, wait_until
 from rig import HOST, Node, Rig
 from things import NUMPY, Thing, array, chunks_of, metrics, record, reply, saved, update, weight
 
-from lifl.superlink.prebuilt import Placeholder
+from lifl.bench.fleet.canned_reply import Placeholder
 from lifl.superlink.rounds import incoming_reply as reception
 from lifl.superlink.rounds import rounds
 from lifl.superlink.store.content import BlockContent, Landed, PartContent, varint

@@ -70,7 +70,7 @@ def strangers(node: Node, kind: str) -> Headers:
         return [("content-type", "application/protobuf")]
     if kind == "unsigned":
         return without(headers_of(node), "flwr-signature")
-    from lifl.superlink.caller import Identity
+    from lifl.bench.fleet.caller import Identity
 
     made = Identity().headers().split("\r\n")
     return [(name, value.strip()) for name, _, value in (line.partition(":") for line in made if line)]

@@ -16,11 +16,11 @@ from flwr.proto import fleet_pb2, heartbeat_pb2
 from flwr.superlink.routers.fleet import node_auth
 from flwr.superlink.routers.fleet.router import router
 
+from lifl.bench.fleet import caller, virtual_node
+from lifl.bench.fleet.caller import Caller, Identity, Traffic
+from lifl.bench.fleet.canned_reply import Prebuilt
+from lifl.bench.fleet.fleet import Fleet
 from lifl.errors import PeerGoneError
-from lifl.superlink import caller, virtual_node
-from lifl.superlink.caller import Caller, Identity, Traffic
-from lifl.superlink.fleet import Fleet
-from lifl.superlink.prebuilt import Prebuilt
 
 Respond = Callable[[str, bytes], tuple[int, bytes]]
 

@@ -23,9 +23,9 @@ from flwr.supercore.constant import TASK_TOKEN_HEADER
 from plain import Answer, Headers, Line, call, flowers_server, head, headers_of, replaced, soon, without
 from rig import Node, Rig
 
-from lifl.superlink.caller import Identity
+from lifl.bench.fleet.caller import Identity
+from lifl.bench.fleet.canned_reply import Prebuilt
 from lifl.superlink.http.protocol import MAX_DISCARD_BYTES
-from lifl.superlink.prebuilt import Prebuilt
 
 TOKEN = TASK_TOKEN_HEADER.lower()
 _numbers = count()
@@ -150,7 +150,7 @@ def fleet_requests(servers: Servers, node: Node) -> dict[str, Any]:
 def signed_at(node: Node, seconds: float) -> Headers:
     """Headers whose time is so many seconds from now, signed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lifl.superlink.caller.now", lambda: date.now() + timedelta(seconds=seconds))
+        patch.setattr("lifl.bench.fleet.caller.now", lambda: date.now() + timedelta(seconds=seconds))
         return headers_of(node)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from rig import Rig
 
+from lifl.bench.fleet.canned_reply import Prebuilt
+from lifl.bench.fleet.fleet import Fleet
 from lifl.monitor.stats import SuperlinkStats
 from lifl.strategy import FedAvg
-from lifl.superlink.fleet import Fleet
-from lifl.superlink.prebuilt import Prebuilt
 
 MODEL = {"w": np.ones((300, 1000), np.float32)}
 

@@ -13,9 +13,9 @@ from flwr.proto import message_pb2, node_pb2
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
+from lifl.bench.fleet.canned_reply import Prebuilt
+from lifl.bench.fleet.virtual_node import push_request
 from lifl.strategy.reference import make_reply
-from lifl.superlink.prebuilt import Prebuilt
-from lifl.superlink.virtual_node import push_request
 
 ARRAYS = {
     "large": np.random.default_rng(1).random((1500, 1000), np.float32),  # of two chunks

@@ -23,11 +23,11 @@ from players import Client, check_mean, flowers, never, play, prepare, says, set
 from rig import UNIT, Rig
 from things import Thing, array, chunks_of, metrics, record, reply, saved, update, weight
 
+from lifl.bench.fleet.canned_reply import Placeholder
 from lifl.errors import RoundError
 from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
-from lifl.superlink.prebuilt import Placeholder
 from lifl.superlink.rounds import reply as reply_module
 from lifl.superlink.rounds import rounds
 

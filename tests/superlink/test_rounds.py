@@ -13,9 +13,9 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from rig import Rig
 
+from lifl.bench.fleet.canned_reply import Prebuilt
+from lifl.bench.fleet.fleet import Fleet
 from lifl.strategy import FedAvg
-from lifl.superlink.fleet import Fleet
-from lifl.superlink.prebuilt import Prebuilt
 
 Arrays = dict[str, Any]
 

@@ -11,9 +11,9 @@ from players import Client, check_mean, play, wait_until
 from rig import Rig
 from things import array, update
 
+from lifl.bench.fleet.canned_reply import Prebuilt
+from lifl.bench.fleet.fleet import Fleet
 from lifl.strategy import FedAvg
-from lifl.superlink.fleet import Fleet
-from lifl.superlink.prebuilt import Prebuilt
 
 
 @pytest.mark.parametrize("is_durable", [False, True])

@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
+from lifl.bench.fleet.caller import Traffic
+from lifl.bench.fleet.canned_reply import Prebuilt
+from lifl.bench.fleet.virtual_node import Answered, RunIsOverError, VirtualNode
 from lifl.errors import PeerGoneError
-from lifl.superlink.caller import Traffic
-from lifl.superlink.prebuilt import Prebuilt
-from lifl.superlink.virtual_node import Answered, RunIsOverError, VirtualNode
 
 POLL_S, MOST_POLL_S = 0.1, 3.0
 """The pauses after a poll that came back empty: the first, which is the first node's only one, and the longest."""

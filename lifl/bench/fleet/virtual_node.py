@@ -23,9 +23,9 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import get_num_workers
 from google.protobuf.message import Message as Proto
 
+from lifl.bench.fleet.caller import Body, Caller, Identity, Traffic
+from lifl.bench.fleet.canned_reply import Prebuilt
 from lifl.errors import PeerGoneError
-from lifl.superlink.caller import Body, Caller, Identity, Traffic
-from lifl.superlink.prebuilt import Prebuilt
 
 AWAY_S, MOST_AWAY_S = 0.1, 1.0
 """The pauses before an object that is not there yet is asked for again, the first and the longest.

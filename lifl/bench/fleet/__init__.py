@@ -1,0 +1,1 @@
+"""SuperNodes without processes: a load generator over the real Fleet API."""
