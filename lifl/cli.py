@@ -62,7 +62,7 @@ def demo(
     Starts a real SuperLink and SuperNodes, runs the same rounds with both strategies, compares them and
     ends everything that it started. Takes about a minute and a half. Needs scikit-learn.
     """
-    from lifl.demo import run_demo
+    from lifl.deploy.demo import run_demo
 
     results = run_demo(Console(stderr=as_json), rounds, supernodes, keep_logs)
     if as_json:

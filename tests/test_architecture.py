@@ -426,10 +426,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "superlink.__main__": {"superlink.command"},
     # programs
-    "_janitor": set(),
-    "programs": {"_janitor"},
-    "deployment": {"programs"},
-    "demo": {"deployment"},
+    "deploy._janitor": set(),
+    "deploy.programs": {"deploy._janitor"},
+    "deploy.deployment": {"deploy.programs"},
+    "deploy.demo": {"deploy.deployment"},
     "bench.shapes": {"tensor"},
     "bench.echo": {"workers.aggregator"},
     "bench.sockets": {"bench.echo", "ebpf.links", "ebpf.sidecar", "shm.ring", "shm.arena"},
@@ -519,10 +519,18 @@ ALLOWED: dict[str, set[str]] = {
         "bench.fleet.canned_reply",
         "bench.fleet.virtual_node",
     },
-    "bench.peer": {"bench.shapes", "bench.tree", "bench.work", "programs"},
+    "bench.peer": {"bench.shapes", "bench.tree", "bench.work", "deploy.programs"},
     "bench.peer_job": {"bench.shapes", "bench.tree", "bench.work"},
     "bench.round": {
-        *("bench.load", "bench.peer", "bench.shapes", "bench.tree", "bench.work", "node.calibration", "deployment"),
+        *(
+            "bench.load",
+            "bench.peer",
+            "bench.shapes",
+            "bench.tree",
+            "bench.work",
+            "node.calibration",
+            "deploy.deployment",
+        ),
         *("errors", "shm.sizes", "tensor", "round.settings"),
     },
     "bench.round_view": {"bench.ablation_view"},
@@ -552,7 +560,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "doctor_view": set(),
     "cli": {
-        *("bench.commands", "bench.planning", "console", "demo", "doctor", "doctor_view", ""),
+        *("bench.commands", "bench.planning", "console", "deploy.demo", "doctor", "doctor_view", ""),
         *("planner.hierarchy", "planner.load", "planner.placement", "monitor.top", "monitor.top_view"),
     },
     "shm": {"shm.arena"},
@@ -565,6 +573,7 @@ ALLOWED: dict[str, set[str]] = {
     "superlink.store": set(),
     "superlink.rounds": set(),
     "bench.fleet": set(),
+    "deploy": set(),
     # the public names ("" is the package itself)
     "": {
         "round.admission",

@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from typer.testing import CliRunner; from lifl import cli;"
         "assert CliRunner().invoke(cli.main, ['bench', 'fold', '--help']).exit_code == 0;"
         "print(*(m for m in sys.modules if m.partition('.')[0] in ('flwr', 'grpc', 'torch', 'sklearn')"
-        " or m.startswith(('lifl.bench.', 'lifl.demo', 'lifl.strategy')) and m != 'lifl.bench.commands'))"
+        " or m.startswith(('lifl.bench.', 'lifl.deploy.demo', 'lifl.strategy')) and m != 'lifl.bench.commands'))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
@@ -190,7 +190,7 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
         console.print("told on the way")
         return {"rounds": rounds, "supernodes": supernodes, "keep_logs": keep_logs}
 
-    monkeypatch.setattr("lifl.demo.run_demo", run_demo)
+    monkeypatch.setattr("lifl.deploy.demo.run_demo", run_demo)
     result = runner.invoke(cli.main, ["demo", "--rounds", "2", "--supernodes", "3", "--keep-logs", "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {"rounds": 2, "supernodes": 3, "keep_logs": True}

@@ -17,7 +17,7 @@ import numpy as np
 from lifl.bench.shapes import tensors_of
 from lifl.bench.tree import MemoryLog
 from lifl.bench.work import Run, Work, make_run
-from lifl.programs import Programs, free_ports
+from lifl.deploy.programs import Programs, free_ports
 
 TITLE = "NVFLARE (TCP, no TLS)"
 SITE = "site-"

@@ -25,7 +25,7 @@ from lifl.bench.load import READY
 from lifl.bench.shapes import model_spec, tensors_of
 from lifl.bench.tree import MemoryLog, cpu_s, descendants_cpu_s
 from lifl.bench.work import Run, Work, make_run
-from lifl.deployment import Deployment
+from lifl.deploy.deployment import Deployment
 from lifl.errors import LiflError
 from lifl.node import calibration
 from lifl.round.settings import Timing

@@ -16,7 +16,7 @@ from typing import Any
 import deprived
 import pytest
 
-from lifl.programs import Programs, free_ports
+from lifl.deploy.programs import Programs, free_ports
 
 DEPRIVED = (sys.executable, deprived.__file__)
 WAIT_S = 60.0

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lifl.deployment import Deployment
+from lifl.deploy.deployment import Deployment
 
 APP = Path(__file__).parents[2] / "examples" / "quickstart-digits"
 
 OWNER = """
 import sys, time
-from lifl.deployment import Deployment
+from lifl.deploy.deployment import Deployment
 deployment = Deployment(supernodes=2)
 print(deployment.folder, flush=True)
 try:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lifl.deployment import Deployment
+from lifl.deploy.deployment import Deployment
 
 APP = Path(__file__).parent / "app_hostile"
 FORGER = Path(__file__).parent / "forger"

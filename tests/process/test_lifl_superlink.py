@@ -23,9 +23,10 @@ import pytest
 from fedavg_runs import Runs
 from servers import WAIT_S, Servers, make_key
 
-from lifl import _janitor, wire
+from lifl import wire
+from lifl.deploy import _janitor
+from lifl.deploy.programs import Programs, free_ports
 from lifl.ebpf.probe import support
-from lifl.programs import Programs, free_ports
 from lifl.superlink import command, flower
 
 HERE = Path(__file__).parent

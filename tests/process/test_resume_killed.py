@@ -19,7 +19,7 @@ from resumable import MOMENTS
 from safetensors import safe_open
 from scalar_files import scalars, untimed
 
-from lifl.deployment import Deployment
+from lifl.deploy.deployment import Deployment
 
 PROGRAM = Path(__file__).with_name("resumable.py")
 

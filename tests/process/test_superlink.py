@@ -8,7 +8,7 @@ import fedavg_runs
 import pytest
 from fedavg_runs import Runs
 
-from lifl.deployment import Deployment
+from lifl.deploy.deployment import Deployment
 
 
 @pytest.fixture(scope="module")

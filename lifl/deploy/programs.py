@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Self
 
-from lifl import _janitor
+from lifl.deploy import _janitor
 
 HOST = "127.0.0.1"
 # Below the range from which Linux takes the ports of outgoing connections (32768 and up): in there, a port

@@ -2,7 +2,7 @@
 
 Owns what is started and in which order. Never imports flwr (it runs Flower's programs as a user would, found beside
 this Python), never listens on anything but loopback, and never touches `~/.flwr`. That nothing is left of it is
-:class:`lifl.programs.Programs`' part.
+:class:`lifl.deploy.programs.Programs`' part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from lifl.programs import HOST, Programs, find_program, free_ports, is_listening
+from lifl.deploy.programs import HOST, Programs, find_program, free_ports, is_listening
 
 # What flower-supernode logs once the SuperLink has registered it (flwr 1.41).
 _REGISTERED = "SuperNode ID:"
@@ -26,7 +26,7 @@ class Deployment(Programs):
     `server_command` is the server to run, with its own first arguments: `flower-superlink` or anything that
     takes the same flags. With `supernodes=0` it is alone, and what plays them is started with :meth:`launch`.
     `on_progress` hears what is up; `start_timeout` is in seconds, for each program; the other arguments are
-    those of :class:`~lifl.programs.Programs`.
+    those of :class:`~lifl.deploy.programs.Programs`.
 
     Entering raises FileNotFoundError when a program is not installed, RuntimeError when one ends during
     start-up and TimeoutError when they are not ready in time; both show the log that tells why. However

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lifl.deployment import Deployment
+from lifl.deploy.deployment import Deployment
 
 NAMES = {"flower": "Flower", "lifl": "lifl's strategy", "server": "lifl-superlink"}
 STRATEGIES = {"flower": "flower", "lifl": "lifl", "server": "lifl"}
@@ -32,7 +32,7 @@ SERVERS = {"flower-superlink": ("flower", "lifl"), "lifl-superlink": ("server",)
 MAX_DIFFERENCE = 0.01
 MIN_ACCURACY = 0.9
 # A link to examples/quickstart-digits in a checkout, a copy of it in a wheel.
-_APP = Path(__file__).with_name("_demo_app")
+_APP = Path(__file__).parents[1] / "_demo_app"
 # What the demo's app prints after each round.
 _ROUND_ENDED = re.compile(r"Round (\d+) of \d+: accuracy ([\d.]+)")
 

@@ -1,0 +1,1 @@
+"""Real Flower processes on this machine, started and ended together."""
