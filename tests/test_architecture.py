@@ -536,14 +536,14 @@ ALLOWED: dict[str, set[str]] = {
     "bench.round_view": {"bench.ablation_view"},
     "monitor.top": {"monitor.beacon", "errors", "monitor.stats", "wire"},
     "monitor.top_view": {"monitor.stats", "monitor.top"},
-    "console": {"errors"},
-    "bench.commands": {
+    "cli.console": {"errors"},
+    "cli.bench": {
         *("bench.ablation", "bench.ablation_view"),
         *("bench.fold", "bench.handoff", "bench.idle", "bench.limits", "bench.planning", "bench.recovery"),
-        *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "console"),
+        *("bench.roles", "bench.round", "bench.round_view", "bench.trickle", "cli.console"),
     },
-    "pages": set(),
-    "doctor": {
+    "cli.huge_pages": set(),
+    "cli.doctor": {
         *(
             "",
             "node.calibration",
@@ -551,16 +551,16 @@ ALLOWED: dict[str, set[str]] = {
             "ebpf.probe",
             "errors",
             "shm.kernels",
-            "pages",
+            "cli.huge_pages",
             "node.node",
             "shm.arena",
             "shm.sizes",
         ),
         *("superlink.command", "superlink.flower", "workers.transport"),
     },
-    "doctor_view": set(),
-    "cli": {
-        *("bench.commands", "bench.planning", "console", "deploy.demo", "doctor", "doctor_view", ""),
+    "cli.doctor_view": set(),
+    "cli.main": {
+        *("cli.bench", "bench.planning", "cli.console", "deploy.demo", "cli.doctor", "cli.doctor_view", ""),
         *("planner.hierarchy", "planner.load", "planner.placement", "monitor.top", "monitor.top_view"),
     },
     "shm": {"shm.arena"},
@@ -574,6 +574,7 @@ ALLOWED: dict[str, set[str]] = {
     "superlink.rounds": set(),
     "bench.fleet": set(),
     "deploy": set(),
+    "cli": set(),
     # the public names ("" is the package itself)
     "": {
         "round.admission",

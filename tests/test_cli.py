@@ -16,11 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 import lifl
-from lifl import cli
-from lifl.bench import commands, shapes
+from lifl.bench import shapes
+from lifl.cli import bench as commands
+from lifl.cli import main as cli
 from lifl.errors import ShmError
 
-RUN = [sys.executable, "-c", "from lifl.cli import main; main(prog_name='lifl')"]
+RUN = [sys.executable, "-c", "from lifl.cli.main import main; main(prog_name='lifl')"]
 runner = CliRunner()
 
 
@@ -39,7 +40,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from typer.testing import CliRunner; from lifl import cli;"
         "assert CliRunner().invoke(cli.main, ['bench', 'fold', '--help']).exit_code == 0;"
         "print(*(m for m in sys.modules if m.partition('.')[0] in ('flwr', 'grpc', 'torch', 'sklearn')"
-        " or m.startswith(('lifl.bench.', 'lifl.deploy.demo', 'lifl.strategy')) and m != 'lifl.bench.commands'))"
+        " or m.startswith(('lifl.bench.', 'lifl.deploy.demo', 'lifl.strategy')) and m != 'lifl.cli.bench'))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 

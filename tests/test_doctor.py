@@ -18,8 +18,8 @@ import deprived
 import pytest
 
 import lifl
-from lifl import doctor
-from lifl.doctor_view import TITLES
+from lifl.cli import doctor
+from lifl.cli.doctor_view import TITLES
 from lifl.ebpf import probe
 from lifl.node import node as runtime
 from lifl.shm import arena as shm
@@ -27,7 +27,7 @@ from lifl.shm import kernels
 from lifl.superlink import command, flower
 
 DEPRIVED = (sys.executable, deprived.__file__)
-DOCTOR = (sys.executable, "-c", "from lifl.cli import main; main(prog_name='lifl')", "doctor")
+DOCTOR = (sys.executable, "-c", "from lifl.cli.main import main; main(prog_name='lifl')", "doctor")
 WAIT_S = 60.0
 """How long anything may take: a bound on liveness, not a measurement."""
 

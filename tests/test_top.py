@@ -26,7 +26,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lifl
-from lifl import cli
+from lifl.cli import main as cli
 from lifl.errors import LiflError, PeerGoneError
 from lifl.monitor import top, top_view
 from lifl.monitor.beacon import name_of
@@ -37,7 +37,7 @@ from lifl.node import telemetry as watch
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}
 SPEC = lifl.TensorSpec.from_arrays(MODEL)
-RUN = [sys.executable, "-c", "from lifl.cli import main; main(prog_name='lifl')"]
+RUN = [sys.executable, "-c", "from lifl.cli.main import main; main(prog_name='lifl')"]
 NOBODY = 65534
 
 PROGRAM = """

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lifl import cli
 from lifl.bench import ablation as bench
 from lifl.bench.ablation import measure_ablation
 from lifl.bench.ablation_view import ablation_tables, save_picture
+from lifl.cli import main as cli
 from lifl.node import calibration
 
 pytest.importorskip("matplotlib")

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lifl import TensorSpec, cli
+from lifl import TensorSpec
 from lifl.bench import recovery
 from lifl.bench.recovery import SPANS, WAYS, measure_recovery, recovery_table, spread_ms
+from lifl.cli import main as cli
 from lifl.errors import LiflError
 from lifl.round.blocks import Assignment
 from lifl.round.recovery import Remains

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lifl import cli
 from lifl.bench import round as bench
 from lifl.bench.round import COMPARED, SIDES
 from lifl.bench.round_view import profile_table, round_table, save_picture
+from lifl.cli import main as cli
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.leaves("matplotlib keeps its fonts open")

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-from lifl import Node, TensorSpec, cli
+from lifl import Node, TensorSpec
 from lifl.bench import idle, roles, trickle
 from lifl.bench.idle import idle_table, measure_idle
 from lifl.bench.roles import measure_roles, roles_table
 from lifl.bench.trickle import TIMINGS, measure_trickle, trickle_table
+from lifl.cli import main as cli
 from lifl.errors import LiflError
 from lifl.shm.sizes import round_bytes
 

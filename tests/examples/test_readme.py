@@ -16,7 +16,7 @@ import click
 import pytest
 import typer
 
-from lifl import cli
+from lifl.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]

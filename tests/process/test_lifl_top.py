@@ -27,7 +27,7 @@ WAIT_S = 240.0
 
 def lifl_top(*arguments: str, status: int = 0) -> str:
     """What the command prints."""
-    command = [sys.executable, "-c", "from lifl.cli import main; main(prog_name='lifl')", "top", *arguments]
+    command = [sys.executable, "-c", "from lifl.cli.main import main; main(prog_name='lifl')", "top", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == status, done.stderr
     return done.stdout or done.stderr

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from lifl.doctor import Findings, Line
+    from lifl.cli.doctor import Findings, Line
 
 TITLES = {"lifl": "lifl", "machine": "Machine", "arena": "Arena", "ebpf": "eBPF", "flower": "Flower"}
 TITLES |= {"packages": "Optional packages", "calibration": "Calibration"}

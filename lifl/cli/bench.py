@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lifl.console import AsJson, end, progress, show, told
+from lifl.cli.console import AsJson, end, progress, show, told
 
 
 class Model(StrEnum):

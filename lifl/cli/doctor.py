@@ -233,7 +233,7 @@ def _memfd() -> Iterator[Line]:
 
 
 def _huge_pages() -> Iterator[Line]:
-    from lifl import pages
+    from lifl.cli import huge_pages as pages
 
     chosen = pages.shmem_enabled()
     is_huge = chosen in ("always", "force", "within_size")

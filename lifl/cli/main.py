@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lifl.bench.commands import bench
-from lifl.console import AsJson, show, told
+from lifl.cli.bench import bench
+from lifl.cli.console import AsJson, show, told
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S
 from lifl.planner.placement import Rule
@@ -152,8 +152,8 @@ def doctor(
 
     Changes nothing and needs no privileges. The status is 1 if lifl cannot run here at all.
     """
-    from lifl.doctor import examine
-    from lifl.doctor_view import findings_svg, findings_table
+    from lifl.cli.doctor import examine
+    from lifl.cli.doctor_view import findings_svg, findings_table
 
     findings = examine()
     if svg is not None:
