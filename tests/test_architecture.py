@@ -184,10 +184,9 @@ ALLOWED: dict[str, set[str]] = {
         "workers.traffic",
     },
     "monitor.stats": set(),
-    "forks": set(),
     "strategy.heap": set(),
-    "monitor.beacon": {"errors", "forks", "wire"},
-    "monitor.prometheus": {"errors", "forks", "monitor.stats"},
+    "monitor.beacon": {"errors", "ipc"},
+    "monitor.prometheus": {"errors", "ipc", "monitor.stats"},
     "node.telemetry": {"monitor.beacon", "errors", "monitor.prometheus", "shm.ring", "monitor.stats"},
     "node.node": {
         *(
@@ -246,7 +245,7 @@ ALLOWED: dict[str, set[str]] = {
             "strategy.exchange",
             "tensor",
             "round.settings",
-            "wire",
+            "ipc",
         ),
     },
     "strategy.journal": {"strategy.checkpoint", "errors", "report.report"},
@@ -281,7 +280,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench.fleet.virtual_node": {"errors", "bench.fleet.caller", "bench.fleet.canned_reply"},
     "bench.fleet.fleet": {"errors", "bench.fleet.caller", "bench.fleet.canned_reply", "bench.fleet.virtual_node"},
     # the server
-    "wire": set(),
+    "ipc": set(),
     "superlink.flower": set(),
     "superlink.http.body": set(),
     "superlink.rounds.chunk_map": {"tensor"},
@@ -389,7 +388,7 @@ ALLOWED: dict[str, set[str]] = {
             "superlink.rounds.incoming_reply",
             "superlink.rounds.rounds",
         ),
-        *("superlink.rounds.served_round", "tensor", "wire"),
+        *("superlink.rounds.served_round", "tensor", "ipc"),
     },
     "superlink.resumption": {"superlink.flower", "superlink.store.store"},
     "superlink.plane": {
@@ -409,7 +408,7 @@ ALLOWED: dict[str, set[str]] = {
             "superlink.http.signatures",
             "superlink.store.store",
         ),
-        "wire",
+        "ipc",
     },
     "superlink.profiler": set(),
     "superlink.command": {
@@ -534,7 +533,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "shm.sizes", "tensor", "round.settings"),
     },
     "bench.round_view": {"bench.ablation_view"},
-    "monitor.top": {"monitor.beacon", "errors", "monitor.stats", "wire"},
+    "monitor.top": {"monitor.beacon", "errors", "monitor.stats", "ipc"},
     "monitor.top_view": {"monitor.stats", "monitor.top"},
     "cli.console": {"errors"},
     "cli.bench": {

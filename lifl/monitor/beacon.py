@@ -15,8 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lifl.errors import LeaseError
-from lifl.forks import keep_from_forks
-from lifl.wire import uid_of_peer
+from lifl.ipc import keep_from_forks, uid_of_peer
 
 log = logging.getLogger("lifl.monitor.beacon")
 

@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from lifl.errors import LiflError
-from lifl.forks import keep_from_forks
+from lifl.ipc import keep_from_forks
 from lifl.monitor.stats import NodeStats, SuperlinkStats, WorkerStats
 
 log = logging.getLogger("lifl.monitor.prometheus")

@@ -15,9 +15,9 @@ from pathlib import Path
 import attrs
 
 from lifl.errors import LiflError, PeerGoneError
+from lifl.ipc import uid_of_peer
 from lifl.monitor.beacon import PREFIX, name_of
 from lifl.monitor.stats import NodeStats
-from lifl.wire import uid_of_peer
 
 TIMEOUT_S = 2.0
 """A Node answers in milliseconds, unless its process is stopped."""

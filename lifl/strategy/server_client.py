@@ -26,7 +26,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_head_values_f
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from lifl import wire
+from lifl import ipc
 from lifl.errors import LiflError, PeerGoneError, RoundError
 from lifl.report.report import Rejection, RoundReport
 from lifl.report.result import RoundResult
@@ -65,9 +65,9 @@ class Server:
         try:
             self._peer.settimeout(CONNECT_TIMEOUT_S)
             self._peer.connect(str(path))
-            if wire.uid_of_peer(self._peer) != os.getuid():
-                raise PermissionError(f"{path} is of user {wire.uid_of_peer(self._peer)}")
-            self._reader, self._frames = wire.Reader(), list[wire.Frame]()
+            if ipc.uid_of_peer(self._peer) != os.getuid():
+                raise PermissionError(f"{path} is of user {ipc.uid_of_peer(self._peer)}")
+            self._reader, self._frames = ipc.Reader(), list[ipc.Frame]()
             data, fds, _, _ = socket.recv_fds(self._peer, 2**16, 1)
             self._frames += self._reader.feed(data)
             try:
@@ -153,7 +153,7 @@ class Server:
         self._peer.close()
 
     @property
-    def _early(self) -> list[wire.Frame]:
+    def _early(self) -> list[ipc.Frame]:
         """Replies that came while something else was waited for."""
         return self._frames
 
@@ -168,7 +168,7 @@ class Server:
     def _ask(self, said: dict[str, Any], answer: str) -> dict[str, Any]:
         try:
             self._peer.settimeout(ANSWER_TIMEOUT_S)
-            self._peer.sendall(wire.encode(said))
+            self._peer.sendall(ipc.encode(said))
         except OSError as error:
             raise PeerGoneError(f"the lifl-superlink is gone: {error}") from None
         end, kept = time.monotonic() + ANSWER_TIMEOUT_S, self._frames
@@ -187,7 +187,7 @@ class Server:
                 raise PeerGoneError(f"the lifl-superlink said {frame[0]['event']!r}, {answer!r} was expected")
             return frame[0]
 
-    def _next(self, timeout: float) -> wire.Frame | None:
+    def _next(self, timeout: float) -> ipc.Frame | None:
         """The next frame, or None at the time-out."""
         end = time.monotonic() + timeout
         while not self._frames:
@@ -291,13 +291,13 @@ def exchange_served(
 def _paths(grid: Grid) -> Iterator[Path]:
     if not isinstance(grid, HttpGrid):
         return
-    if told := os.environ.get(wire.VARIABLE):
+    if told := os.environ.get(ipc.VARIABLE):
         yield Path(told)
         return
     host, _, port = str(getattr(grid, "_addr", "")).rpartition(":")
     if host in LOCAL and port.isdigit():
         with contextlib.suppress(OSError):
-            yield wire.path_for(int(port))
+            yield ipc.path_for(int(port))
 
 
 def _reply(said: dict[str, Any], blobs: list[bytes]) -> Reply:

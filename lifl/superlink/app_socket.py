@@ -17,7 +17,7 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any
 
-from lifl import wire
+from lifl import ipc
 from lifl.errors import LiflError, RoundError
 from lifl.round.admission import Limits
 from lifl.superlink import flower
@@ -86,8 +86,8 @@ class Agency:
                 peer, _ = listening.accept()
             except OSError:
                 return
-            if wire.uid_of_peer(peer) != os.getuid():
-                _server.log(WARNING, "A process of user %s is not let in at lifl's socket", wire.uid_of_peer(peer))
+            if ipc.uid_of_peer(peer) != os.getuid():
+                _server.log(WARNING, "A process of user %s is not let in at lifl's socket", ipc.uid_of_peer(peer))
                 peer.close()
                 continue
             connection = Connection(peer, self._rounds, self._fd)
@@ -117,9 +117,9 @@ class Connection:
 
     def serve(self) -> None:
         """Answers until the other end is gone."""
-        reader = wire.Reader()
+        reader = ipc.Reader()
         try:
-            socket.send_fds(self._peer, [wire.encode({"event": "welcome", "pid": os.getpid()})], [self._fd])
+            socket.send_fds(self._peer, [ipc.encode({"event": "welcome", "pid": os.getpid()})], [self._fd])
             self._speaker.start()
             while data := self._peer.recv(2**16):
                 for said, _ in reader.feed(data):
@@ -139,7 +139,7 @@ class Connection:
         self._peer.close()
 
     def _say(self, said: dict[str, Any], blobs: list[bytes] | None = None) -> None:
-        self._outbox.put(wire.encode(said, blobs or []))
+        self._outbox.put(ipc.encode(said, blobs or []))
 
     def _speak(self) -> None:
         try:

@@ -12,7 +12,7 @@ import time
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
-from lifl import wire
+from lifl import ipc
 from lifl.monitor.stats import SuperlinkStats
 from lifl.node.node import Node
 from lifl.superlink import flower
@@ -147,9 +147,9 @@ class Plane:
         self.holding.loop = loop
         if self.agency is not None:
             try:
-                path = wire.path_for(self._port)
+                path = ipc.path_for(self._port)
                 self.agency.listen(path)
-                os.environ[wire.VARIABLE] = str(path)
+                os.environ[ipc.VARIABLE] = str(path)
             except OSError as error:
                 log = flower.part("server").log
                 log(WARNING, "ServerApps on this machine fold their rounds themselves: %s", error)
@@ -223,5 +223,5 @@ class Plane:
         if (address := self.node.metrics_address) is not None:
             parts.append(f"metrics at http://{address}/metrics")
         if self.agency is not None:
-            parts.append(f"ServerApps on this machine at {wire.path_for(self._port)}")
+            parts.append(f"ServerApps on this machine at {ipc.path_for(self._port)}")
         return ", ".join(parts)

@@ -23,7 +23,7 @@ import pytest
 from fedavg_runs import Runs
 from servers import WAIT_S, Servers, make_key
 
-from lifl import wire
+from lifl import ipc
 from lifl.deploy import _janitor
 from lifl.deploy.programs import Programs, free_ports
 from lifl.ebpf.probe import support
@@ -288,7 +288,7 @@ def test_it_ends_as_flowers_does(how: signal.Signals) -> None:
     arguments = ("--simulation",) if how == signal.SIGINT else ()
     with Servers(arguments=arguments) as servers:
         wait_until(lambda: processes(servers, "flower-superexec"), "no SuperExec")
-        path = wire.path_for(int(servers.address.split(":")[1]))
+        path = ipc.path_for(int(servers.address.split(":")[1]))
         assert path.is_socket()
         assert lifl_processes(servers)
         assert servers.end(servers.server, how) == (-signal.SIGTERM if how == signal.SIGTERM else 0)
@@ -363,7 +363,7 @@ def test_a_port_that_is_taken(start: Callable[..., tuple[int, str]]) -> None:
         status, said = start("--port", str(port))
     assert status == 1
     assert f"error while attempting to bind on address ('127.0.0.1', {port})" in said
-    assert not wire.path_for(port).exists()
+    assert not ipc.path_for(port).exists()
 
 
 WITHOUT = """

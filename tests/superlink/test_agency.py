@@ -21,7 +21,7 @@ from players import Client, check_mean, flowers, play, says, settled, wait_until
 from rig import Rig
 from things import update
 
-from lifl import wire
+from lifl import ipc
 from lifl.errors import LeaseError, PeerGoneError, RoundError
 from lifl.round.admission import Limits
 from lifl.shm.arena import Arena, Block
@@ -45,7 +45,7 @@ def rig() -> Iterator[Rig]:
 
 def path_of(rig: Rig) -> Path:
     """Its socket."""
-    return wire.path_for(rig.port)
+    return ipc.path_for(rig.port)
 
 
 class Peer:
@@ -55,7 +55,7 @@ class Peer:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.socket.connect(str(path))  # which waits while many do
         self.socket.settimeout(10)
-        self._reader, self._frames = wire.Reader(), list[wire.Frame]()
+        self._reader, self._frames = ipc.Reader(), list[ipc.Frame]()
         data, self.fds, _, _ = socket.recv_fds(self.socket, 2**16, 4)
         self._frames += self._reader.feed(data)
         self.welcome = self.hear() if data else None
@@ -74,7 +74,7 @@ class Peer:
 
     def say(self, **said: Any) -> None:
         """Sends a frame."""
-        self.socket.sendall(wire.encode(said))
+        self.socket.sendall(ipc.encode(said))
 
     def __enter__(self) -> Peer:
         return self
@@ -232,14 +232,14 @@ def test_a_server_without_a_folder_for_it_runs_all_the_same(
 ) -> None:
     """Its ServerApps fold for themselves; it does not listen where others could come in."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.delenv(wire.VARIABLE, raising=False)
+    monkeypatch.delenv(ipc.VARIABLE, raising=False)
     if wrong == "mode":
         (tmp_path / "lifl").mkdir()
         (tmp_path / "lifl").chmod(0o755)
     else:
         (tmp_path / "lifl").write_text("")
     with Rig("4MiB") as rig:
-        assert wire.VARIABLE not in os.environ
+        assert ipc.VARIABLE not in os.environ
         assert not list(tmp_path.rglob("*.sock"))
         run_id, token = rig.start_run()
         with rig.grid(run_id, token) as grid:

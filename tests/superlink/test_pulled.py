@@ -23,7 +23,7 @@ from rig import HOST, Rig
 from things import Thing, array, record, reply, update
 
 import lifl
-from lifl import wire
+from lifl import ipc
 from lifl.strategy import FedAvg
 from lifl.superlink import flower
 
@@ -54,7 +54,7 @@ class Stock(Rig):
         settings = uvicorn.Config(app, host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), name="stock")
-        self._variable = os.environ.get(wire.VARIABLE)
+        self._variable = os.environ.get(ipc.VARIABLE)
 
 
 @pytest.fixture(params=["Flower's", "lifl's"])

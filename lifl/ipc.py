@@ -1,4 +1,4 @@
-"""What a ServerApp and a lifl-superlink on its machine say to each other: frames over a Unix socket.
+"""Local sockets: frames between processes of one machine, the peer's user, and the sockets that a fork has to close.
 
 A frame is a JSON object and any number of byte strings. File descriptors are passed beside the first one. Owns the
 format, the socket's place and who may use it; knows neither rounds nor Flower. Nothing is ever unpickled.
@@ -13,6 +13,7 @@ import socket
 import stat
 import struct
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,26 @@ def uid_of_peer(connection: socket.socket) -> int:
     """The user id of the process at the other end, as the kernel says it."""
     _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)
+
+
+# ---------------------------------------------------------------- forks
+
+_listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def keep_from_forks(listening: socket.socket) -> None:
+    """Closes the copy of a listening socket in every fork that is made from now on.
+
+    A fork has none of the threads that serve the socket: a client that connected to the copy would wait for ever, and
+    the port would be taken for as long as the fork lives.
+    """
+    _listening.add(listening)
+
+
+def _close_in_child() -> None:
+    for listening in list(_listening):
+        listening.close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where importing lifl must work too
+    os.register_at_fork(after_in_child=_close_in_child)

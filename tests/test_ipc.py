@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl import wire
-from lifl.wire import MAX_BLOB_BYTES, MAX_JSON_BYTES, Reader, encode, uid_of_peer
+from lifl import ipc
+from lifl.ipc import MAX_BLOB_BYTES, MAX_JSON_BYTES, Reader, encode, uid_of_peer
 
 SETRESUID = {"x86_64": 117, "aarch64": 147}
 
@@ -93,13 +93,13 @@ def test_the_folder_is_made_for_this_user_alone(runtime: Path) -> None:
     """Mode 0700 whatever the umask; found again it is used again."""
     before = os.umask(0)
     try:
-        made = wire.folder()
+        made = ipc.folder()
     finally:
         os.umask(before)
     assert made == runtime / "lifl"
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
-    assert wire.folder() == made
-    assert wire.path_for(9092) == made / "superlink-9092.sock"
+    assert ipc.folder() == made
+    assert ipc.path_for(9092) == made / "superlink-9092.sock"
 
 
 def test_without_a_runtime_folder_it_is_among_the_temporary_files(
@@ -108,7 +108,7 @@ def test_without_a_runtime_folder_it_is_among_the_temporary_files(
     """Under a name with the user's id."""
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert wire.folder() == tmp_path / f"lifl-{os.getuid()}"
+    assert ipc.folder() == tmp_path / f"lifl-{os.getuid()}"
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o777])
@@ -117,19 +117,19 @@ def test_a_folder_that_others_can_enter_is_refused(runtime: Path, mode: int) -> 
     (runtime / "lifl").mkdir()
     (runtime / "lifl").chmod(mode)
     with pytest.raises(PermissionError, match=r"is not a folder of mode 0700 of user \d+: remove it"):
-        wire.folder()
+        ipc.folder()
 
 
 def test_what_is_no_folder_is_refused(runtime: Path) -> None:
     """A file, or a link to a folder that would do."""
     (runtime / "lifl").write_text("")
     with pytest.raises(PermissionError, match="is not a folder"):
-        wire.folder()
+        ipc.folder()
     (runtime / "lifl").unlink()
     (runtime / "elsewhere").mkdir(mode=0o700)
     (runtime / "lifl").symlink_to(runtime / "elsewhere")
     with pytest.raises(PermissionError, match="is not a folder"):
-        wire.folder()
+        ipc.folder()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
@@ -138,7 +138,7 @@ def test_another_users_folder_is_refused(runtime: Path) -> None:
     (runtime / "lifl").mkdir(mode=0o700)
     os.chown(runtime / "lifl", 65534, 65534)
     with pytest.raises(PermissionError, match="is not a folder"):
-        wire.folder()
+        ipc.folder()
 
 
 @pytest.mark.parametrize("uid", [0, 65534])
