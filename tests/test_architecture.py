@@ -191,7 +191,8 @@ ALLOWED: dict[str, set[str]] = {
     "superlink.awaited": {"superlink.reception"},
     "superlink.served_round": {"round", "superlink.geometry", "superlink.reception"},
     "superlink.rounds": {
-        *("admission", "errors", "metrics", "runtime", "superlink.awaited", "superlink.comings", "superlink.derived"),
+        *("admission", "errors", "metrics", "runtime", "superlink.awaited", "superlink.comings", "superlink.content"),
+        "superlink.derived",
         *("superlink.flower", "superlink.geometry", "superlink.holding", "superlink.offering", "superlink.reception"),
         *("superlink.served_round", "superlink.store", "tensor", "terms"),
     },

@@ -37,15 +37,18 @@ class Awaited:
         Not those of other clients that wait for the same object: a reply that is settled while its client still
         pushes would have that push refused. SuperNodes of before there were sessions name none.
         """
-        if session_id:
-            found = [self._by_session[session_id]] if session_id in self._by_session else []
-        else:
-            found = self.waiting(object_id)
+        found = self.pushing(session_id, object_id)
         for reception in found:
             reception.heard_s = time.monotonic()
             reception.missing.discard(object_id)
             self._drop(reception, object_id)
         return found
+
+    def pushing(self, session_id: str, object_id: str) -> list[Reception]:
+        """The replies that an object is pushed for."""
+        if session_id:
+            return [self._by_session[session_id]] if session_id in self._by_session else []
+        return self.waiting(object_id)
 
     def waiting(self, object_id: str) -> list[Reception]:
         """The replies that wait for an object."""
