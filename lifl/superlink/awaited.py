@@ -54,15 +54,23 @@ class Awaited:
         """The replies that wait for an object."""
         return list(self._by_object.get(object_id, ()))
 
-    def forget(self, reception: Reception) -> None:
-        """Nothing more is expected for a reply; harmless when it is said again."""
+    def forget(self, reception: Reception) -> list[str]:
+        """Nothing more is expected for a reply; harmless when it is said again. Its push sessions."""
         if reception.is_forgotten:
-            return
+            return []
         reception.is_forgotten = True
         for object_id in reception.missing:
             self._drop(reception, object_id)
-        for session_id in [s for s, known in self._by_session.items() if known is reception]:
+        sessions = [s for s, known in self._by_session.items() if known is reception]
+        for session_id in sessions:
             del self._by_session[session_id]
+        return sessions
+
+    def session_of(self, object_id: str, node_id: int) -> str | None:
+        """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
+        waiting = self.waiting(object_id)
+        own = [one for one in waiting if one.message.metadata.src_node_id == node_id]
+        return next((s for s, known in self._by_session.items() if known in own), None if waiting else "")
 
     def _drop(self, reception: Reception, object_id: str) -> None:
         waiting = self._by_object.get(object_id)

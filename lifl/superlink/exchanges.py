@@ -74,6 +74,9 @@ class Server(Protocol):
     def is_incoming(self, node_id: int) -> bool:
         """True if it is worth to wait for a message that is on its way."""
 
+    def session_of(self, request: Any) -> str | None:
+        """A push's session; None: it is not the node's to push."""
+
     def check_size(self, nbytes: int) -> str | None:
         """Why an object of this size is refused, if it is."""
 
@@ -501,11 +504,16 @@ class PushObject(Exchange):
             landed.drop()
             self._fail_to_read("the fields behind the object are not those that were checked")
             return
+        session_id = gateway.session_of(request) if self._api == "fleet" else request.session_id
+        if session_id is None:
+            landed.drop()
+            self._answer(False)
+            return
         said = SimpleNamespace(
             node=request.node,
             run_id=request.run_id,
             object_id=request.object_id,
-            session_id=request.session_id,
+            session_id=session_id,
             object_content=landed,
         )
 

@@ -71,6 +71,9 @@ class Placer(Protocol):
     def is_part(self, object_id: str, node_id: int) -> bool:
         """True for an object of a reply that the node is sending into a round."""
 
+    def session_of(self, object_id: str, node_id: int) -> str | None:
+        """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
+
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""
 
@@ -305,6 +308,12 @@ class Gateway:
     def is_incoming(self, node_id: int) -> bool:
         """True if it is worth to wait for a message that is on its way."""
         return self.holding.is_on and self._placer is not None and self._placer.is_incoming(node_id)
+
+    def session_of(self, request: Any) -> str | None:
+        """A push's session. Of a SuperNode from before there were sessions its own; None: others await the object."""
+        if request.session_id or self._placer is None:
+            return str(request.session_id)
+        return self._placer.session_of(request.object_id, request.node.node_id)
 
     def check_size(self, nbytes: int) -> str | None:
         """Why an object of this size is refused, if it is."""

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from logging import ERROR
+from logging import DEBUG, ERROR
 from typing import Any
 
 from flwr.app import Error
@@ -195,14 +195,22 @@ class Rounds:
                 self._asked.pop(message_id, None)
             receptions = list(served.receptions.values())
             served.receptions.clear()
-            for reception in receptions:
-                self._awaited.forget(reception)
+            sessions = [one for reception in receptions for one in self._awaited.forget(reception)]
         for reception in receptions:
             reception.drop()
         if deletes:
+            self._end_sessions(sessions)
             replies = [object_id for reception in receptions for object_id in reception.roots]
             self._delete(set(served.asked), [*replies, *served.settled])
         served.round.close()
+
+    def _end_sessions(self, sessions: list[str]) -> None:
+        """Nothing more is pushed for these replies; Flower would keep the ids of what is missing until the run ends."""
+        try:
+            for session_id in sessions:
+                self._state._cleanup_push_session(session_id, cleanup_messages=False)
+        except Exception as error:
+            _server.log(DEBUG, "push sessions could not be ended: %r", error)
 
     def _delete(self, asked: set[str], replies: list[str]) -> None:
         try:
@@ -366,10 +374,17 @@ class Rounds:
             waiting = self._awaited.waiting(object_id)
         return any(one.message.metadata.src_node_id == node_id for one in waiting)
 
+    def session_of(self, object_id: str, node_id: int) -> str | None:
+        """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
+        with self._lock:
+            return self._awaited.session_of(object_id, node_id)
+
     def _admit(self, session_id: str, object_id: str, nbytes: int) -> bool:
         """Counts an object that has come past the gateway, as Flower's own routes take it."""
         with self._lock:
             found = self._awaited.pushing(session_id, object_id)
+        if found and not session_id:  # whose it is Flower does not say here
+            return False
         for reception in found:
             if not reception.admit(object_id, nbytes):
                 self._refuse(reception)
@@ -385,7 +400,8 @@ class Rounds:
                 return
             reception.is_settling = True
             served.taken.add(meta.message_id)
-            self._awaited.forget(reception)
+            sessions = self._awaited.forget(reception)
+        self._end_sessions(sessions)
         self._assembler.submit(self._give_up, served, reception)
 
     def _give_up(self, served: ServedRound, reception: Reception) -> None:

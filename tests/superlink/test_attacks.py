@@ -202,15 +202,19 @@ def test_a_reply_larger_than_any_is_refused_while_it_comes(rig: Rig, monkeypatch
     assert answers.count(413) == 1
 
 
-@pytest.mark.parametrize("how", ["query", "chunked"])
+@pytest.mark.parametrize("how", ["query", "chunked", "again"])
 def test_no_other_way_past_the_size_of_a_reply(rig: Rig, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A request with a query, and one whose body comes in chunks, which Flower's own route takes."""
+    """A request with a query, one whose body comes in chunks, which Flower's own route takes; a tree that grows."""
     monkeypatch.setattr(reception, "MAX_BESIDE_BYTES", MIB)
     stored: list[bool] = []
 
     def large(client: Client, asked: Message) -> None:
         beside = [Thing("ArrayChunk", body=bytes([n]) * MIB) for n in range(8)]
-        announced = client.announce(asked, reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1)))
+        said = reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1))
+        announced = prepare(asked, said)
+        if how == "again":  # at first without what is large
+            client.announce_again(announced, message_pb2.ObjectTree(object_id=announced.message.id))
+        announced = client.announce_again(announced)
         for object_id in announced.missing:
             body = client.request(asked, announced, object_id)
             target = "/v1/fleet/push-object" + ("?a=1" if how == "query" else "")
@@ -270,6 +274,54 @@ def test_a_reply_of_very_many_objects_is_refused_at_once(tmp_path: Path, where: 
         check_mean(round_, HONEST)
         assert round_.refused == {clients[0].name: "format"}
         assert "objects in a reply" in round_.reasons[clients[0].name]
+
+
+def test_a_stranger_does_not_push_for_another(rig: Rig) -> None:
+    """Without a session, as SuperNodes did before there were any: what only another node announced stays its own."""
+    is_announced, is_tried, tried = threading.Event(), threading.Event(), list[bool]()
+    shared: list[tuple[int, Thing]] = []
+
+    def honest(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(*HONEST[0]))
+        shared.extend((asked.metadata.run_id, announced.things[one]) for one in announced.missing)
+        is_announced.set()
+        assert is_tried.wait(20)
+        assert all(client.push(asked, announced))
+
+    def stranger(client: Client, _: Message) -> None:
+        assert is_announced.wait(20)
+        tried.extend(client.node.push(run_id, "", thing.id, thing.content) for run_id, thing in shared)
+        is_tried.set()
+
+    round_, clients = play(rig, MODEL, [], honest, stranger, deadline=2.0)
+    assert tried
+    assert not any(tried)
+    assert [one.client_id for one in round_.report.accepted] == [clients[0].name]
+
+
+def test_an_old_supernode_pushes_without_a_session(rig: Rig) -> None:
+    """Its own reply, also when another node is about to push the same objects."""
+
+    def old(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(*HONEST[0]))
+        announced.session_id = ""
+        assert all(client.push(asked, announced))
+
+    round_, clients = play(rig, MODEL, HONEST, old)
+    check_mean(round_, [*HONEST, HONEST[0]])
+    assert clients[0].name in {one.client_id for one in round_.report.accepted}
+
+
+def test_no_push_session_outlives_its_round(rig: Rig) -> None:
+    """Of replies that were announced and never came."""
+
+    def half(client: Client, asked: Message) -> None:
+        client.announce(asked, update(*HONEST[0]))
+
+    def look(_: list[Client]) -> None:
+        assert not rig.state._object_push_sessions
+
+    play(rig, MODEL, HONEST, half, half, deadline=1.0, beside=look)
 
 
 # ---------------------------------------------------------------- what an upload holds
