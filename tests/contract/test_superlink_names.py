@@ -46,6 +46,15 @@ def test_a_missing_name_is_told_with_its_part(monkeypatch: pytest.MonkeyPatch) -
         flower.part("store")
 
 
+@pytest.mark.parametrize("module", ["in_memory_corestate.InMemoryCoreState", "sql_corestate.SqlCoreState"])
+def test_a_push_session_can_be_ended(module: str) -> None:
+    """By its id, and its messages stay."""
+    state = flower.resolve("flwr.supercore.corestate." + module)
+    ended = getattr(state, "_cleanup_push_session", None)
+    assert ended is not None, broke("_cleanup_push_session is gone: sessions stay until the run ends", "rounds.py")
+    assert parameters(ended) == ["self", "session_id", "cleanup_messages"], broke(str(parameters(ended)), "rounds.py")
+
+
 def test_no_middleware_is_unknown() -> None:
     """What Flower puts around its routes is what the gateway replaces; with anything else it does not take requests."""
     server = flower.part("server")

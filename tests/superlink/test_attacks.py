@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from flwr.app.message import make_message
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
 from plain import call, head, headers_of
-from players import Client, check_mean, play, says, wait_until
+from players import Client, check_mean, play, prepare, says, wait_until
 from rig import HOST, Node, Rig
 from things import NUMPY, Thing, array, chunks_of, metrics, record, reply, saved, update, weight
 
@@ -200,6 +201,128 @@ def test_a_reply_larger_than_any_is_refused_while_it_comes(rig: Rig, monkeypatch
     assert round_.refused == {clients[0].name: "format"}
     assert "more than twice the model" in round_.reasons[clients[0].name]
     assert answers.count(413) == 1
+
+
+@pytest.mark.parametrize("how", ["query", "chunked", "again"])
+def test_no_other_way_past_the_size_of_a_reply(rig: Rig, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """A request with a query, one whose body comes in chunks, which Flower's own route takes; a tree that grows."""
+    monkeypatch.setattr(reception, "MAX_BESIDE_BYTES", MIB)
+    stored: list[bool] = []
+
+    def large(client: Client, asked: Message) -> None:
+        beside = [Thing("ArrayChunk", body=bytes([n]) * MIB) for n in range(8)]
+        said = reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1))
+        announced = prepare(asked, said)
+        if how == "again":  # at first without what is large
+            client.announce_again(announced, message_pb2.ObjectTree(object_id=announced.message.id))
+        announced = client.announce_again(announced)
+        for object_id in announced.missing:
+            body = client.request(asked, announced, object_id)
+            target = "/v1/fleet/push-object" + ("?a=1" if how == "query" else "")
+            begun = head(target, headers_of(client.node), len(body))
+            if how == "chunked":
+                begun = begun.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+                body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+            with socket.create_connection((HOST, rig.port), 10) as line:
+                line.sendall(begun + body)
+                stored.append(
+                    line.recv(2**16).endswith(message_pb2.PushObjectResponse(stored=True).SerializeToString())
+                )
+
+    round_, clients = play(rig, MODEL, HONEST, large)
+    check_mean(round_, HONEST)
+    assert round_.refused == {clients[0].name: "format"}
+    assert "more than twice the model" in round_.reasons[clients[0].name]
+    assert sum(stored) <= 3
+
+
+def test_a_node_does_not_fill_the_arena() -> None:
+    """With whole objects of a reply that it never completes: honest updates have their room all the same."""
+    with Rig("16MiB") as rig:
+        is_full = threading.Event()
+
+        def fill(client: Client, asked: Message) -> None:
+            beside = [Thing("ArrayChunk", body=bytes([n]) * MIB) for n in range(20)]
+            announced = client.announce(
+                asked, reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1))
+            )
+            assert all(client.push(asked, announced, *(one.id for one in beside)))
+            is_full.set()
+
+        def honest(client: Client, asked: Message) -> None:
+            assert is_full.wait(20)
+            client.answer(asked, update(*HONEST[0]))
+
+        round_, clients = play(rig, MODEL, [], fill, honest, honest, deadline=2.0)
+        assert {one.client_id for one in round_.report.accepted} == {one.name for one in clients[1:]}
+        check_mean(round_, [HONEST[0]])
+
+
+@pytest.mark.parametrize("where", ["memory", "database"])
+def test_a_reply_of_very_many_objects_is_refused_at_once(tmp_path: Path, where: str) -> None:
+    """Nothing of it is stored, and the round ends without it."""
+    with Rig("16MiB", database=str(tmp_path / "state.db") if where == "database" else None) as rig:
+
+        def wide(client: Client, asked: Message) -> None:
+            announced = prepare(asked, update(*HONEST[0]))
+            tree = announced.message.tree
+            tree.children.extend(message_pb2.ObjectTree(object_id=f"{n:064x}") for n in range(5000))
+            assert client.announce_again(announced, tree).missing == []
+            assert client.announce_again(announced, tree).missing == [], "said again"
+            assert f"{7:064x}" not in rig.store
+
+        round_, clients = play(rig, MODEL, HONEST, wide)
+        check_mean(round_, HONEST)
+        assert round_.refused == {clients[0].name: "format"}
+        assert "objects in a reply" in round_.reasons[clients[0].name]
+
+
+def test_a_stranger_does_not_push_for_another(rig: Rig) -> None:
+    """Without a session, as SuperNodes did before there were any: what only another node announced stays its own."""
+    is_announced, is_tried, tried = threading.Event(), threading.Event(), list[bool]()
+    shared: list[tuple[int, Thing]] = []
+
+    def honest(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(*HONEST[0]))
+        shared.extend((asked.metadata.run_id, announced.things[one]) for one in announced.missing)
+        is_announced.set()
+        assert is_tried.wait(20)
+        assert all(client.push(asked, announced))
+
+    def stranger(client: Client, _: Message) -> None:
+        assert is_announced.wait(20)
+        tried.extend(client.node.push(run_id, "", thing.id, thing.content) for run_id, thing in shared)
+        is_tried.set()
+
+    round_, clients = play(rig, MODEL, [], honest, stranger, deadline=2.0)
+    assert tried
+    assert not any(tried)
+    assert [one.client_id for one in round_.report.accepted] == [clients[0].name]
+
+
+def test_an_old_supernode_pushes_without_a_session(rig: Rig) -> None:
+    """Its own reply, also when another node is about to push the same objects."""
+
+    def old(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(*HONEST[0]))
+        announced.session_id = ""
+        assert all(client.push(asked, announced))
+
+    round_, clients = play(rig, MODEL, HONEST, old)
+    check_mean(round_, [*HONEST, HONEST[0]])
+    assert clients[0].name in {one.client_id for one in round_.report.accepted}
+
+
+def test_no_push_session_outlives_its_round(rig: Rig) -> None:
+    """Of replies that were announced and never came."""
+
+    def half(client: Client, asked: Message) -> None:
+        client.announce(asked, update(*HONEST[0]))
+
+    def look(_: list[Client]) -> None:
+        assert not rig.state._object_push_sessions
+
+    play(rig, MODEL, HONEST, half, half, deadline=1.0, beside=look)
 
 
 # ---------------------------------------------------------------- what an upload holds

@@ -12,6 +12,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_body
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lifl.superlink.http import body as body_module
 from lifl.superlink.http.body import MAX_PREFIX_BYTES, MAX_TAIL_BYTES, Cut, count_objects, count_values, cut
 from lifl.superlink.store.content import varint
 
@@ -246,3 +247,19 @@ def test_objects_without_an_id_count_too() -> None:
     """Two bytes each: of these protobuf would make fifty times as much."""
     for data in (b"\x1a" + varint(2 * 300_000) + b"\x12\x00" * 300_000, b"\x12\x00" * 300_000, b"\x1a\x00" * 300_000):
         assert count_objects(data, 2**18) == 2**18 + 1
+
+
+@pytest.mark.parametrize("field", [b"\x50\x01", b"\x52\x00", b"\x0a\x00"], ids=["unknown", "unknown text", "id"])
+def test_fields_without_end_are_not_counted_to_their_end(monkeypatch: pytest.MonkeyPatch, field: bytes) -> None:
+    """Of a tree: an object has two of them."""
+    seen, fields = [0], body_module._fields
+
+    def counted(*args: Any) -> Any:
+        for one in fields(*args):
+            seen[0] += 1
+            yield one
+
+    monkeypatch.setattr(body_module, "_fields", counted)
+    data = b"\x1a" + varint(2 * 300_000) + field * 300_000
+    assert count_objects(data, 1000) == 1001
+    assert seen[0] <= 2 * 1000 + 1

@@ -68,6 +68,12 @@ class Placer(Protocol):
         Raises :class:`BlockingIOError` without room, and ``ValueError`` if the reply has grown too large.
         """
 
+    def is_part(self, object_id: str, node_id: int) -> bool:
+        """True for an object of a reply that the node is sending into a round."""
+
+    def session_of(self, object_id: str, node_id: int) -> str | None:
+        """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
+
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""
 
@@ -142,7 +148,7 @@ class Gateway:
 
     def begin(self, protocol: GatewayProtocol, path: bytes, headers: list[tuple[bytes, bytes]], length: int) -> Any:
         """The exchange for a request, if it is one of the data plane's."""
-        route = self._routes.get(path)
+        route = self._routes.get(path.partition(b"?")[0])
         if route is None or not _is_protobuf(headers):
             return None
         exchange = route(self, protocol, headers, length)
@@ -217,7 +223,8 @@ class Gateway:
         """Where an object that is wanted belongs.
 
         Memory is taken for what a SuperNode sends, not for what it says that it will send; only a ServerApp, which is
-        trusted, gets a block of the announced size at once.
+        trusted, gets a block of the announced size at once. What of a reply into a round has no place in the update's
+        block lies beside the arena: in it a reply would take the room of others' updates.
 
         Raises
         ------
@@ -232,6 +239,8 @@ class Gateway:
             target = self._placer.place(request.object_id, request.node.node_id, nbytes)
             if target is not None:
                 return target
+            if self._placer.is_part(request.object_id, request.node.node_id):
+                return self.spool_for(request, nbytes, is_trusted=False, is_beside=True)
         if nbytes > SMALL_BYTES:
             if is_trusted and (content := BlockContent.make(self._arena, nbytes)) is not None:
                 self._full_since_s = time.monotonic()
@@ -239,13 +248,16 @@ class Gateway:
             self._check_room(nbytes)
         return self.spool_for(request, nbytes, is_trusted=is_trusted)
 
-    def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
-        """Memory beside the arena for an object; raises :class:`MemoryError` if its sender sends too much at once."""
+    def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool, is_beside: bool = False) -> Target:
+        """Memory beside the arena for an object while it comes and, if `is_beside`, afterwards.
+
+        Raises :class:`MemoryError` if its sender sends too much at once.
+        """
         # All ServerApps are one node: each has its run's share.
         sender = f"run {request.run_id}" if is_trusted else f"node {request.node.node_id}"
         if (refusal := self._budget.announce(sender, nbytes)) is not None:
             raise MemoryError(refusal)
-        return Spool(self._arena, self._budget, sender, nbytes, self._warn_that_full)
+        return Spool(None if is_beside else self._arena, self._budget, sender, nbytes, self._warn_that_full)
 
     def _check_room(self, nbytes: int) -> None:
         """A large object is coming: raises :class:`BlockingIOError` unless it can be kept."""
@@ -296,6 +308,12 @@ class Gateway:
     def is_incoming(self, node_id: int) -> bool:
         """True if it is worth to wait for a message that is on its way."""
         return self.holding.is_on and self._placer is not None and self._placer.is_incoming(node_id)
+
+    def session_of(self, request: Any) -> str | None:
+        """A push's session. Of a SuperNode from before there were sessions its own; None: others await the object."""
+        if request.session_id or self._placer is None:
+            return str(request.session_id)
+        return self._placer.session_of(request.object_id, request.node.node_id)
 
     def check_size(self, nbytes: int) -> str | None:
         """Why an object of this size is refused, if it is."""

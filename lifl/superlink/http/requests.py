@@ -26,11 +26,14 @@ _names = flower.part("gateway")
 MAX_REQUEST_BYTES = 2**16
 """Of a request without an object or its tree: a node, a run and an id."""
 
-MAX_TREE_BYTES = 2**25
+MAX_TREE_BYTES = 2**24
 """Of one that announces a message: ids of its objects, 70 to 140 bytes each."""
 
 LONG_TREE_BYTES = 2**20
 """Up to so much is parsed without a look: it may take 25 times as much for a moment."""
+
+ID_BYTES, SOME_FIELDS = 64, 1000
+"""An object takes at least its id's bytes of an announcement; other fields are few."""
 
 _STORED = {flag: _names.PushObjectResponse(stored=flag).SerializeToString() for flag in (True, False)}
 
@@ -65,11 +68,14 @@ class Server(Protocol):
         ``MemoryError`` if its sender sends too much at once, ``ValueError`` if its reply has grown too large.
         """
 
-    def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
+    def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool, is_beside: bool = False) -> Target:
         """Memory beside the arena for an object; ``MemoryError`` if its sender sends too much at once."""
 
     def is_incoming(self, node_id: int) -> bool:
         """True if it is worth to wait for a message that is on its way."""
+
+    def session_of(self, request: Any) -> str | None:
+        """A push's session; None: it is not the node's to push."""
 
     def check_size(self, nbytes: int) -> str | None:
         """Why an object of this size is refused, if it is."""
@@ -251,8 +257,9 @@ class PushMessages(Unary):
     def parse(self, body: bytes) -> Any:
         """The request; of a long one the objects are counted first, for each of which protobuf takes memory."""
         try:
-            if len(body) > LONG_TREE_BYTES and count_objects(body, MAX_OBJECTS) > MAX_OBJECTS:
-                raise ValueError(f"more than {MAX_OBJECTS:,} objects")
+            most = min(MAX_OBJECTS, len(body) // ID_BYTES + SOME_FIELDS)
+            if len(body) > LONG_TREE_BYTES and count_objects(body, most) > most:
+                raise ValueError(f"more than {most:,} objects")
         except ValueError as error:
             about = f"Invalid payload: {error}"
             raise _names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, about) from None
@@ -472,7 +479,7 @@ class PushObject(Exchange):
         target: Target = Sink(self._nbytes)
         if keeps:
             try:
-                target = self.gateway.spool_for(self._request, self._nbytes, is_trusted=self._api == "runtime")
+                target = self.gateway.spool_for(self._request, self._nbytes, is_trusted=False, is_beside=True)
             except MemoryError as error:
                 self._upload.failure = error
         self._upload.move(target)
@@ -497,11 +504,16 @@ class PushObject(Exchange):
             landed.drop()
             self._fail_to_read("the fields behind the object are not those that were checked")
             return
+        session_id = gateway.session_of(request) if self._api == "fleet" else request.session_id
+        if session_id is None:
+            landed.drop()
+            self._answer(False)
+            return
         said = SimpleNamespace(
             node=request.node,
             run_id=request.run_id,
             object_id=request.object_id,
-            session_id=request.session_id,
+            session_id=session_id,
             object_content=landed,
         )
 

@@ -96,11 +96,11 @@ class SpoolBudget:
 
 
 class Spool:
-    """Memory that grows with what has come; then one block of the arena, or bytes if that has no room.
+    """Memory that grows with what has come; then one block of the arena, or bytes if that has no room or is None.
 
     Parameters
     ----------
-    arena : lifl.shm.Arena
+    arena : lifl.shm.Arena or None
     sender : str
     nbytes : int
         Who sends how much, which the budget has counted as announced.
@@ -109,7 +109,7 @@ class Spool:
     """
 
     def __init__(
-        self, arena: Arena, budget: SpoolBudget, sender: str, nbytes: int, on_full: Callable[[], None]
+        self, arena: Arena | None, budget: SpoolBudget, sender: str, nbytes: int, on_full: Callable[[], None]
     ) -> None:
         self._arena, self._budget, self._sender, self._nbytes = arena, budget, sender, nbytes
         self._on_full = on_full
@@ -135,9 +135,9 @@ class Spool:
 
     def landed(self, digest: str) -> Landed:
         """A block of its own if it is large and the arena has room, else bytes."""
-        is_large = self._nbytes > SMALL_BYTES
+        is_large = self._arena is not None and self._nbytes > SMALL_BYTES
         content: Content | bytes | None = None
-        if is_large and (block := BlockContent.make(self._arena, self._nbytes)) is not None:
+        if self._arena and is_large and (block := BlockContent.make(self._arena, self._nbytes)) is not None:
             at = 0
             for piece in self._pieces:
                 block.view[at : at + len(piece)] = piece

@@ -79,6 +79,12 @@ class Geometry:
         self._learned: dict[int, Form] = {}  # node -> the form of its last reply that was of no usual form
         self._newest: Form | None = None
 
+    @property
+    def max_objects(self) -> int:
+        """A reply may have so many: four times the model's own, some more, and one for each 64 KiB of it."""
+        own = len(self.pieces) + sum(map(len, self.pieces))
+        return 4 * own + 4096 + self.spec.layout.update_bytes // 2**16
+
     def _cut(self, tensor: Tensor, offset: int) -> list[Piece]:
         header = npy_header(tensor)
         nbytes = tensor.size * ITEM_BYTES[tensor.dtype]

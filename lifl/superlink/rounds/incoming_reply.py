@@ -193,7 +193,7 @@ class Reception:
     def admit(self, object_id: str, nbytes: int) -> bool:
         """Counts an object that is about to come; false if all of them are more than any reply may have."""
         with self._lock:
-            if object_id in self.object_ids and object_id not in self._admitted:
+            if object_id not in self._admitted:  # whichever tree of it the client has announced last
                 self._admitted.add(object_id)
                 self._bytes_left -= nbytes
             return self._bytes_left >= 0

@@ -37,29 +37,40 @@ class Awaited:
         Not those of other clients that wait for the same object: a reply that is settled while its client still
         pushes would have that push refused. SuperNodes of before there were sessions name none.
         """
-        if session_id:
-            found = [self._by_session[session_id]] if session_id in self._by_session else []
-        else:
-            found = self.waiting(object_id)
+        found = self.pushing(session_id, object_id)
         for reception in found:
             reception.heard_s = time.monotonic()
             reception.missing.discard(object_id)
             self._drop(reception, object_id)
         return found
 
+    def pushing(self, session_id: str, object_id: str) -> list[Reception]:
+        """The replies that an object is pushed for."""
+        if session_id:
+            return [self._by_session[session_id]] if session_id in self._by_session else []
+        return self.waiting(object_id)
+
     def waiting(self, object_id: str) -> list[Reception]:
         """The replies that wait for an object."""
         return list(self._by_object.get(object_id, ()))
 
-    def forget(self, reception: Reception) -> None:
-        """Nothing more is expected for a reply; harmless when it is said again."""
+    def forget(self, reception: Reception) -> list[str]:
+        """Nothing more is expected for a reply; harmless when it is said again. Its push sessions."""
         if reception.is_forgotten:
-            return
+            return []
         reception.is_forgotten = True
         for object_id in reception.missing:
             self._drop(reception, object_id)
-        for session_id in [s for s, known in self._by_session.items() if known is reception]:
+        sessions = [s for s, known in self._by_session.items() if known is reception]
+        for session_id in sessions:
             del self._by_session[session_id]
+        return sessions
+
+    def session_of(self, object_id: str, node_id: int) -> str | None:
+        """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
+        waiting = self.waiting(object_id)
+        own = [one for one in waiting if one.message.metadata.src_node_id == node_id]
+        return next((s for s, known in self._by_session.items() if known in own), None if waiting else "")
 
     def _drop(self, reception: Reception, object_id: str) -> None:
         waiting = self._by_object.get(object_id)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from logging import ERROR
+from logging import DEBUG, ERROR
 from typing import Any
 
 from flwr.app import Error
@@ -31,6 +31,7 @@ from lifl.superlink.rounds.offering import offer_model
 from lifl.superlink.rounds.outgoing import Comings
 from lifl.superlink.rounds.reply_index import Awaited
 from lifl.superlink.rounds.served_round import Announced, ServedRound
+from lifl.superlink.store.content import Landed
 from lifl.superlink.store.store import Store
 from lifl.tensor import TensorSpec
 
@@ -53,6 +54,16 @@ It goes on beside the arena, which costs a copy.
 
 TOO_LARGE = "twice the model and 128 MiB"
 """In words, what a reply may have, see ``Reception``."""
+
+
+def count_of(tree: Any, most: int) -> int:
+    """The objects in a tree; counted up to a little more than `most`."""
+    count, waiting = 1, [tree]
+    while waiting and count <= most:
+        node = waiting.pop()
+        count += len(node.children)
+        waiting.extend(node.children)
+    return count
 
 
 class Rounds:
@@ -83,6 +94,8 @@ class Rounds:
         self._state, original = state, state.store_message_and_object_tree
 
         def store_and_note(message: Any, object_tree: Any, session_id: str) -> Any:
+            if self._has_refused(message, object_tree):
+                return True, []
             recognised, stored = self._recognise(message, object_tree), False
             known = self.store.offer(recognised.objects)
             with self._lock:
@@ -112,6 +125,8 @@ class Rounds:
         put = state.store_object
 
         def put_and_note(run_id: int, session_id: str, object_id: str, object_content: Any) -> Any:
+            if not isinstance(object_content, Landed) and not self._admit(session_id, object_id, len(object_content)):
+                return False
             stored = put(run_id, session_id, object_id, object_content)
             if stored:
                 self._pushed(session_id, object_id)
@@ -180,14 +195,22 @@ class Rounds:
                 self._asked.pop(message_id, None)
             receptions = list(served.receptions.values())
             served.receptions.clear()
-            for reception in receptions:
-                self._awaited.forget(reception)
+            sessions = [one for reception in receptions for one in self._awaited.forget(reception)]
         for reception in receptions:
             reception.drop()
         if deletes:
+            self._end_sessions(sessions)
             replies = [object_id for reception in receptions for object_id in reception.roots]
             self._delete(set(served.asked), [*replies, *served.settled])
         served.round.close()
+
+    def _end_sessions(self, sessions: list[str]) -> None:
+        """Nothing more is pushed for these replies; Flower would keep the ids of what is missing until the run ends."""
+        try:
+            for session_id in sessions:
+                self._state._cleanup_push_session(session_id, cleanup_messages=False)
+        except Exception as error:
+            _server.log(DEBUG, "push sessions could not be ended: %r", error)
 
     def _delete(self, asked: set[str], replies: list[str]) -> None:
         try:
@@ -196,6 +219,13 @@ class Rounds:
                 self.store.delete(object_id)
         except Exception as error:  # Flower cleans up when the run ends
             _server.log(ERROR, "messages of a round could not be deleted: %s", error)
+
+    def _delete_answered(self, asked: str, replies: list[str]) -> None:
+        """Deletes a message with its reply; the message when the round ends, if its ServerApp still pushes it.
+
+        A node may answer before it has the message: then the push would fail, and the ServerApp push all of them again.
+        """
+        self._delete(set() if asked in self._comings else {asked}, replies)
 
     def offer_model(self, served: ServedRound, mean: Any) -> set[str]:
         """Has a mean's objects in the store; the ids of those that the store holds until they are withdrawn."""
@@ -228,6 +258,25 @@ class Rounds:
                 served.receptions[meta.message_id] = known
             self._awaited.expect(known, missing, session_id)
             self._settle_if_complete(served, known)
+
+    def _has_refused(self, message: Any, tree: Any) -> bool:
+        """True if a reply does not count for the number of its objects, before anything is stored of it."""
+        meta = message.metadata
+        with self._lock:
+            served = self._asked.get(meta.reply_to_message_id)
+            if served is None or served.asked.get(meta.reply_to_message_id) != meta.src_node_id:
+                return False
+            most = served.geometry.max_objects
+            if meta.message_id in served.taken or meta.message_id in served.receptions or count_of(tree, most) <= most:
+                return False
+            is_first = meta.reply_to_message_id not in served.replied
+            served.replied.add(meta.reply_to_message_id)
+            served.taken.add(meta.message_id)
+            client = served.name(meta.src_node_id) if is_first else ""
+        if is_first:
+            self._delete_answered(meta.reply_to_message_id, [])
+            served.tell(Settled(message, {}, Rejection(client, "format", f"more than {most:,} objects in a reply")))
+        return True
 
     def _recognise(self, message: Any, tree: Any) -> Recognised:
         """What the tree of a reply to one of a round's messages tells."""
@@ -319,6 +368,29 @@ class Rounds:
                 return reception.place(object_id, nbytes)
         return None
 
+    def is_part(self, object_id: str, node_id: int) -> bool:
+        """True for an object of a reply that the node is sending into a round."""
+        with self._lock:
+            waiting = self._awaited.waiting(object_id)
+        return any(one.message.metadata.src_node_id == node_id for one in waiting)
+
+    def session_of(self, object_id: str, node_id: int) -> str | None:
+        """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
+        with self._lock:
+            return self._awaited.session_of(object_id, node_id)
+
+    def _admit(self, session_id: str, object_id: str, nbytes: int) -> bool:
+        """Counts an object that has come past the gateway, as Flower's own routes take it."""
+        with self._lock:
+            found = self._awaited.pushing(session_id, object_id)
+        if found and not session_id:  # whose it is Flower does not say here
+            return False
+        for reception in found:
+            if not reception.admit(object_id, nbytes):
+                self._refuse(reception)
+                return False
+        return True
+
     def _refuse(self, reception: Reception) -> None:
         """A reply is too large, whatever it may say: it does not count, and what has come of it goes."""
         meta = reception.message.metadata
@@ -328,12 +400,13 @@ class Rounds:
                 return
             reception.is_settling = True
             served.taken.add(meta.message_id)
-            self._awaited.forget(reception)
+            sessions = self._awaited.forget(reception)
+        self._end_sessions(sessions)
         self._assembler.submit(self._give_up, served, reception)
 
     def _give_up(self, served: ServedRound, reception: Reception) -> None:
         reception.drop()
-        self._delete({reception.message.metadata.reply_to_message_id}, [*reception.roots])
+        self._delete_answered(reception.message.metadata.reply_to_message_id, [*reception.roots])
         served.tell(Settled(reception.message, {}, Rejection(reception.client, "format", f"more than {TOO_LARGE}")))
 
     def relieve_arena(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
-from sqlalchemy import delete, event, insert, select, update
+from sqlalchemy import delete, event, insert, select, text, update
 
 from lifl.superlink import flower
 from lifl.superlink.store.content import Content, Landed, answer_head
@@ -23,8 +23,8 @@ _names = flower.part("store")
 IS_CHECKING = bool(os.environ.get("LIFL_CHECK_CONTENT"))
 """Hash contents again when they are read and when they go, and raise if they have changed; for tests, it is slow."""
 
-MAX_OBJECTS = 2**18
-"""In one announced tree: no model has so many chunks."""
+MAX_OBJECTS = 2**16
+"""In one announced tree: three for each array of a model, and more if arrays are large."""
 
 SOME = 1000
 """Ids in one statement: databases limit them."""
@@ -295,6 +295,10 @@ def _gone(object_id: str) -> Exception:
     return error
 
 
+INDEXES = {"lifl_children": "object_children (child_id)", "lifl_runs": "run_objects (object_id)"}
+"""SQLite looks there for each object that is deleted, and would read the whole table."""
+
+
 class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
     """Flower's store in a database: what was acknowledged is there after a crash too.
 
@@ -308,6 +312,9 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
     def __init__(self, database: str) -> None:
         super().__init__(database, verify=False)  # that is done in `put`, once
         self.initialize()
+        with self.session() as session:
+            for name, index in INDEXES.items():
+                session.execute(text(f"CREATE INDEX IF NOT EXISTS {name} ON {index}"))
         self.on_available: Callable[[str], None] = lambda _: None
 
     def preregister(self, run_id: int, object_tree: Any) -> list[str]:
