@@ -6,7 +6,8 @@
 from lifl import errors
 from lifl.node.node import Node
 from lifl.planner.shape import Shape
-from lifl.report.report import Contribution, Rejection, RoundReport, Span
+from lifl.report.entries import Contribution, Rejection, Span
+from lifl.report.report import RoundReport
 from lifl.report.result import RoundResult
 from lifl.round.admission import Limits
 from lifl.round.loan import Loan

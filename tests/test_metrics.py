@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl.report.report import Contribution, Rejection, RoundReport, Span
+from lifl.report.entries import Contribution, Rejection, Span
+from lifl.report.report import RoundReport
 
 FULL = RoundReport(
     round=3,

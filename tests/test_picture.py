@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.report.report import Contribution, Rejection, RoundReport, Span
+from lifl.report.entries import Contribution, Rejection, Span
+from lifl.report.report import RoundReport
 from lifl.report.scene import WIDTH_PX
 from lifl.report.svg import COLOURS, SUFFIXES, escaped, gantt_svg, report_html
 

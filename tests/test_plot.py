@@ -10,7 +10,8 @@ from pathlib import Path
 import attrs
 import pytest
 
-from lifl.report.report import Contribution, RoundReport, Span
+from lifl.report.entries import Contribution, Span
+from lifl.report.report import RoundReport
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")

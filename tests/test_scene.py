@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from lifl.report.report import Contribution, RoundReport, Span
+from lifl.report.entries import Contribution, Span
+from lifl.report.report import RoundReport
 from lifl.report.scene import (
     LEAST_PX,
     Window,

@@ -8,18 +8,20 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lifl.errors import LeaseError
 from lifl.monitor.beacon import Beacon
 from lifl.monitor.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
+from lifl.round.tally import Tally
+from lifl.shm.arena import Arena
 from lifl.shm.ring import counts_of, queued
 
 if TYPE_CHECKING:
     from lifl.monitor.prometheus import Exporter
-    from lifl.node.node import Node
     from lifl.round.round import Round
     from lifl.workers.team import Staff
 
@@ -29,6 +31,29 @@ MOST_ROUNDS_TOLD = 64
 """Open rounds in a snapshot for another process, which is to fit into what a socket takes."""
 
 _numbers = itertools.count(1)
+
+
+class Watched(Protocol):
+    """The part of a Node that is read here."""
+
+    arena: Arena
+    changed: threading.Condition
+    tally: Tally
+
+    @property
+    def is_foreign(self) -> bool:
+        """True in a fork of the Node's process."""
+
+    @property
+    def is_closed(self) -> bool:
+        """True when the Node is closed."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the arena that are in use."""
+
+    def close(self) -> None:
+        """Ends the Node."""
 
 
 class Watch:
@@ -42,7 +67,7 @@ class Watch:
         What a ``lifl-superlink`` has to tell beside its Node; called by any thread, without the Node's lock.
     """
 
-    def __init__(self, node: Node, rounds: Mapping[int, Round], staff: Staff) -> None:
+    def __init__(self, node: Watched, rounds: Mapping[int, Round], staff: Staff) -> None:
         self._node, self._rounds, self._staff = node, rounds, staff
         self.number = next(_numbers)
         self._since_s = time.monotonic()

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 
 from lifl.planner.hierarchy import Role, Task
-
-if TYPE_CHECKING:
-    from lifl.planner.plan import Plan
 
 COLUMNS = 12
 """Of subtrees that are alike, about so many columns of leaves are drawn at least; the others are counted."""
@@ -183,15 +179,14 @@ INK, MUTED, LINE, PAPER, CARD = "#1f2430", "#566070", "#8a94a3", "#fbfbf8", "#ee
 FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif"
 
 
-def tree_svg(plan: Plan) -> str:
-    """The plan's tree as an SVG element: the top above, its nodes as cards, their leaves as boxes with their updates.
+def tree_svg(tasks: Sequence[Task], head: str, line: str, label: str) -> str:
+    """A plan's tree as an SVG element: the top above, its nodes as cards, their leaves as boxes with their updates.
 
-    It brings its own light background, so that it is legible in a dark notebook too, and refers to nothing outside.
-    A tooltip tells whose updates a leaf has. Names are escaped.
+    `head` and `line` stand above it, `label` is for who cannot see it. The picture brings its own light background, so
+    that it is legible in a dark notebook too, and refers to nothing outside. A tooltip tells whose updates a leaf has.
+    Names are escaped.
     """
-    root = outline(plan.tasks)
-    head = f"{count(plan.updates, 'update')} on {plan.nodes_used:,} of {count(len(plan.nodes), 'node')}"
-    line = str(plan).partition("nodes, " if len(plan.nodes) > 1 else "node, ")[2]
+    root = outline(tasks)
     if root.branches:
         line += "; a blue box is a leaf, with its updates"
     tree = _Picture(root)
@@ -201,7 +196,7 @@ def tree_svg(plan: Plan) -> str:
     return "\n".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
-            f' viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{_escaped(f"plan: {plan}")}"'
+            f' viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{_escaped(label)}"'
             f' style="max-width:100%;height:auto" font-family="{FONT}" font-size="12">',
             f'<rect x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1:.0f}" rx="10"'
             f' fill="{PAPER}" stroke="#cfd4dc"/>',

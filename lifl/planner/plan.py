@@ -165,7 +165,9 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """How a notebook shows it."""
-        return tree_svg(self)
+        head = f"{count(self.updates, 'update')} on {self.nodes_used:,} of {count(len(self.nodes), 'node')}"
+        line = str(self).partition("nodes, " if len(self.nodes) > 1 else "node, ")[2]
+        return tree_svg(self.tasks, head, line, f"plan: {self}")
 
 
 def make_plan(

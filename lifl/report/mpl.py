@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from lifl.report.scene import (
     COLOURS,
     Scene,
+    Shown,
     Window,
     arrivals_in,
     bars_in,
@@ -29,10 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lifl.report.report import RoundReport
 
-
-def draw(report: RoundReport, ax: Axes | None = None) -> Axes:
+def draw(report: Shown, ax: Axes | None = None) -> Axes:
     """Draws a report: see :meth:`lifl.RoundReport.plot`."""
     scene = show_scene(report)
     if ax is None:
@@ -45,7 +44,7 @@ def draw(report: RoundReport, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def make_figure(report: RoundReport) -> Figure:
+def make_figure(report: Shown) -> Figure:
     """A figure for a file. It is not pyplot's, which would keep it, and choose a window system."""
     scene = show_scene(report)
     with _told():
@@ -69,7 +68,7 @@ def _size(scene: Scene) -> tuple[float, float]:
     return 10.0, 1.6 + 0.45 * len(scene.runtimes)
 
 
-def _draw_all(report: RoundReport, scene: Scene, figure: Figure) -> Axes:
+def _draw_all(report: Shown, scene: Scene, figure: Figure) -> Axes:
     widths = [window.width_px for window in scene.windows]
     first, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for window, ax in zip(scene.windows, (first, *others), strict=True):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lifl.report.report import Rejection, RoundReport
+from lifl.report.entries import Rejection
+from lifl.report.report import RoundReport
 from lifl.tensor import Array, TensorSpec, torch_views
 
 if TYPE_CHECKING:

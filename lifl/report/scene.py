@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import attrs
 
-if TYPE_CHECKING:
-    from lifl.report.report import RoundReport, Span
+from lifl.report.entries import Contribution, Rejection, Span
 
 COLOURS = {"receive": "#3b82d6", "aggregate": "#d97706", "send": "#c2458f"}
 """Each at least 3:1 against white and against nearly black."""
@@ -25,6 +24,73 @@ WIDTH_PX, LABEL_PX, LEAST_PX, LETTER_PX = 960.0, 88.0, 2.0, 6.2
 LEAST_S, MOST_S = 1e-6, 1e9  # what is beyond them is no time of a round
 ENLARGED_BELOW = 0.12
 """The part of the round from which on its end is wide enough to be seen without being enlarged."""
+
+
+class Shown(Protocol):
+    """A round's report, as its pictures need it: see :class:`lifl.RoundReport`."""
+
+    @property
+    def round(self) -> int:
+        """The Node's number of the round."""
+
+    @property
+    def expected(self) -> int:
+        """Updates that the round waited for."""
+
+    @property
+    def timing(self) -> str:
+        """As given to ``open_round``."""
+
+    @property
+    def shape(self) -> str:
+        """The tree that was carried out, in words."""
+
+    @property
+    def weight(self) -> float:
+        """The sum of the accepted weights."""
+
+    @property
+    def accepted(self) -> Sequence[Contribution]:
+        """Updates in the result."""
+
+    @property
+    def rejected(self) -> Sequence[Rejection]:
+        """Updates that were refused."""
+
+    @property
+    def late(self) -> Sequence[str]:
+        """Clients that did not answer in time."""
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The work of each runtime."""
+
+    @property
+    def stages(self) -> Mapping[str, float]:
+        """Seconds by stage."""
+
+    @property
+    def predicted(self) -> Mapping[str, float] | None:
+        """The cost model's expectation."""
+
+    @property
+    def error(self) -> str | None:
+        """Why there is no result."""
+
+    @property
+    def deaths(self) -> int:
+        """Workers that died and were replaced."""
+
+    @property
+    def started(self) -> int:
+        """Processes started cold."""
+
+    @property
+    def shards(self) -> int:
+        """Ranges of coordinates that the mean was made in."""
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as plain values, for JSON."""
 
 
 @attrs.frozen
@@ -105,7 +171,7 @@ class Scene:
     windows: tuple[Window, ...]
 
 
-def show_scene(report: RoundReport) -> Scene:
+def show_scene(report: Shown) -> Scene:
     """What there is to see; a report without spans shows arrivals and commits."""
     spans: Iterable[Span | Bar] = report.spans or (
         Bar(c.runtime, "leaf", "aggregate", c.folded_s, c.folded_s, 1) for c in report.accepted if c.folded_s
@@ -225,7 +291,7 @@ def short_time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def headline(report: RoundReport) -> str:
+def headline(report: Shown) -> str:
     """The round in a line."""
     parts = [f"round {report.round}: {len(report.accepted)} of {report.expected} updates", report.shape, report.timing]
     if report.error is None and "last_to_result" in report.stages:
@@ -233,7 +299,7 @@ def headline(report: RoundReport) -> str:
     return " · ".join(filter(None, parts))
 
 
-def remarks(report: RoundReport) -> str:
+def remarks(report: Shown) -> str:
     """What did not go as planned, in a line; empty if all did."""
     died = "1 worker died and was" if report.deaths == 1 else f"{report.deaths} workers died and were"
     parts = [

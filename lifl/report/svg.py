@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from lifl.report import mpl as plot
 from lifl.report.scene import (
@@ -24,6 +24,7 @@ from lifl.report.scene import (
     LETTER_PX,
     WIDTH_PX,
     Scene,
+    Shown,
     Window,
     arrivals_in,
     bars_in,
@@ -40,9 +41,6 @@ from lifl.report.scene import (
     shorten,
     show_scene,
 )
-
-if TYPE_CHECKING:
-    from lifl.report.report import RoundReport
 
 SUFFIXES = (".html", ".svg", ".png", ".pdf", ".json")
 FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif"
@@ -73,12 +71,12 @@ def escaped(text: object, most: int = MOST_LETTERS) -> str:
 # ---------------------------------------------------------------- SVG
 
 
-def gantt_svg(report: RoundReport) -> str:
+def gantt_svg(report: Shown) -> str:
     """A row for each runtime over time, as an ``<svg>`` to be put into a page, in the page's text colour."""
     return _svg(report, f'style="display:block;max-width:{WIDTH_PX:g}px;width:100%;height:auto"', "")
 
 
-def _svg(report: RoundReport, how: str, behind: str) -> str:
+def _svg(report: Shown, how: str, behind: str) -> str:
     scene = show_scene(report)
     pitch = 40.0 if len(scene.runtimes) <= 12 else 32.0
     bottom = TOP_PX + pitch * len(scene.runtimes)
@@ -192,7 +190,7 @@ def _line(x: float, top: float, bottom: float, more: str, title: str = "") -> st
 # ---------------------------------------------------------------- HTML
 
 
-def report_html(report: RoundReport) -> str:
+def report_html(report: Shown) -> str:
     """The picture and a table below it, as a notebook shows a report."""
     count = f"{len(report.accepted)} of {report.expected}, weight {report.weight:g}"
     clipped = [f"{c.client_id} (to {c.clipped:.3g})" for c in report.accepted if c.clipped < 1]
@@ -216,7 +214,7 @@ def report_html(report: RoundReport) -> str:
     )
 
 
-def _times(report: RoundReport) -> Iterator[tuple[str, list[str]]]:
+def _times(report: Shown) -> Iterator[tuple[str, list[str]]]:
     said = dict(report.predicted or {})
     pairs = {"total": "completion_s", "last_to_result": "last_to_result_s"}
     for name, real in report.stages.items():
@@ -254,7 +252,7 @@ def _row(name: str, cells: list[str], tag: str = "td") -> str:
 # ---------------------------------------------------------------- files
 
 
-def save(report: RoundReport, path: str | os.PathLike[str]) -> None:
+def save(report: Shown, path: str | os.PathLike[str]) -> None:
     """Writes a file of the kind that its suffix says: see :meth:`lifl.RoundReport.save`."""
     path = Path(path)
     suffix = path.suffix.lower()

@@ -15,7 +15,8 @@ from typing import Literal
 import attrs
 
 from lifl.errors import ArenaCorruptError, PeerGoneError, RoundError
-from lifl.report.report import Rejection, RoundReport
+from lifl.report.entries import Rejection
+from lifl.report.report import RoundReport
 from lifl.report.result import RoundResult
 from lifl.round.blocks import Assignment
 from lifl.round.clients import Roster

@@ -10,7 +10,8 @@ from collections import Counter
 
 import attrs
 
-from lifl.report.report import Contribution, Rejection, RoundReport, Span
+from lifl.report.entries import Contribution, Rejection, Span
+from lifl.report.report import RoundReport
 from lifl.round.tally import Tally
 from lifl.shm.arena import Block
 

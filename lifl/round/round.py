@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from lifl.errors import AdmissionError, LeaseError, RoundError
-from lifl.report.report import Rejection, RoundReport
+from lifl.report.entries import Rejection
+from lifl.report.report import RoundReport
 from lifl.report.result import RoundResult
 from lifl.round import admission
 from lifl.round.blocks import Assignment

@@ -19,7 +19,8 @@ from flwr.common.constant import ErrorCode, SType
 from lifl.errors import AdmissionError, PeerGoneError, shortened
 from lifl.node.embedded import embedded
 from lifl.node.node import Node
-from lifl.report.report import Rejection, RoundReport
+from lifl.report.entries import Rejection
+from lifl.report.report import RoundReport
 from lifl.report.result import RoundResult
 from lifl.round import admission
 from lifl.round.admission import Limits

@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.supercore import log
 
 from lifl.errors import AdmissionError
-from lifl.report.report import Rejection
+from lifl.report.entries import Rejection
 from lifl.round import admission
 from lifl.strategy.landing import error_reply
 

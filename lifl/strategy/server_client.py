@@ -28,7 +28,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from lifl import ipc
 from lifl.errors import LiflError, PeerGoneError, RoundError
-from lifl.report.report import Rejection, RoundReport
+from lifl.report.entries import Rejection
+from lifl.report.report import RoundReport
 from lifl.report.result import RoundResult
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 
-from lifl.planner.drawing import BOXES, COLOURS, COLUMNS, GAP, Branch, count, each, outline, tree_svg
+from lifl.planner.drawing import BOXES, COLOURS, COLUMNS, GAP, Branch, count, each, outline
 from lifl.planner.hierarchy import Role
 from lifl.planner.load import ServerNode
 from lifl.planner.plan import Plan, make_plan
@@ -115,7 +115,7 @@ def test_a_huge_tree_stays_small(arity: int | None) -> None:
     root = outline(plan.tasks)
     assert root.columns <= (COLUMNS + BOXES) * (2 + plan.levels)
     assert len(lines(root)) < 150
-    assert len(tree_svg(plan)) < 60_000
+    assert len(plan._repr_html_()) < 60_000
 
 
 Box = tuple[float, float, float, float]
@@ -124,7 +124,7 @@ Box = tuple[float, float, float, float]
 def rects(plan: Plan) -> list[tuple[str, Box]]:
     """Fill and edges (left, top, right, bottom) of each rectangle; the first is the paper."""
     found = []
-    for rect in ElementTree.fromstring(tree_svg(plan)).iter(f"{SVG}rect"):
+    for rect in ElementTree.fromstring(plan._repr_html_()).iter(f"{SVG}rect"):
         x, y, width, height = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
         found.append((rect.attrib["fill"], (x, y, x + width, y + height)))
     return found
@@ -181,7 +181,7 @@ def test_names_cannot_get_out() -> None:
 
 def test_the_picture_refers_to_nothing_outside() -> None:
     """It can be saved, mailed, and put into a page that loads nothing."""
-    svg = tree_svg(plan_of(100, *[10] * 12))
+    svg = plan_of(100, *[10] * 12)._repr_html_()
     assert re.findall(r"https?://[^\"]*", svg) == ["http://www.w3.org/2000/svg"]
     assert "href" not in svg
     assert "url(" not in svg

@@ -23,7 +23,7 @@ import attrs
 from flwr.app import Message
 
 from lifl.errors import AdmissionError, LeaseError, LiflError, ShmError
-from lifl.report.report import Rejection
+from lifl.report.entries import Rejection
 from lifl.round.loan import Loan
 from lifl.round.round import Round
 from lifl.strategy.reply import widened

@@ -19,7 +19,7 @@ from flwr.app.message import make_message
 
 from lifl.errors import ShmError
 from lifl.node.node import Node
-from lifl.report.report import Rejection
+from lifl.report.entries import Rejection
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
 from lifl.superlink import flower
