@@ -173,6 +173,27 @@ def test_no_arrow_is_new(package: str) -> None:
     )
 
 
+def drawn() -> str:
+    """The packages and files on their floors, the highest first, each with what it imports."""
+    shown = {name: targets for name, targets in ALLOWED.items() if name and not name.startswith("_")}
+
+    def floor(name: str) -> int:
+        return 1 + max((floor(target) for target in shown[name] if target in shown), default=0)
+
+    lines = []
+    for name in sorted(shown, key=lambda name: (-floor(name), name)):
+        targets = " ".join(sorted(target for target in shown[name] if target in shown))
+        lines.append(f"{floor(name)}  {name:10}  {targets}".rstrip())
+    return "\n".join(lines)
+
+
+def test_the_page_shows_the_arrows() -> None:
+    """As the table has them."""
+    text = (ROOT / PAGE).read_text()
+    said = text.partition("<!-- arrows -->\n```\n")[2].partition("\n```\n<!-- arrows end -->")[0]
+    assert said == drawn(), f"put this between the marks in {PAGE}:\n{drawn()}"
+
+
 def test_the_house_is_small() -> None:
     """Few packages, few files beside them, few arrows from package to package."""
     folders = {package for package in PACKAGES if (ROOT / "lifl" / package / "__init__.py").exists() and package}
