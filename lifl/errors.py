@@ -29,16 +29,16 @@ class CheckpointError(LiflError):
     """A checkpoint could not be written or read, or belongs to another run."""
 
 
-MOST_REASON = 500
+MAX_REASON = 500
 """Characters of a refusal's reason: it may quote what a client sent, and is logged and kept in reports."""
 
 
 def shortened(reason: str) -> str:
-    """`reason` in at most ``MOST_REASON`` characters: its beginning, and its end, where a traceback has the cause."""
-    if len(reason) <= MOST_REASON:
+    """`reason` in at most ``MAX_REASON`` characters: its beginning, and its end, where a traceback has the cause."""
+    if len(reason) <= MAX_REASON:
         return reason
-    end = MOST_REASON * 3 // 5
-    return f"{reason[: MOST_REASON - end - 5]} ... {reason[-end:]}"
+    end = MAX_REASON * 3 // 5
+    return f"{reason[: MAX_REASON - end - 5]} ... {reason[-end:]}"
 
 
 class AdmissionError(LiflError, ValueError):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifl.errors import MOST_REASON, AdmissionError, LiflError
+from lifl.errors import MAX_REASON, AdmissionError, LiflError
 from lifl.round.admission import MAX_WEIGHT, MIN_WEIGHT, Limits, check_arrays, check_weight, refuse_quota, refuse_value
 from lifl.tensor import DTYPES, NUMPY_DTYPES, Tensor, TensorSpec
 
@@ -211,8 +211,8 @@ def test_what_a_client_sends_cannot_make_a_refusal_long() -> None:
     """Names of arrays and reasons are quoted in part: they are logged, and kept in reports."""
     with pytest.raises(AdmissionError) as caught:
         check_arrays("9", SPEC, {"x" * 10**6: np.zeros(1), **{f"{'y' * 1000}{i}": np.zeros(1) for i in range(1000)}})
-    assert len(caught.value.reason) <= MOST_REASON
+    assert len(caught.value.reason) <= MAX_REASON
     assert "and 998 more" in caught.value.reason
     long = AdmissionError("9", "error", "z" * 10**6)
-    assert len(long.reason) == MOST_REASON
-    assert len(str(long)) < MOST_REASON + 50
+    assert len(long.reason) == MAX_REASON
+    assert len(str(long)) < MAX_REASON + 50

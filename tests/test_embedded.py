@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import lifl
-from lifl.node.embedded import LEAST_BYTES, embedded
+from lifl.node.embedded import MIN_BYTES, embedded
 from lifl.tensor import Tensor
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(3, np.float32)})
@@ -19,7 +19,7 @@ def test_there_is_one_per_process() -> None:
     with ThreadPoolExecutor(4) as threads:
         nodes = {id(n) for n in threads.map(lambda _: embedded(SPEC, 10), range(8))}
     assert len(nodes) == 1
-    assert embedded(SPEC, 10).arena.block_bytes >= LEAST_BYTES
+    assert embedded(SPEC, 10).arena.block_bytes >= MIN_BYTES
 
 
 def test_larger_model_gets_a_larger_one() -> None:

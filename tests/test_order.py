@@ -44,7 +44,7 @@ def test_each_shard_has_times_of_its_own() -> None:
     """A worker's note touches neither the order nor another worker's note."""
     what = Order(Source(1, 2), (Source(3, 4),), (Source(5, 6, 7.0),), (8.0, 0.0))
     block = control(what)
-    for shard in (0, 1, order.MOST_SHARDS - 1):
+    for shard in (0, 1, order.MAX_SHARDS - 1):
         at, times = order.times_offset(SPEC.layout, shard), order.times_of(10 + shard, 20 + shard)
         block[at : at + len(times)] = times
     assert order.read(bytes(block))[2] == what

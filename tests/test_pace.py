@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import lifl
-from lifl.round.pacing import MOST_REPLANS, Pace
+from lifl.round.pacing import MAX_REPLANS, Pace
 
 AHEAD, AT_THE_END = lifl.Shape(1, 2), lifl.Shape(0, 2)
 FOLD_S = 0.1
@@ -61,7 +61,7 @@ def test_plans_are_few() -> None:
     for i in range(100):
         now = now * 3 + 1e-9 if i % 2 else now + 1e-9
         pace.is_folding_ahead(now, 1)
-    assert pace.replans <= MOST_REPLANS
+    assert pace.replans <= MAX_REPLANS
 
 
 def test_just_in_time() -> None:

@@ -8,7 +8,7 @@ import pytest
 from lifl.report.entries import Contribution, Span
 from lifl.report.report import RoundReport
 from lifl.report.scene import (
-    LEAST_PX,
+    MIN_PX,
     Window,
     arrivals_in,
     bars_in,
@@ -157,7 +157,7 @@ def test_times_that_are_none_are_left_out() -> None:
 
 def test_smallest_bar_has_a_width() -> None:
     """The least time of a window is what the least width stands for."""
-    assert Window(0, 100, 0, 100).least_s == LEAST_PX
+    assert Window(0, 100, 0, 100).least_s == MIN_PX
 
 
 def test_lines_say_what_happened() -> None:

@@ -38,7 +38,7 @@ DISTINCT = 8
 SEED = 20240513
 WARM_ROUNDS = 6
 """Before those that count, where runtimes are kept: then each has touched all the memory that it is given."""
-MOST_TRIES = 3
+MAX_TRIES = 3
 """A round that others disturbed is repeated, up to so many times as many as are wanted."""
 PATIENCE_S = 5.0
 CALIBRATIONS = 5
@@ -196,7 +196,7 @@ class _Real:
             self._memory_bytes = max(self._memory_bytes, real.memory_bytes)
             for _ in range(WARM_ROUNDS if policy.is_reusing else 1):
                 real.play(self._arrays, self._weights, self._check)
-            while len(tries) < MOST_TRIES * self._repetitions and len(self._quiet(tries)) < self._repetitions:
+            while len(tries) < MAX_TRIES * self._repetitions and len(self._quiet(tries)) < self._repetitions:
                 self._say(
                     f"for real: {len(self._trace)} updates over {self._trace.times_s[-1]:g} s, {policy.name}, "
                     f"round {len(tries) + 1}, {len(self._quiet(tries))} of {self._repetitions} undisturbed"

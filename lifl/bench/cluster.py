@@ -43,7 +43,7 @@ COLD_TIMEOUT_S = 2.0
 still be read when it is over."""
 
 RESULT_TIMEOUT_S = 300.0
-MOST_PARTS = 1024
+MAX_PARTS = 1024
 """Pieces of memory that the kernel takes in one call (IOV_MAX)."""
 SPARE_UPDATES = 6
 """Room in an arena beside a round's own updates, without which no leaf may join it."""
@@ -365,13 +365,13 @@ def bytes_of(update: Update) -> list[memoryview]:
 def send_all(connection: socket.socket, parts: list[memoryview]) -> None:
     """Sends all of `parts`, without putting them together first."""
     while parts:
-        parts = _after(parts, connection.sendmsg(parts[:MOST_PARTS]))
+        parts = _after(parts, connection.sendmsg(parts[:MAX_PARTS]))
 
 
 def receive_into(connection: socket.socket, parts: list[memoryview]) -> None:
     """Fills `parts`; ``LiflError`` if the other side ends before."""
     while parts:
-        received, *_ = connection.recvmsg_into(parts[:MOST_PARTS])
+        received, *_ = connection.recvmsg_into(parts[:MAX_PARTS])
         if not received:
             raise LiflError("a node ended its connection in the middle of an update")
         parts = _after(parts, received)

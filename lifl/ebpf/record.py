@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeAlias
 RECORD_BYTES = 32
 LAUNCHER = 0xFFFFFFFF
 """The key of the launcher's own socket."""
-MOST_SOCKETS = 1024
-MOST_ROUTES = 4096
+MAX_SOCKETS = 1024
+MAX_ROUTES = 4096
 
 _RECORD = struct.Struct("=IHHII" + "IIIHH")
 _METRICS = struct.Struct("=8Q")

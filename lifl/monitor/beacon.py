@@ -21,7 +21,7 @@ log = logging.getLogger("lifl.monitor.beacon")
 
 PREFIX = "lifl-node"
 BACKLOG = 16
-MOST_AT_ONCE = BACKLOG + 1
+MAX_AT_ONCE = BACKLOG + 1
 """Askers that are answered before the workers are heard again: all that can have queued up by then. Who comes later is
 told of anew, which an edge-triggered wait needs."""
 SEND_BYTES = 2**20
@@ -61,7 +61,7 @@ class Beacon:
 
         If no descriptor is left for an asker it stays in the queue, and the socket readable, until the next one comes.
         """
-        for _ in range(MOST_AT_ONCE):
+        for _ in range(MAX_AT_ONCE):
             try:
                 asker, _address = self._socket.accept()
             except OSError as error:

@@ -22,8 +22,8 @@ from lifl.monitor.stats import NodeStats
 TIMEOUT_S = 2.0
 """A Node answers in milliseconds, unless its process is stopped."""
 RETRY_S = 0.005
-MOST_BYTES = 2**24
-MOST_GONE = 5
+MAX_BYTES = 2**24
+MAX_GONE = 5
 """Nodes that are still in sight after they have gone."""
 LISTENING = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
 
@@ -68,7 +68,7 @@ def ask(place: Place, timeout_s: float = TIMEOUT_S) -> NodeStats:
             if (uid := uid_of_peer(asking)) != os.getuid():  # anybody may take a name that is free
                 raise LiflError(f"{who} is not asked: a process of user {uid} has taken its name")
             data = bytearray()
-            while (part := asking.recv(2**16)) and len(data) < MOST_BYTES:
+            while (part := asking.recv(2**16)) and len(data) < MAX_BYTES:
                 data += part
         except ConnectionError as error:
             raise PeerGoneError(f"{who} is gone") from error
@@ -168,7 +168,7 @@ class Watcher:
         for place in {*places, *self._sights}:
             self._sights[place] = self._look_at(place, self._sights.pop(place, None))
         gone = [place for place, sight in self._sights.items() if sight.is_gone]
-        for place in gone[:-MOST_GONE]:
+        for place in gone[:-MAX_GONE]:
             del self._sights[place]
         return [self._sights[place] for place in sorted(self._sights)]
 

@@ -22,8 +22,8 @@ from rich.text import Text
 from lifl.monitor.stats import NodeStats, RoundStats, SuperlinkStats, WorkerStats
 from lifl.monitor.top import Rates, Sight, Watcher
 
-MOST_ROUNDS = 8
-MOST_WORKERS = 32
+MAX_ROUNDS = 8
+MAX_WORKERS = 32
 BAR = 20
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNKNOWN = "–"  # noqa: RUF001 # a dash, where a number is not known yet
@@ -106,7 +106,7 @@ def _rounds(now: NodeStats) -> RenderableType:
     if not now.rounds:
         return Text("no round is open", style="dim")
     table = _table("round", "", ">updates", ">bytes", ">age", "refused")
-    for one in now.rounds[:MOST_ROUNDS]:
+    for one in now.rounds[:MAX_ROUNDS]:
         table.add_row(
             str(one.number),
             _progress(one),
@@ -115,7 +115,7 @@ def _rounds(now: NodeStats) -> RenderableType:
             time_text(one.age_s),
             Text(_refused(one.refused), style="yellow"),
         )
-    if (more := now.open_rounds - min(len(now.rounds), MOST_ROUNDS)) > 0:
+    if (more := now.open_rounds - min(len(now.rounds), MAX_ROUNDS)) > 0:
         return Group(table, Text(f"and {more:,} more rounds", style="dim"))
     return table
 
@@ -130,7 +130,7 @@ def _progress(one: RoundStats) -> RenderableType:
 def _workers(workers: Sequence[WorkerStats], rates: Mapping[int, Rates]) -> RenderableType:
     table = _table("worker", ">pid", "role", "rounds", ">queue", ">arrivals/s", ">busy", ">folded", ">deaths")
     there = [worker for worker in workers if worker.pid is not None]
-    for one in there[:MOST_WORKERS]:
+    for one in there[:MAX_WORKERS]:
         rate = rates.get(one.id)
         table.add_row(
             str(one.id),
@@ -144,7 +144,7 @@ def _workers(workers: Sequence[WorkerStats], rates: Mapping[int, Rates]) -> Rend
             Text(f"{one.deaths:,}", style="red" if one.deaths else "dim"),
         )
     parts: list[RenderableType] = [table] if there else []
-    if (more := len(there) - MOST_WORKERS) > 0:
+    if (more := len(there) - MAX_WORKERS) > 0:
         parts.append(Text(f"and {more:,} more workers", style="dim"))
     if (off := len(workers) - len(there)) > 0:
         parts.append(Text(f"{off:,} worker{'' if off == 1 else 's'} off: started when a round needs them", style="dim"))

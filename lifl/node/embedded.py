@@ -13,8 +13,8 @@ from lifl.shm import arena as shm
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
 
-LEAST_BYTES = 2**28
-MOST_SIDE_BY_SIDE = 16
+MIN_BYTES = 2**28
+MAX_SIDE_BY_SIDE = 16
 
 _node: Node | None = None
 _lock = threading.Lock()
@@ -30,8 +30,8 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
     """
     global _node
     with _lock:
-        most, least = (updates, updates) if order == "flower" else (min(updates, MOST_SIDE_BY_SIDE), 1)
-        wanted = max(round_bytes(spec, cores(), most), LEAST_BYTES)
+        most, least = (updates, updates) if order == "flower" else (min(updates, MAX_SIDE_BY_SIDE), 1)
+        wanted = max(round_bytes(spec, cores(), most), MIN_BYTES)
         node = _node
         if node is not None and node.is_open:
             if node.has_rounds or node.arena.block_bytes >= wanted:

@@ -18,9 +18,9 @@ from lifl.round.pacing import Pace
 from lifl.round.settings import Terms
 from lifl.workers.traffic import Interval
 
-MOST_PREDICTED = 4096
+MAX_PREDICTED = 4096
 """Updates of a round for which the cost model is asked afterwards; it takes some microseconds for each."""
-LEAST_TELLING_S = 0.005
+MIN_TELLING_S = 0.005
 """A round whose end took less says more about wake-ups than about this machine's memory."""
 
 
@@ -66,7 +66,7 @@ class Forecast:
 
         ``completion_s``, ``last_to_result_s``, ``cpu_s`` and ``peak_bytes``; None if there are too many.
         """
-        if len(arrivals) > MOST_PREDICTED:
+        if len(arrivals) > MAX_PREDICTED:
             return None
         said = predict(shape, terms.timing, arrivals, sizes_of(terms), self.costs, self._workers)
         return {
@@ -91,7 +91,7 @@ class Forecast:
                 updates, seconds, busy_s = seen.updates, seen.seconds, seen.busy_s
             self.load = observe(self.load, updates, seconds, busy_s)
         said, real_s = report.predicted, report.stages["last_to_result"]
-        if said is not None and not report.deaths and min(said["last_to_result_s"], real_s) > LEAST_TELLING_S:
+        if said is not None and not report.deaths and min(said["last_to_result_s"], real_s) > MIN_TELLING_S:
             self.costs = self.costs.corrected(said["last_to_result_s"], real_s)
             self._shapes.clear()
 

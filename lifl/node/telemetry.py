@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lifl.node.telemetry")
 
-MOST_ROUNDS_TOLD = 64
+MAX_ROUNDS_TOLD = 64
 """Open rounds in a snapshot for another process, which is to fit into what a socket takes."""
 
 _numbers = itertools.count(1)
@@ -104,7 +104,7 @@ class Watch:
 
     def _told(self) -> dict[str, Any]:
         said = self.stats().to_dict()
-        return {**said, "rounds": said["rounds"][:MOST_ROUNDS_TOLD]}
+        return {**said, "rounds": said["rounds"][:MAX_ROUNDS_TOLD]}
 
     def close(self) -> None:
         """Tells nobody any more; harmless when closed."""

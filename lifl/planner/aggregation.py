@@ -16,7 +16,7 @@ from lifl.planner.engine import CPU, Done
 from lifl.planner.shape import Shape
 from lifl.planner.site import Site
 
-MOST_IN_A_BATCH = 64
+MAX_IN_A_BATCH = 64
 """Updates that a leaf folds in one go."""
 
 SUMS_OF_A_LEAF = 2
@@ -224,7 +224,7 @@ class Aggregation:
             self._end_leaf(leaf)  # what it was started for has been taken back
 
     def _fold(self, leaf: _Leaf) -> None:
-        leaf.batch = min(leaf.waiting, MOST_IN_A_BATCH)
+        leaf.batch = min(leaf.waiting, MAX_IN_A_BATCH)
         leaf.waiting -= leaf.batch
         assert leaf.runtime is not None
         work, is_made = self._work, leaf.batches < SUMS_OF_A_LEAF

@@ -10,7 +10,7 @@ from lifl.errors import PlanError
 from lifl.planner.costs import Costs, Prediction, Sizes, check_timing, predict
 from lifl.planner.shape import Shape
 
-MOST_ARRIVALS = 64
+MAX_ARRIVALS = 64
 """With how many arrivals shapes are compared at most: what a shape gains shows in a few batches."""
 
 WORTH_IT = 0.02
@@ -118,7 +118,7 @@ def _best(tried: list[_Try]) -> _Try:
 def _outcomes(
     shape: Shape, expected: int, rate: float | None, sizes: Sizes, costs: Costs, workers: int, timing: str
 ) -> tuple[Prediction, ...]:
-    n = min(expected, MOST_ARRIVALS)
+    n = min(expected, MAX_ARRIVALS)
     work = costs.work(sizes)
     gaps = (0.0, 2 * (work.land_s + work.batch_s(1, is_first=False))) if rate is None else (1 / rate,)
     outcomes = []

@@ -20,8 +20,8 @@ COLOURS = {"receive": "#3b82d6", "aggregate": "#d97706", "send": "#c2458f"}
 LANES = {"receive": (0.0, 0.25), "aggregate": (0.25, 0.75), "send": (0.75, 1.0)}
 """Where in its row a step is drawn, as parts of the height: so nothing short covers what is beside it."""
 
-WIDTH_PX, LABEL_PX, LEAST_PX, LETTER_PX = 960.0, 88.0, 2.0, 6.2
-LEAST_S, MOST_S = 1e-6, 1e9  # what is beyond them is no time of a round
+WIDTH_PX, LABEL_PX, MIN_PX, LETTER_PX = 960.0, 88.0, 2.0, 6.2
+MIN_S, MAX_S = 1e-6, 1e9  # what is beyond them is no time of a round
 ENLARGED_BELOW = 0.12
 """The part of the round from which on its end is wide enough to be seen without being enlarged."""
 
@@ -106,7 +106,7 @@ class Window:
     @property
     def least_s(self) -> float:
         """The time that is as wide as the smallest bar."""
-        return (self.end_s - self.begin_s) * LEAST_PX / self.width_px
+        return (self.end_s - self.begin_s) * MIN_PX / self.width_px
 
     @property
     def unit(self) -> tuple[float, str]:
@@ -176,7 +176,7 @@ def show_scene(report: Shown) -> Scene:
     spans: Iterable[Span | Bar] = report.spans or (
         Bar(c.runtime, "leaf", "aggregate", c.folded_s, c.folded_s, 1) for c in report.accepted if c.folded_s
     )
-    spans = [s for s in spans if abs(s.begin_s) < MOST_S and abs(s.end_s) < MOST_S]  # so never NaN
+    spans = [s for s in spans if abs(s.begin_s) < MAX_S and abs(s.end_s) < MAX_S]  # so never NaN
     arrivals = sorted((c.arrived_s, f"client {c.client_id}, weight {c.weight:g}") for c in report.accepted)
     total = report.stages.get("total", 0.0)
     end = max([total, *(s.end_s for s in spans), *(at for at, _ in arrivals)])
@@ -188,7 +188,7 @@ def show_scene(report: Shown) -> Scene:
         marks.append((first_s + report.predicted["completion_s"], "predicted"))
         if total < marks[-1][0] < 1.5 * end:
             end = marks[-1][0]
-    end = max(end, LEAST_S)
+    end = max(end, MIN_S)
     runtimes = tuple(sorted({0, *(s.runtime for s in spans)}))
     return Scene(tuple(spans), runtimes, tuple(arrivals), tuple(marks), choose_windows(end, is_ready, marks))
 
@@ -198,7 +198,7 @@ def choose_windows(end: float, is_ready: bool, marks: list[tuple[float, str]]) -
     left, width = LABEL_PX, WIDTH_PX - LABEL_PX - 24
     last, ready = marks[0][0], marks[1][0] if len(marks) > 1 else 0.0
     tail = ready - last
-    if not is_ready or not LEAST_S < tail < ENLARGED_BELOW * end:
+    if not is_ready or not MIN_S < tail < ENLARGED_BELOW * end:
         return (Window(0.0, end * 1.02, left, width),)
     shown = max(at for at, _ in marks if at < ready + tail)
     whole = Window(0.0, end * 1.02, left, 0.58 * width)

@@ -20,8 +20,8 @@ from lifl.report.scene import (
     COLOURS,
     LABEL_PX,
     LANES,
-    LEAST_PX,
     LETTER_PX,
+    MIN_PX,
     WIDTH_PX,
     Scene,
     Shown,
@@ -44,7 +44,7 @@ from lifl.report.scene import (
 
 SUFFIXES = (".html", ".svg", ".png", ".pdf", ".json")
 FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif"
-TOP_PX, MOST_SHOWN, MOST_LETTERS = 74.0, 12, 300
+TOP_PX, MAX_SHOWN, MAX_LETTERS = 74.0, 12, 300
 CARD = (
     "<style>svg{color:#1f2430}.card{fill:#fbfbf8}"
     "@media(prefers-color-scheme:dark){svg{color:#e8ebf0}.card{fill:#1a1e26}}</style>"
@@ -63,7 +63,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto
 """
 
 
-def escaped(text: object, most: int = MOST_LETTERS) -> str:
+def escaped(text: object, most: int = MAX_LETTERS) -> str:
     """For HTML and XML: special characters escaped, those that cannot be shown replaced, a long text's middle cut."""
     return html.escape(shorten(plain(text), most))
 
@@ -111,9 +111,9 @@ def _window(scene: Scene, window: Window, tracks: dict[int, tuple[float, float]]
     for bar in sorted(bars_in(scene, window), key=lambda bar: bar.begin_s - bar.end_s):
         top, height = tracks[bar.runtime]
         low, high = lane_of(scene, bar.runtime, bar.step)
-        x = min(window.x(bar.begin_s), left + width - LEAST_PX)
+        x = min(window.x(bar.begin_s), left + width - MIN_PX)
         # Half a pixel keeps neighbours apart.
-        wide = max(window.x(bar.end_s) - x - 0.5, LEAST_PX)
+        wide = max(window.x(bar.end_s) - x - 0.5, MIN_PX)
         colour = f'fill="{COLOURS.get(bar.step, "currentColor")}"'
         yield _rect(x, top + low * height, wide, (high - low) * height, colour, str(bar))
     top, height = tracks[0]
@@ -238,8 +238,8 @@ def _off(guess: float, real: float) -> str:
 
 
 def _several(values: list[str]) -> str:
-    more = [f"and {len(values) - MOST_SHOWN} more"] if len(values) > MOST_SHOWN else []
-    return "<br>".join(escaped(value) for value in values[:MOST_SHOWN] + more)
+    more = [f"and {len(values) - MAX_SHOWN} more"] if len(values) > MAX_SHOWN else []
+    return "<br>".join(escaped(value) for value in values[:MAX_SHOWN] + more)
 
 
 def _row(name: str, cells: list[str], tag: str = "td") -> str:

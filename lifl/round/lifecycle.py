@@ -28,8 +28,8 @@ from lifl.round.settings import Terms
 from lifl.shm.arena import Block
 from lifl.shm.ring import Descriptor, Kind
 
-MOST_DEATHS = 2
-MOST_DEATHS_IN_VAIN = 8
+MAX_DEATHS = 2
+MAX_DEATHS_IN_VAIN = 8
 """Workers that may die one after another without anything being folded between: then the round fails."""
 
 
@@ -272,7 +272,7 @@ class Course:
             return []
         self.books.deaths += 1
         self._deaths_in_vain += of_work
-        if self._deaths_in_vain >= MOST_DEATHS_IN_VAIN:
+        if self._deaths_in_vain >= MAX_DEATHS_IN_VAIN:
             died = f"{self._deaths_in_vain} workers died of it, one after another"
             self.fail(RoundError(f"round {self.number}: {died}{self.books.refusals()}"))
             work.free(me)
@@ -288,7 +288,7 @@ class Course:
         remains = work.sweep(me, of_work)
         for update in remains.counted:
             self._settle(update)
-        for update in [update for update in work.held_by(me) if update.deaths >= MOST_DEATHS]:
+        for update in [update for update in work.held_by(me) if update.deaths >= MAX_DEATHS]:
             self._refuse_poison(update)
         if not self.books.updates and self.phase == "folding":
             self.fail(RoundError(f"round {self.number}: no update is left{self.books.refusals()}"))
@@ -300,7 +300,7 @@ class Course:
         finish = self._finish
         told = finish.lost(me)
         suspect = finish.suspect
-        if suspect is not None and suspect.deaths >= MOST_DEATHS:
+        if suspect is not None and suspect.deaths >= MAX_DEATHS:
             finish.drop_suspect()
             self._refuse_poison(suspect)
             return []

@@ -12,9 +12,9 @@ from lifl.planner.load import Load, has_changed
 from lifl.planner.shape import Shape
 from lifl.round.settings import Timing
 
-MOST_RATE = 1e9
+MAX_RATE = 1e9
 """Updates per second; what comes faster is all at once."""
-MOST_REPLANS = 8
+MAX_REPLANS = 8
 """A round is planned anew at most so often: each time its load has to have changed again."""
 
 
@@ -78,8 +78,8 @@ class Pace:
         return rate is not None and waiting * self._fold_s >= (self._expected - self._arrived - 1) / rate
 
     def _replan(self, rate: float) -> None:
-        planned, seen = (Load(min(k, MOST_RATE), self._fold_s) for k in (self._rate or 0.0, rate))
-        if self._is_planned and self.replans < MOST_REPLANS and has_changed(planned, seen):
+        planned, seen = (Load(min(k, MAX_RATE), self._fold_s) for k in (self._rate or 0.0, rate))
+        if self._is_planned and self.replans < MAX_REPLANS and has_changed(planned, seen):
             self._rate = rate
             self.replans += 1
             self.shape = self._choose(rate)

@@ -19,7 +19,7 @@ FLOWER = 1
 BATCH_SHIFT = 8
 """Above the flags: the most updates that are folded before a commit; 0 for as many as a manifest lists."""
 
-MOST_SHARDS = 255
+MAX_SHARDS = 255
 _HEAD = struct.Struct("<IIIIdd")
 _ROW = struct.Struct("<IId")
 _TIMES = struct.Struct("<QQ")
@@ -68,7 +68,7 @@ def _times_start(layout_bytes: int) -> int:
 
 
 def _order_offset(layout_bytes: int) -> int:
-    return _times_start(layout_bytes) + MOST_SHARDS * _TIMES.size
+    return _times_start(layout_bytes) + MAX_SHARDS * _TIMES.size
 
 
 def write(buffer: Any, layout: Layout, order: Order) -> None:

@@ -13,7 +13,7 @@ UNITS |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
 UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 
 
-MOST_DIGITS = 30
+MAX_DIGITS = 30
 """Of a size in words; float64 ends at 309, and no machine's memory is near this."""
 
 
@@ -25,7 +25,7 @@ def parse_bytes(memory: str | int) -> int:
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", memory)
         factor = UNITS.get(match[2].lower()) if match else None
-        if not match or factor is None or len(match[1]) > MOST_DIGITS:
+        if not match or factor is None or len(match[1]) > MAX_DIGITS:
             raise ValueError(f"memory={memory!r} is not a size: write '2GiB', '512MiB' or a number of bytes")
         memory = int(float(match[1]) * factor)
     if memory < 1:

@@ -22,7 +22,7 @@ from lifl.errors import CheckpointError
 FORMAT = "lifl-checkpoint-1"
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
-MOST_DEPTH = 50
+MAX_DEPTH = 50
 
 Tensors = dict[str, Any]
 Convert = Callable[[Any], "tuple[str, Any] | None"]
@@ -43,8 +43,8 @@ def pack(value: Any, name: str, tensors: Tensors, convert: Convert = lambda valu
 
 
 def _pack(value: Any, name: str, tensors: Tensors, convert: Convert, depth: int) -> Any:
-    if depth > MOST_DEPTH:
-        raise TypeError(f"{name} is nested more than {MOST_DEPTH} deep")
+    if depth > MAX_DEPTH:
+        raise TypeError(f"{name} is nested more than {MAX_DEPTH} deep")
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is bytes:

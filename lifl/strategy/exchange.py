@@ -30,7 +30,7 @@ PAUSE_SHARE = 0.1
 PULL_BYTES = 256 * 2**20
 """Replies pulled at once are meant to stay under this, by the size of the model that was sent."""
 
-FEWEST_PER_PULL = 4
+MIN_PER_PULL = 4
 
 
 def exchange(
@@ -69,7 +69,7 @@ def exchange(
     messages.clear()  # they hold the model, which the grid has by now
     give_back()
     replies: list[Message] = []
-    at_once = max(FEWEST_PER_PULL, PULL_BYTES // max(reply_bytes, 1))
+    at_once = max(MIN_PER_PULL, PULL_BYTES // max(reply_bytes, 1))
     last = time.monotonic()
     end = None if timeout is None else last + timeout
     while waiting:

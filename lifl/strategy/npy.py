@@ -18,7 +18,7 @@ from lifl.tensor import ITEM_BYTES, NUMPY_DTYPES, Array
 MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 10_000
 MAX_DIMENSIONS = 64  # NumPy's own limit
-MOST_BYTES = 12 + MAX_HEADER_BYTES
+MAX_BYTES = 12 + MAX_HEADER_BYTES
 """Before the numbers of a stream: magic, version, length and header."""
 
 _DESCRIPTIONS = {NUMPY_DTYPES[name].str: name for name in ITEM_BYTES if name != "bfloat16"}
@@ -41,7 +41,7 @@ class Header:
 def parse_header(data: bytes | memoryview, nbytes: int | None = None) -> Header:
     """Reads a stream's header and checks it against the length of all its bytes.
 
-    `nbytes` is that length if `data` is only the stream's beginning, of which ``MOST_BYTES`` are enough.
+    `nbytes` is that length if `data` is only the stream's beginning, of which ``MAX_BYTES`` are enough.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def parse_header(data: bytes | memoryview, nbytes: int | None = None) -> Header:
         message says which.
     """
     whole = len(data) if nbytes is None else nbytes
-    head = bytes(data[:MOST_BYTES])
+    head = bytes(data[:MAX_BYTES])
     if head[:6] != MAGIC or len(head) < 10:
         raise ValueError(f"not a .npy stream: it begins with {head[:6]!r}")
     wide = head[6] in (2, 3)

@@ -38,7 +38,7 @@ log = logging.getLogger("lifl.workers.aggregator")
 
 RETRY_S = 0.001
 """What did not fit into a full ring is tried again so soon."""
-MOST_ENDED = 4096
+MAX_ENDED = 4096
 """Rounds that a worker knows to be over; a sum of one comes soon after, if at all."""
 
 
@@ -179,7 +179,7 @@ class Aggregator:
         for d in self._early.pop(number, {}).values():
             self._give_back(Block(d.block, d.generation, 0))
         self._ended[number] = None
-        if len(self._ended) > MOST_ENDED:
+        if len(self._ended) > MAX_ENDED:
             self._ended.pop(next(iter(self._ended)))
 
     def _receive_unknown(self, d: Descriptor) -> None:

@@ -23,12 +23,12 @@ from lifl.workers.spawner import KILL_TIMEOUT_S, Nursery
 
 log = logging.getLogger("lifl.workers.supervisor")
 
-MOST_DEATHS_IN_A_ROW = 8
+MAX_DEATHS_IN_A_ROW = 8
 TICKS_PER_STALL = 4
 LONGEST_TICK_S = 1.0
-MOST_TRIES = 3
+MAX_TRIES = 3
 """Nurseries that are made for one worker, before it is given up."""
-MOST_LOST_IN_A_ROW = 8
+MAX_LOST_IN_A_ROW = 8
 """Nurseries that may be lost without a worker's having done anything meanwhile."""
 RESTART_TIMEOUT_S = 15.0
 """For the first answer of a nursery that replaces one: rounds wait. Its files were read before; it takes 0.3 s."""
@@ -149,11 +149,11 @@ class Crew:
 
     def start(self, me: int) -> None:
         """Starts worker `me`. Raises :class:`PeerGoneError` if it cannot be started, with the reason."""
-        self._start(me, MOST_TRIES)
+        self._start(me, MAX_TRIES)
 
     def _start(self, me: int, tries: int) -> None:
-        if self._deaths.get(me, 0) > MOST_DEATHS_IN_A_ROW:
-            raise PeerGoneError(f"worker {me} died {MOST_DEATHS_IN_A_ROW} times before it had started")
+        if self._deaths.get(me, 0) > MAX_DEATHS_IN_A_ROW:
+            raise PeerGoneError(f"worker {me} died {MAX_DEATHS_IN_A_ROW} times before it had started")
         given = self._admit(me)
         try:
             pid, pidfd = self._fork(me, given, tries)
@@ -166,10 +166,10 @@ class Crew:
 
     def _fork(self, me: int, given: int | None, tries: int) -> tuple[int, int]:
         """Asks the nursery for a worker; if that is gone, another one."""
-        if self._lost_in_a_row >= MOST_LOST_IN_A_ROW and self.nursery.is_gone:
+        if self._lost_in_a_row >= MAX_LOST_IN_A_ROW and self.nursery.is_gone:
             self._lost_in_a_row = 0  # a later round may try again
             raise PeerGoneError(
-                f"the process that starts workers died {MOST_LOST_IN_A_ROW} times before a worker had done anything: "
+                f"the process that starts workers died {MAX_LOST_IN_A_ROW} times before a worker had done anything: "
                 "see what kills it (memory, limits, the kernel's log)"
             )
         for left in reversed(range(tries)):

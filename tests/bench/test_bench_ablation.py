@@ -35,7 +35,7 @@ UPDATES = [bench._numbers(SPEC, k) for k in range(3)]
 def soon_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runtimes that are not kept end soon, and others on the machine are not waited for."""
     monkeypatch.setattr(real, "COLD_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(bench, "MOST_TRIES", 1)
+    monkeypatch.setattr(bench, "MAX_TRIES", 1)
     monkeypatch.setattr(bench, "WARM_ROUNDS", 1)
 
 
@@ -44,7 +44,7 @@ def figures() -> Iterator[dict[str, Any]]:
     """All of the ablation, with little updates, once for the tests of what comes out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real, "COLD_TIMEOUT_S", 0.05)
-        patch.setattr(bench, "MOST_TRIES", 1)
+        patch.setattr(bench, "MAX_TRIES", 1)
         patch.setattr(bench, "WARM_ROUNDS", 1)
         costs = calibration.default_costs()
         yield measure_ablation((5, 30), (4,), 1, window_s=0.1, patience_s=0.0, spec=SPEC, costs=costs)

@@ -92,7 +92,7 @@ def test_metrics_are_the_same_bytes_in_c(in_c: dict[str, Any]) -> None:
 
 def test_numbers_are_the_same_in_c(in_c: dict[str, Any]) -> None:
     """The launcher's key, the sizes of the tables, and the kinds that the program knows."""
-    for name in ("LAUNCHER", "MOST_SOCKETS", "MOST_ROUTES"):
+    for name in ("LAUNCHER", "MAX_SOCKETS", "MAX_ROUTES"):
         assert in_c[f"LIFL_{name}"] == getattr(record_module, name)
     kinds = {name.removeprefix("LIFL_KIND_"): number for name, number in in_c.items() if name.startswith("LIFL_KIND_")}
     assert kinds == {name: Kind[name] for name in ("UPDATE", "FOLDED")}

@@ -32,7 +32,7 @@ TIMEOUT_S = 30
 RETRY_S = 1.0
 """The pause before a failed call is made again; it doubles each time, as the SuperNode's does."""
 
-MOST_RETRY_S = 20.0
+MAX_RETRY_S = 20.0
 RETRIED = (502, 503, 504)
 END_OF_HEAD = b"\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
@@ -115,7 +115,7 @@ class Caller:
             self.traffic.repeated += 1
             if self._stop.wait(pause_s):
                 raise PeerGoneError(f"{path} on {self._address} had no answer when the fleet was stopped: {problem}")
-            pause_s = min(2 * pause_s, MOST_RETRY_S)
+            pause_s = min(2 * pause_s, MAX_RETRY_S)
 
     def interrupt(self) -> None:
         """Ends the connection; a thread that waits for it fails at once. May be called from another thread."""

@@ -23,7 +23,7 @@ from lifl.bench.fleet.canned_reply import Prebuilt
 from lifl.bench.fleet.virtual_node import Answered, RunIsOverError, VirtualNode
 from lifl.errors import PeerGoneError
 
-POLL_S, MOST_POLL_S = 0.1, 3.0
+POLL_S, MAX_POLL_S = 0.1, 3.0
 """The pauses after a poll that came back empty: the first, which is the first node's only one, and the longest."""
 
 HEARTBEAT_S = 20.0
@@ -130,14 +130,14 @@ class Fleet:
         while not self._stop.is_set():
             polled = node.poll()
             if polled is None and self._is_patient:
-                self._stop.wait(MOST_POLL_S)
+                self._stop.wait(MAX_POLL_S)
                 continue
             if polled is None:
                 if self._hints[node.index].wait(pause_s):
                     self._hints[node.index].clear()
                     pause_s = POLL_S
                 elif node.index:
-                    pause_s = min(2 * pause_s, MOST_POLL_S)
+                    pause_s = min(2 * pause_s, MAX_POLL_S)
                 continue
             if node.index == 0 and not self._is_patient:
                 for hint in self._hints[1:]:

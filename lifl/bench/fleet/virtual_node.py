@@ -27,7 +27,7 @@ from lifl.bench.fleet.caller import Body, Caller, Identity, Traffic
 from lifl.bench.fleet.canned_reply import Prebuilt
 from lifl.errors import PeerGoneError
 
-AWAY_S, MOST_AWAY_S = 0.1, 1.0
+AWAY_S, MAX_AWAY_S = 0.1, 1.0
 """The pauses before an object that is not there yet is asked for again, the first and the longest.
 
 A SuperNode's are ten times as long: most of a short measurement would consist of them.
@@ -225,7 +225,7 @@ class VirtualNode:
                 self._waits.append(pause_s)
                 if self._stop.wait(pause_s):
                     raise PeerGoneError(f"object {object_id} had not come when the fleet was stopped")
-                pause_s = min(2 * pause_s, MOST_AWAY_S * self._patience)
+                pause_s = min(2 * pause_s, MAX_AWAY_S * self._patience)
             if self._is_checking and sha256(response.object_content).hexdigest() != object_id:
                 raise PeerGoneError(f"the server sent something else for object {object_id}")
 

@@ -170,7 +170,7 @@ class ReplyReader:
         """The header of an array's stream and the length of the stream; builds nothing."""
         begin, nbytes = bytearray(), 0
         for object_id in one.chunks:
-            found = self._store.begin(object_id, HEAD_BYTES + max(npy.MOST_BYTES - len(begin), 0))
+            found = self._store.begin(object_id, HEAD_BYTES + max(npy.MAX_BYTES - len(begin), 0))
             if found is None:
                 raise ValueError(f"object {object_id} of the message is not there")
             length, content = found
@@ -180,7 +180,7 @@ class ReplyReader:
             nbytes += length - head.end()
             begin += content[head.end() :]
         try:
-            header = npy.parse_header(bytes(begin[: npy.MOST_BYTES]), nbytes)
+            header = npy.parse_header(bytes(begin[: npy.MAX_BYTES]), nbytes)
         except ValueError as error:
             raise self._refuse("format", f"{name!r}: {error}", one.dtype) from None
         if header.shape != (shape := self._geometry.spec[name].shape):
