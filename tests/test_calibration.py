@@ -109,7 +109,7 @@ def test_what_cannot_be_measured_is_assumed(folder: Path, monkeypatch: pytest.Mo
     def refuse(*_: object) -> None:
         raise PeerGoneError("none may be started")
 
-    monkeypatch.setattr(calibration, "Nursery", refuse)
+    monkeypatch.setattr(calibration, "Spawner", refuse)
     monkeypatch.setattr(calibration.socket, "create_server", lambda *_: refuse())
     measured, assumed = calibration.calibrate(), calibration.default_costs()
     for name in ("cold_start_s", "dispatch_s", "wire_bytes_s", "wire_cpu_bytes_s"):

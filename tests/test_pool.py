@@ -16,7 +16,7 @@ from lifl.errors import PeerGoneError
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Bell
 from lifl.workers.pool import Pool
-from lifl.workers.supervisor import Crew
+from lifl.workers.supervisor import Supervisor
 
 pytestmark = pytest.mark.transports
 
@@ -29,7 +29,7 @@ class Bench:
     """A pool of up to four real workers, of whom two are there, and what they do."""
 
     pool: Pool
-    crew: Crew
+    supervisor: Supervisor
     engaged: Counter[int]
 
 
@@ -37,9 +37,9 @@ class Bench:
 def bench() -> Iterator[Bench]:
     """Nobody asks the workers anything."""
     arena, bell = Arena.create(2**20, 5), Bell()
-    crew, engaged = Crew(arena.fd, bell.fd, 0.0, 2, 60.0), Counter[int]()
-    yield Bench(Pool(4, crew, lambda: engaged), crew, engaged)
-    crew.close()
+    supervisor, engaged = Supervisor(arena.fd, bell.fd, 0.0, 2, 60.0), Counter[int]()
+    yield Bench(Pool(4, supervisor, lambda: engaged), supervisor, engaged)
+    supervisor.close()
     bell.close()
     arena.close()
 
@@ -57,7 +57,7 @@ def test_new_ones_are_started_up_to_the_cap(bench: Bench) -> None:
     """If all who are there are busy; beyond the cap the one with least to do has one thing more."""
     bench.engaged.update({1: 2, 2: 1})
     assert set(bench.pool.choose(9)) == {1, 2, 3, 4}
-    assert (len(bench.crew.pids), bench.pool.cold_starts) == (4, 2)
+    assert (len(bench.supervisor.pids), bench.pool.cold_starts) == (4, 2)
     bench.engaged.update({3: 3, 4: 3})
     assert bench.pool.choose(1) == (2,)
     assert bench.pool.choose(1, {1, 2, 3, 4}) == ()
@@ -68,9 +68,9 @@ def test_prepared_ones_are_there(bench: Bench) -> None:
     """Asked for in time, they need not be started when they are needed; twice is once."""
     for _ in range(2):
         bench.pool.prepare(3)
-    assert (bench.crew.there, bench.pool.cold_starts) == ({1, 2, 3}, 1)
+    assert (bench.supervisor.there, bench.pool.cold_starts) == ({1, 2, 3}, 1)
     bench.pool.prepare(99)
-    assert bench.crew.there == {1, 2, 3, 4}
+    assert bench.supervisor.there == {1, 2, 3, 4}
 
 
 def test_who_cannot_be_started_is_done_without(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,11 +79,11 @@ def test_who_cannot_be_started_is_done_without(bench: Bench, monkeypatch: pytest
     def refuse(me: int) -> None:
         raise PeerGoneError(f"no descriptor is left for worker {me}")
 
-    monkeypatch.setattr(bench.crew, "start", refuse)
+    monkeypatch.setattr(bench.supervisor, "start", refuse)
     bench.engaged.update({1: 1, 2: 2})
     assert bench.pool.choose(3) == (1, 2)
     bench.pool.prepare(4)
-    assert bench.crew.there == {1, 2}
+    assert bench.supervisor.there == {1, 2}
     with pytest.raises(PeerGoneError, match="no descriptor is left"):
         bench.pool.choose(1, {1, 2})
 
@@ -177,12 +177,12 @@ def test_leaves_join_on_demand() -> None:
     with lifl.Node("8MiB", workers=3, warm=0) as node:
         # The shape allows three, and is not given as an order: as the planner would.
         with node.open_round(SPEC, 40) as round_:
-            round_.course._pace.shape = lifl.Shape(3, 2)
-            round_.course._pace._is_planned = False
+            round_.lifecycle._pace.shape = lifl.Shape(3, 2)
+            round_.lifecycle._pace._is_planned = False
             for _ in range(2):
                 round_.submit(update)
                 time.sleep(0.1)
-            assert len(round_.course._assignment.leaves) == 1
+            assert len(round_.lifecycle._assignment.leaves) == 1
             for pid in node.pids():
                 os.kill(pid, 19)  # SIGSTOP
             for _ in range(6):

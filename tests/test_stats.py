@@ -214,7 +214,7 @@ def test_top_has_folded_its_own() -> None:
         stop(node)
         round_.submit(MODEL, client_id="b")
         pids = {worker.id: worker.pid or 0 for worker in node.stats().workers}
-        top = round_.course._assignment.top
+        top = round_.lifecycle._assignment.top
         assert {worker.roles for worker in node.stats().workers} == {("leaf",)}
         os.kill(pids[top], signal.SIGCONT)
         stats = wait_for(node, lambda stats: stats.workers[top - 1].folded == 1)

@@ -259,7 +259,7 @@ class Cluster:
         self._errors.append(error)
         for name, round_ in list(self._rounds.items()):
             with self._nodes[name].changed:
-                round_.course.fail(LiflError(f"a round on another node failed: {error}"))
+                round_.lifecycle.fail(LiflError(f"a round on another node failed: {error}"))
                 self._nodes[name].changed.notify_all()
 
     def _follow(self, job: Callable[[], object]) -> None:
@@ -310,7 +310,7 @@ class Cluster:
         if self._nodes[node].is_held and self._arrived[node] == part.expected:
             with self._nodes[node].changed:
                 self._nodes[node].is_held = False
-                self._rounds[node].course.enlist(self.shape_of(part).leaves)
+                self._rounds[node].lifecycle.enlist(self.shape_of(part).leaves)
 
     # ------------------------------------------------------------ in the senders' threads
 

@@ -67,13 +67,13 @@ class IdleNode:
     way: str
     node: Node
     agent_tid: int
-    nursery_pid: int
+    spawner_pid: int
 
     def spent_ns(self) -> dict[str, int]:
-        """CPU nanoseconds so far, by part: ``agent`` (its thread), ``nursery``, ``workers``."""
+        """CPU nanoseconds so far, by part: ``agent`` (its thread), ``spawner``, ``workers``."""
         return {
             "agent": thread_ns(self.agent_tid),
-            "nursery": process_ns(self.nursery_pid),
+            "spawner": process_ns(self.spawner_pid),
             "workers": sum(map(process_ns, self.node.pids())),
         }
 
@@ -88,9 +88,9 @@ def idle_nodes(workers: int, transport: TransportName | None = None) -> Iterator
             timeout = IDLE_TIMEOUT_S if way == "zero" else None
             node = stack.enter_context(Node(MEMORY_BYTES, workers, idle_timeout=timeout, transport=transport))
             thread = next(t for t in threading.enumerate() if t not in before and t.name == "lifl-agent")
-            assert node._crew is not None
+            assert node._supervisor is not None
             assert thread.native_id is not None
-            nodes.append(IdleNode(way, node, thread.native_id, node._crew.nursery.pid))
+            nodes.append(IdleNode(way, node, thread.native_id, node._supervisor.spawner.pid))
         for idle in nodes:
             _one_round(idle.node, workers)
             if idle.way == "open":
@@ -133,8 +133,8 @@ def measure_idle(
     -------
     dict
         ``cores``, ``workers``, ``transport`` (the one that was used), ``seconds`` (as measured), ``goal_ms_per_s``, and
-        ``rows``: dicts with ``way``, ``title``, ``processes`` (the nursery and the workers that were there),
-        ``ms_per_s`` (all), ``agent_ms_per_s``, ``nursery_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time
+        ``rows``: dicts with ``way``, ``title``, ``processes`` (the spawner and the workers that were there),
+        ``ms_per_s`` (all), ``agent_ms_per_s``, ``spawner_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time
         in a second.
 
     Raises
@@ -178,10 +178,10 @@ def idle_table(figures: dict[str, Any]) -> Table:
     what = f"CPU time of an idle Node in {figures['seconds']:,.0f} s, ms per second"
     table = Table(title=f"{what} ({figures['transport']}, {figures['cores']} cores)")
     table.add_column("the Node")
-    for heading in ("processes", "agent", "nursery", "workers", "all", "goal"):
+    for heading in ("processes", "agent", "spawner", "workers", "all", "goal"):
         table.add_column(heading, justify="right")
     for row in figures["rows"]:
-        parts = (row[f"{part}ms_per_s"] for part in ("agent_", "nursery_", "workers_", ""))
+        parts = (row[f"{part}ms_per_s"] for part in ("agent_", "spawner_", "workers_", ""))
         numbers = (f"{value:.4f}" for value in parts)
         table.add_row(row["title"], str(row["processes"]), *numbers, f"under {figures['goal_ms_per_s']:g}")
     return table

@@ -27,7 +27,7 @@ from lifl.shm import kernels
 from lifl.shm.arena import AGENT, Arena
 from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
 from lifl.tensor import Array, TensorSpec
-from lifl.workers.spawner import Nursery
+from lifl.workers.spawner import Spawner
 
 MEMORY_BYTES = 512 * 2**20
 """Large enough that most caches hold little of it."""
@@ -171,12 +171,12 @@ def start_workers() -> dict[str, float]:
             if item is None:
                 inbox.wait(0.0)
 
-    seconds, pidfds, nursery = {}, [], None
+    seconds, pidfds, spawner = {}, [], None
     try:
         begin = time.perf_counter()
-        nursery = Nursery(arena.fd, bell.fd, 0.0)
+        spawner = Spawner(arena.fd, bell.fd, 0.0)
         for worker, name in ((1, "worker_cold_s"), (2, "worker_start_s")):
-            pidfds.append(nursery.start_worker(worker)[1])
+            pidfds.append(spawner.start_worker(worker)[1])
             ask(worker)
             seconds[name] = time.perf_counter() - begin
             begin = time.perf_counter()
@@ -185,8 +185,8 @@ def start_workers() -> dict[str, float]:
         for worker in (1, 2):
             outbox.push(worker, Descriptor(Kind.STOP, 0))
     finally:
-        if nursery is not None:
-            nursery.close()
+        if spawner is not None:
+            spawner.close()
         for pidfd in pidfds:
             os.close(pidfd)
         bell.close()

@@ -27,7 +27,7 @@ from lifl.round.round import Round
 from lifl.shm.arena import Block, State
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
-from lifl.workers.supervisor import Crew
+from lifl.workers.supervisor import Supervisor
 
 WAYS = {"waiting": "its updates wait (READY)", "folding": "it is folding them (READING)"}
 SPANS = {
@@ -64,10 +64,10 @@ class WatchedNode(Node):
         self.death: Death | None = None
         self.blocks: list[Block] = []  # of the round's updates
         super().__init__(memory, workers)
-        assert self._crew is not None
-        self.crew: Crew = self._crew
-        self._start, self._heard = self.crew.start, self.crew.heard
-        self.crew.start, self.crew.heard = self._after_sweep, self._on_word  # type: ignore[method-assign]
+        assert self._supervisor is not None
+        self.supervisor: Supervisor = self._supervisor
+        self._start, self._heard = self.supervisor.start, self.supervisor.heard
+        self.supervisor.start, self.supervisor.heard = self._after_sweep, self._on_word  # type: ignore[method-assign]
 
     def states(self, me: int) -> dict[State, int]:
         """How many of the updates worker `me` has in which state."""
@@ -81,7 +81,7 @@ class WatchedNode(Node):
     def kill(self, me: int) -> Death:
         """Kills worker `me`; returns when its successor has been heard."""
         with self.changed:
-            pid = next(worker.pid for worker in self.crew._workers.values() if worker.me == me)
+            pid = next(worker.pid for worker in self.supervisor._workers.values() if worker.me == me)
             self.death = death = Death(me)
         death.killed_ns = time.monotonic_ns()
         os.kill(pid, signal.SIGKILL)
@@ -177,7 +177,7 @@ def _one_round(node: WatchedNode, spec: TensorSpec, updates: int, choose: random
             _send(node, round_, i)
         with _stopped(node):
             with node.changed:
-                round_.course.press()
+                round_.lifecycle.press()
             for me in range(1, 1 + node.workers):
                 found["waiting"].append(node.kill(me))
                 if not _wait_for_fold(node, me):

@@ -29,7 +29,7 @@ from lifl.node.microbench import measure_memory
 from lifl.planner.costs import Costs
 from lifl.shm.arena import AGENT, Arena, require
 from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
-from lifl.workers.spawner import Nursery
+from lifl.workers.spawner import Spawner
 
 STARTS = 3
 QUESTIONS = 20
@@ -88,7 +88,7 @@ def calibrate() -> Costs:
 
 
 class _Workers:
-    """A nursery and its workers, asked for signs of life."""
+    """A spawner and its workers, asked for signs of life."""
 
     def __init__(self) -> None:
         self._pidfds: list[int] = []
@@ -97,14 +97,14 @@ class _Workers:
             stack.callback(arena.close)
             stack.callback(bell.close)
             self._inbox, self._outbox = Inbox(arena, AGENT), Outbox.of_rings(arena, AGENT)
-            self._nursery = Nursery(arena.fd, bell.fd, 0.0)
-            stack.callback(self._nursery.close)
+            self._spawner = Spawner(arena.fd, bell.fd, 0.0)
+            stack.callback(self._spawner.close)
             self._end = stack.pop_all()
 
     def start(self) -> float:
         """Seconds until one more worker waits for work."""
         begin = time.perf_counter()
-        self._pidfds.append(self._nursery.start_worker(len(self._pidfds) + 1)[1])
+        self._pidfds.append(self._spawner.start_worker(len(self._pidfds) + 1)[1])
         self._ask(len(self._pidfds))
         return time.perf_counter() - begin
 

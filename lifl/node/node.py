@@ -32,7 +32,7 @@ from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.tensor import TensorSpec
 from lifl.workers.listener import Agent
 from lifl.workers.pool import Pool
-from lifl.workers.team import Staff, headcount
+from lifl.workers.team import Team, headcount
 from lifl.workers.team import cores as cores
 from lifl.workers.transport import Name as TransportName
 
@@ -121,16 +121,17 @@ class Node:
         self._agent: Agent | None = None
         self.tally = Tally()
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
-        self._staff = staff = Staff(self.arena, workers, warm, stall_timeout, transport)
-        self.transport, self.outbox, self.traffic, self._crew = staff.transport, staff.outbox, staff.traffic, staff.crew
+        self._team = team = Team(self.arena, workers, warm, stall_timeout, transport)
+        self._supervisor = team.supervisor
+        self.transport, self.outbox, self.traffic = team.transport, team.outbox, team.traffic
         try:
             self.forecast = Forecast(calibration.costs(), max(workers, 1), self.traffic.take)
-            self.pool = Pool(max(workers, 1), staff.crew, self.engaged)
-            self.watch = Watch(self, self._rounds, staff)
-            if staff.crew is not None:
-                self._agent = Agent(self, staff.crew, staff.inbox, staff.bell, idle_timeout)
+            self.pool = Pool(max(workers, 1), team.supervisor, self.engaged)
+            self.watch = Watch(self, self._rounds, team)
+            if team.supervisor is not None:
+                self._agent = Agent(self, team.supervisor, team.inbox, team.bell, idle_timeout)
         except BaseException:  # there may be no thread to have
-            staff.close()
+            team.close()
             raise
         _nodes.add(self)
         if metrics_port is not None:
@@ -140,12 +141,12 @@ class Node:
 
     def engaged(self) -> Counter[int]:
         """How many rounds each worker has a part in now. The caller holds the lock."""
-        return Counter(me for round_ in self._rounds.values() for me in round_.course.engaged)
+        return Counter(me for round_ in self._rounds.values() for me in round_.lifecycle.engaged)
 
     @property
     def is_owed(self) -> bool:
         """True while a worker owes a round something. The caller holds the lock."""
-        return any(round_.course.waits_for_workers for round_ in self._rounds.values())
+        return any(round_.lifecycle.waits_for_workers for round_ in self._rounds.values())
 
     @property
     def used_bytes(self) -> int:
@@ -160,28 +161,28 @@ class Node:
     def drain(self) -> bool:
         """Takes what workers have said into the books; false if they were silent. The caller holds the lock."""
         worked = False
-        while (item := self._staff.inbox.try_pop()) is not None:
+        while (item := self._team.inbox.try_pop()) is not None:
             worked = True
             sender, descriptor = item
-            if self._crew is not None:
-                self._crew.heard(sender, descriptor.kind != Kind.HELLO)
+            if self._supervisor is not None:
+                self._supervisor.heard(sender, descriptor.kind != Kind.HELLO)
             if (round_ := self._rounds.get(descriptor.round)) is None:
                 continue
             try:
-                round_.course.handle(sender, descriptor)
+                round_.lifecycle.handle(sender, descriptor)
             except LiflError as error:  # that round is lost; the thread that hears workers must go on
-                round_.course.fail(error)
+                round_.lifecycle.fail(error)
         if worked:
             self.changed.notify_all()
         return worked
 
     def replace(self, pidfd: int) -> None:
         """A worker is proven dead: takes up what it left, and starts its successor unless it was told to stop."""
-        crew = self._crew
-        assert crew is not None, "whose agent calls this"
+        supervisor = self._supervisor
+        assert supervisor is not None, "whose agent calls this"
         with self.changed:
             self.drain()  # what it said before it died counts
-            dead = crew.bury(pidfd)
+            dead = supervisor.bury(pidfd)
             me = dead.me
             self.tally.deaths[me] += not dead.was_leaving
             if self._is_closed:
@@ -189,11 +190,11 @@ class Node:
             try:
                 self.transport.bury(me)
                 self.outbox.reset(me)
-                told = [d for r in list(self._rounds.values()) for d in r.course.recover(me, dead.died_of_work)]
+                told = [d for r in list(self._rounds.values()) for d in r.lifecycle.recover(me, dead.died_of_work)]
                 if told or not dead.was_leaving or self.engaged()[me]:
-                    crew.start(me)
+                    supervisor.start(me)
                 else:
-                    crew.leave_empty(me)
+                    supervisor.leave_empty(me)
             except LiflError as error:
                 self.lose(PeerGoneError(f"worker {me} (pid {dead.pid}) died and has no successor: {error}"))
                 return
@@ -205,13 +206,13 @@ class Node:
         """The Node cannot go on: every round ends with this error. The caller holds the lock."""
         self._gone = error
         for round_ in self._rounds.values():
-            round_.course.fail(error)
+            round_.lifecycle.fail(error)
         self.changed.notify_all()
 
     def pids(self) -> tuple[int, ...]:
         """The workers' process ids."""
         with self.changed:
-            return () if self._crew is None else self._crew.pids
+            return () if self._supervisor is None else self._supervisor.pids
 
     def stats(self) -> NodeStats:
         """What the Node is doing now, and what it has done; see :mod:`lifl.monitor.stats`.
@@ -232,7 +233,7 @@ class Node:
         """Gets the work going: in the calling thread, without workers; else the agent's begins to watch them."""
         if self._agent is not None:
             self._agent.wake()
-        if (inline := self._staff.inline) is not None:
+        if (inline := self._team.inline) is not None:
             with self.changed:
                 while inline.step() or self.drain():
                     self.outbox.flush()
@@ -257,9 +258,9 @@ class Node:
     def relieve(self) -> bool:
         """Makes lazy rounds fold what they hold; false if no block will come free without help."""
         for round_ in self._rounds.values():
-            round_.course.press()
+            round_.lifecycle.press()
         self.pump()
-        return any(round_.course.is_moving for round_ in self._rounds.values())
+        return any(round_.lifecycle.is_moving for round_ in self._rounds.values())
 
     def held_by(self, client_id: str) -> int:
         """Bytes of the arena that a client holds, in all open rounds. The caller holds the lock."""
@@ -330,7 +331,7 @@ class Node:
             work = Assignment.reserve(self, number, terms.layout, terms.flags, terms.expected)
             round_ = Round(self, number, terms, work, self.forecast.pace(terms))
             self._rounds[number] = round_
-            round_.course.enlist(0 if shape is None else shape.leaves)
+            round_.lifecycle.enlist(0 if shape is None else shape.leaves)
         return round_
 
     # ------------------------------------------------------------ the end
@@ -364,11 +365,11 @@ class Node:
             for me in self.pool.present:
                 self.outbox.push(me, Descriptor(Kind.STOP, 0))
             self.changed.notify_all()
-        self._staff.bell.ring()
+        self._team.bell.ring()
         if self._agent is not None:
             self._agent.join()
         self.watch.close()
-        self._staff.close()
+        self._team.close()
         self.arena.close()
 
     def __enter__(self) -> Node:

@@ -23,7 +23,7 @@ from lifl.shm.ring import counts_of, queued
 if TYPE_CHECKING:
     from lifl.monitor.prometheus import Exporter
     from lifl.round.round import Round
-    from lifl.workers.team import Staff
+    from lifl.workers.team import Team
 
 log = logging.getLogger("lifl.node.telemetry")
 
@@ -67,17 +67,17 @@ class Watch:
         What a ``lifl-superlink`` has to tell beside its Node; called by any thread, without the Node's lock.
     """
 
-    def __init__(self, node: Watched, rounds: Mapping[int, Round], staff: Staff) -> None:
-        self._node, self._rounds, self._staff = node, rounds, staff
+    def __init__(self, node: Watched, rounds: Mapping[int, Round], team: Team) -> None:
+        self._node, self._rounds, self._team = node, rounds, team
         self.number = next(_numbers)
         self._since_s = time.monotonic()
         self.superlink: Callable[[], SuperlinkStats] | None = None
         self._beacon: Beacon | None = None
         self._exporter: Exporter | None = None
-        if staff.crew is not None:
+        if team.supervisor is not None:
             try:
                 self._beacon = beacon = Beacon(self.number, self._told)
-                staff.crew.listen(beacon.fd, beacon.serve)
+                team.supervisor.listen(beacon.fd, beacon.serve)
             except OSError as error:
                 log.debug("`lifl top` will not find this Node: %s", error)
 
@@ -117,7 +117,7 @@ class Watch:
 
     def stats(self) -> NodeStats:
         """See :meth:`lifl.Node.stats`."""
-        node, transport = self._node, self._staff.transport
+        node, transport = self._node, self._team.transport
         if node.is_foreign:
             raise LeaseError(f"this Node belongs to another process, not to its fork {os.getpid()}: ask it there")
         with node.changed:
@@ -143,11 +143,11 @@ class Watch:
         )
 
     def _workers(self) -> tuple[WorkerStats, ...]:
-        node, crew, tally = self._node, self._staff.crew, self._node.tally
+        node, supervisor, tally = self._node, self._team.supervisor, self._node.tally
         ids = range(1, node.arena.participants)
-        pids = dict.fromkeys(ids, os.getpid()) if crew is None else crew.by_number()
-        parts = [(number, round_.course.roles()) for number, round_ in self._rounds.items()]
-        kernel = self._staff.transport.metrics()
+        pids = dict.fromkeys(ids, os.getpid()) if supervisor is None else supervisor.by_number()
+        parts = [(number, round_.lifecycle.roles()) for number, round_ in self._rounds.items()]
+        kernel = self._team.transport.metrics()
         found = []
         for me in ids:
             # Of sockets the kernel keeps its own books, which no worker can get wrong.
@@ -173,11 +173,11 @@ class Watch:
 
 
 def _round_stats(round_: Round) -> RoundStats:
-    course = round_.course
-    books = course.books
+    lifecycle = round_.lifecycle
+    books = lifecycle.books
     return RoundStats(
         number=round_.number,
-        phase=course.phase,
+        phase=lifecycle.phase,
         timing=round_.timing,
         expected=round_.expected,
         accepted=len(books.updates),

@@ -33,7 +33,7 @@ MAX_DEATHS_IN_VAIN = 8
 """Workers that may die one after another without anything being folded between: then the round fails."""
 
 
-class Course:
+class Lifecycle:
     """One round, as its host and its workers move it.
 
     Attributes

@@ -1,6 +1,6 @@
 """One round as its owner sees it: open, submit or loan, result, closed.
 
-Decides who is accepted and refused at the door; how the round goes on is its Course's business.
+Decides who is accepted and refused at the door; how the round goes on is its Lifecycle's business.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lifl.round.blocks import Assignment
 from lifl.round.clients import Roster
 from lifl.round.host import WAIT_CAP_S, Host
 from lifl.round.intake import copy_in, look_for_nonfinite
-from lifl.round.lifecycle import Course
+from lifl.round.lifecycle import Lifecycle
 from lifl.round.loan import Loan
 from lifl.round.pacing import Pace
 from lifl.round.quota import Quota
@@ -42,7 +42,7 @@ class Round:
         self.spec, self.expected, self.timing, self.order = terms.spec, terms.expected, terms.timing, terms.order
         self.limits, self._clip, self._roster = terms.limits, terms.clip, Roster()
         self.quota = Quota(host, terms.limits, terms.spec.layout.update_bytes, self._roster, assignment)
-        self.course = Course(host, number, terms, assignment, pace, self._roster)
+        self.lifecycle = Lifecycle(host, number, terms, assignment, pace, self._roster)
 
     # ------------------------------------------------------------ updates in
 
@@ -125,7 +125,7 @@ class Round:
     def reject(self, error: AdmissionError) -> None:
         """Puts a refusal into the report, also one decided elsewhere (an error reply, a bad format)."""
         with self._locked():
-            self.course.books.reject(Rejection(error.client_id, error.rule, error.reason))
+            self.lifecycle.books.reject(Rejection(error.client_id, error.rule, error.reason))
 
     def _name(self, client_id: object) -> str:
         if client_id is not None:
@@ -151,8 +151,8 @@ class Round:
 
     def _check_phase(self, who: str) -> None:
         self._host.check_workers()
-        if self.course.phase != "open":
-            state = "complete" if self.course.phase in ("folding", "done") else self.course.phase
+        if self.lifecycle.phase != "open":
+            state = "complete" if self.lifecycle.phase in ("folding", "done") else self.lifecycle.phase
             raise AdmissionError(who, "closed", f"round {self.number} is {state}: open another one")
 
     def returned(self, loan: Loan) -> None:
@@ -179,13 +179,13 @@ class Round:
         host, block = self._host, loan.lease.block
         with self._locked():
             self._check_phase(loan.client_id)
-            update = Update(loan.client_id, weight, block, self.course.books.now_s(), clipped)
-            update.landed_s = begin - self.course.books.opened_s
+            update = Update(loan.client_id, weight, block, self.lifecycle.books.now_s(), clipped)
+            update.landed_s = begin - self.lifecycle.books.opened_s
             note = host.arena.note(block.index)
-            note.weight, note.tag = weight, len(self.course.books.updates)
+            note.weight, note.tag = weight, len(self.lifecycle.books.updates)
             loan.hand_over()
             self._roster.count(loan.client_id)
-            self.course.count(update)
+            self.lifecycle.count(update)
         host.pump()
 
     # ------------------------------------------------------------ the result
@@ -193,12 +193,12 @@ class Round:
     def close_early(self) -> None:
         """Takes no more updates: the result is made of those that are in. Harmless when complete."""
         with self._locked():
-            if self.course.phase == "open":
-                if self.course.books.updates:
-                    self.course.flush()
+            if self.lifecycle.phase == "open":
+                if self.lifecycle.books.updates:
+                    self.lifecycle.flush()
                 else:
-                    self.course.fail(
-                        RoundError(f"round {self.number} was closed without an update{self.course.books.refusals()}")
+                    self.lifecycle.fail(
+                        RoundError(f"round {self.number} was closed without an update{self.lifecycle.books.refusals()}")
                     )
         self._host.pump()
 
@@ -220,25 +220,25 @@ class Round:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._locked():
-            while self.course.phase in ("open", "folding"):
+            while self.lifecycle.phase in ("open", "folding"):
                 self._host.check_workers()
                 left = WAIT_CAP_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
-                    have = f"{len(self.course.books.updates)} of {self.expected} updates are in"
+                    have = f"{len(self.lifecycle.books.updates)} of {self.expected} updates are in"
                     advice = "wait longer, or call close_early() for what is there"
                     raise RoundError(
-                        f"round {self.number}: {have} after {timeout:g} s; {advice}{self.course.books.refusals()}"
+                        f"round {self.number}: {have} after {timeout:g} s; {advice}{self.lifecycle.books.refusals()}"
                     )
                 self._host.changed.wait(min(left, WAIT_CAP_S))
-            self.course.add_prediction()
-            if self.course.result is None:
-                raise self.course.error or RoundError(f"round {self.number} is closed")
-            return self.course.result
+            self.lifecycle.add_prediction()
+            if self.lifecycle.result is None:
+                raise self.lifecycle.error or RoundError(f"round {self.number} is closed")
+            return self.lifecycle.result
 
     @property
     def mean(self) -> Block:
         """Where the mean lies: valid as long as a view of a result's arrays is held."""
-        return self.course.mean
+        return self.lifecycle.mean
 
     @property
     def mean_buffer(self) -> Any:
@@ -248,7 +248,7 @@ class Round:
     def report(self) -> RoundReport:
         """The books as they stand now; final once there is a result."""
         with self._locked():
-            return self.course.report()
+            return self.lifecycle.report()
 
     # ------------------------------------------------------------ the end
 
@@ -261,18 +261,18 @@ class Round:
         if host.is_foreign:
             return
         with self._locked():
-            if self.course.phase == "closed":
+            if self.lifecycle.phase == "closed":
                 return
-            is_done = self.course.phase == "done"
+            is_done = self.lifecycle.phase == "done"
             if not is_done:
-                self.course.fail(RoundError(f"round {self.number} was closed before its result"))
-                self.course.abort()
+                self.lifecycle.fail(RoundError(f"round {self.number} was closed before its result"))
+                self.lifecycle.abort()
         if not is_done:
             host.pump()
             self._take_back()
         with self._locked():
-            self.course.phase = "closed"
-            self.course.result = None  # who asked for it has it; a kept Round must not pin its memory
+            self.lifecycle.phase = "closed"
+            self.lifecycle.result = None  # who asked for it has it; a kept Round must not pin its memory
             host.forget(self.number)
             host.changed.notify_all()
 
@@ -280,7 +280,7 @@ class Round:
         """Waits until no worker touches the round any more, then reclaims what it had."""
         host, deadline = self._host, time.monotonic() + CLOSE_TIMEOUT_S
         with self._locked():
-            while not self.course.is_let_go:
+            while not self.lifecycle.is_let_go:
                 try:
                     host.check_workers()
                 except Exception:
@@ -288,7 +288,7 @@ class Round:
                 if time.monotonic() > deadline:
                     raise RoundError(f"round {self.number}: workers did not let go of it in {CLOSE_TIMEOUT_S:g} s")
                 host.changed.wait(WAIT_CAP_S)
-            held = self.course.take_all()
+            held = self.lifecycle.take_all()
             # A sum that was on its way to the top when that let go comes free a moment later.
             while (held := [block for block in held if not host.arena.reclaim(block)]) and time.monotonic() < deadline:
                 host.changed.wait(0.001)
@@ -302,6 +302,5 @@ class Round:
         self.close()
 
     def __repr__(self) -> str:
-        return (
-            f"<Round {self.number}: {len(self.course.books.updates)} of {self.expected} updates, {self.course.phase}>"
-        )
+        count = len(self.lifecycle.books.updates)
+        return f"<Round {self.number}: {count} of {self.expected} updates, {self.lifecycle.phase}>"

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lifl.errors import PeerGoneError
 from lifl.shm.ring import Bell, Descriptor, Kind, Outbox, Receiver
-from lifl.workers.supervisor import Crew
+from lifl.workers.supervisor import Supervisor
 from lifl.workers.traffic import Traffic
 
 log = logging.getLogger("lifl.workers.listener")
@@ -59,11 +59,13 @@ class Employer(Protocol):
 class Agent:
     """A Node's, started at once; it ends after ``is_closed`` and a ring of its bell."""
 
-    def __init__(self, node: Employer, crew: Crew, inbox: Receiver, bell: Bell, idle_timeout: float | None) -> None:
-        self._node, self._crew, self._inbox, self._bell = node, crew, inbox, bell
+    def __init__(
+        self, node: Employer, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
+    ) -> None:
+        self._node, self._supervisor, self._inbox, self._bell = node, supervisor, inbox, bell
         self._idle_timeout = idle_timeout
         if inbox.fd is not None:
-            crew.listen(inbox.fd)
+            supervisor.listen(inbox.fd)
         self._is_dozing = False  # it sleeps until it is rung, and watches nobody
         # A daemon: a Node that is never closed must not keep the interpreter from ending.
         self._thread = threading.Thread(target=self._hear, name="lifl-agent", daemon=True)
@@ -100,26 +102,26 @@ class Agent:
                 self._node.drain()
                 wait_s: float | None = next_tick - (now := time.monotonic())
                 if self._is_dozing or next_tick <= now:
-                    wait_s, next_tick = self._watch(now), now + self._crew.tick_s
+                    wait_s, next_tick = self._watch(now), now + self._supervisor.tick_s
                 is_sent = self._node.outbox.flush()
                 if not self._inbox.arm():
                     continue
-            for pidfd in self._crew.wait(wait_s if is_sent else RETRY_S):
+            for pidfd in self._supervisor.wait(wait_s if is_sent else RETRY_S):
                 self._node.replace(pidfd)
 
     def _watch(self, now: float) -> float | None:
         """Ends who has nothing to do, asks who owes something for a sign of life; seconds until the next time."""
-        crew, outbox, left_s = self._crew, self._node.outbox, None
+        supervisor, outbox, left_s = self._supervisor, self._node.outbox, None
         if self._idle_timeout is not None:
-            leaving, left_s = crew.dismiss(now, self._node.engaged(), self._idle_timeout)
+            leaving, left_s = supervisor.dismiss(now, self._node.engaged(), self._idle_timeout)
             for me in leaving:
                 outbox.push(me, Descriptor(Kind.STOP, 0))
         # Who was told to stop and does not is watched too: it would stay for ever.
-        self._is_dozing = not self._node.is_owed and not crew.leaving
+        self._is_dozing = not self._node.is_owed and not supervisor.leaving
         if self._is_dozing:
-            crew.rest()
+            supervisor.rest()
             return left_s
         self._node.traffic.look()
-        for me in crew.tick(now, self._node.used_bytes / SLOWEST_FOLD):
+        for me in supervisor.tick(now, self._node.used_bytes / SLOWEST_FOLD):
             outbox.push(me, Descriptor(Kind.PING, 0))
-        return crew.tick_s
+        return supervisor.tick_s

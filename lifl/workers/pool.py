@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Container
 
 from lifl.errors import PeerGoneError
-from lifl.workers.supervisor import Crew
+from lifl.workers.supervisor import Supervisor
 
 log = logging.getLogger("lifl.workers.pool")
 
@@ -22,14 +22,14 @@ class Pool:
     ----------
     most : int
         The cap; at least 1.
-    crew : Crew or None
+    supervisor : Supervisor or None
         Their processes. None: the one worker is in the calling process.
     engaged : callable
         How many rounds each worker has a part in now.
     """
 
-    def __init__(self, most: int, crew: Crew | None, engaged: Callable[[], Counter[int]]) -> None:
-        self.most, self._crew, self._engaged = most, crew, engaged
+    def __init__(self, most: int, supervisor: Supervisor | None, engaged: Callable[[], Counter[int]]) -> None:
+        self.most, self._supervisor, self._engaged = most, supervisor, engaged
         self.cold_starts = 0
         self._turn = 0
 
@@ -39,9 +39,9 @@ class Pool:
         First those that are there and rest, then new ones, then those with the least to do. Raises
         :class:`PeerGoneError` if there is nobody and nobody can be started.
         """
-        if self._crew is None:
+        if self._supervisor is None:
             return (1,) if n and 1 not in without else ()
-        there, leaving, engaged = self._crew.there, self._crew.leaving, self._engaged()
+        there, leaving, engaged = self._supervisor.there, self._supervisor.leaving, self._engaged()
 
         def rank(me: int) -> tuple[int, int, int]:
             is_free = me in there and not engaged[me]
@@ -70,10 +70,10 @@ class Pool:
 
     def prepare(self, n: int) -> None:
         """Starts workers until `n` are there, or as many as may be."""
-        if self._crew is None or len(self._crew.there) >= min(n, self.most):
+        if self._supervisor is None or len(self._supervisor.there) >= min(n, self.most):
             return
         absent = [me for me in range(1, 1 + self.most) if me not in self.present]
-        for me in absent[: min(n, self.most) - len(self._crew.there)]:
+        for me in absent[: min(n, self.most) - len(self._supervisor.there)]:
             try:
                 self._start(me)
             except PeerGoneError as error:  # whoever needs it will say so, or do without
@@ -81,11 +81,11 @@ class Pool:
                 return
 
     def _start(self, me: int) -> None:
-        assert self._crew is not None
-        self._crew.start(me)
+        assert self._supervisor is not None
+        self._supervisor.start(me)
         self.cold_starts += 1
 
     @property
     def present(self) -> frozenset[int]:
         """Workers that have not been proven dead."""
-        return frozenset([1]) if self._crew is None else self._crew.there | self._crew.leaving
+        return frozenset([1]) if self._supervisor is None else self._supervisor.there | self._supervisor.leaving

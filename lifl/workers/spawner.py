@@ -5,11 +5,11 @@ be. Why not `spawn`: it imports the user's main module again, which a script wit
 a notebook and a ServerApp do not survive. So the agent executes one small program that imports only
 lifl's worker, and that, single-threaded, forks with `multiprocess`. A worker costs milliseconds then.
 
-Who dies with whom: the agent's end of a socket closes when it ends, however it ends, and the nursery
-then ends its workers; the kernel kills the workers if the nursery is killed.
+Who dies with whom: the agent's end of a socket closes when it ends, however it ends, and the spawner
+then ends its workers; the kernel kills the workers if the spawner is killed.
 
 A worker begins when its agent has its pidfd and has said so. One that the agent does not know, because the
-nursery was killed or the agent was interrupted meanwhile, ends before it touches shared memory: no two
+spawner was killed or the agent was interrupted meanwhile, ends before it touches shared memory: no two
 processes are ever the same participant.
 """
 
@@ -36,15 +36,15 @@ BOOT = (
     "from lifl.workers.spawner import main; main(*map(int, sys.argv[2:]))"
 )
 START_TIMEOUT_S = 60.0
-"""For the first answer of a Node's first nursery, whose files may come from a slow disk; nothing waits meanwhile."""
+"""For the first answer of a Node's first spawner, whose files may come from a slow disk; nothing waits meanwhile."""
 FORK_TIMEOUT_S = 10.0
-"""For a later answer. A fork takes milliseconds: a nursery that is silent for longer is stopped or stuck."""
+"""For a later answer. A fork takes milliseconds: a spawner that is silent for longer is stopped or stuck."""
 STOP_GRACE_S = 0.2
 KILL_TIMEOUT_S = 5.0
 """A killed process is gone at once, unless the kernel has it wait for a device."""
 
 
-class Nursery:
+class Spawner:
     """The agent's handle: starts workers, knows whether their parent lives, ends them.
 
     Raises :class:`PeerGoneError` if the process cannot be made.
@@ -88,7 +88,7 @@ class Nursery:
         """Forks the worker that is participant `me`; its pid and a pidfd of it, which the caller closes.
 
         It gets a copy of the socket, if there is one, and nobody else keeps one but the caller. Raises
-        :class:`PeerGoneError` if the nursery cannot; :attr:`is_gone` says whether it ever will. One that gives no
+        :class:`PeerGoneError` if the spawner cannot; :attr:`is_gone` says whether it ever will. One that gives no
         answer in time is killed, and its workers with it.
         """
         self._number += 1
@@ -101,7 +101,7 @@ class Nursery:
             if reason is None:
                 raise PeerGoneError("no descriptor is left for a worker's pidfd: raise the limit (ulimit -n)")
             raise PeerGoneError(f"the process that starts workers could not start one: {reason}")
-        with contextlib.suppress(PeerGoneError):  # a nursery that died took the worker along, as its pidfd will tell
+        with contextlib.suppress(PeerGoneError):  # a spawner that died took the worker along, as its pidfd will tell
             self._say({"go": me})
         return int(answer["pid"]), fds[0]
 
@@ -154,7 +154,7 @@ class Nursery:
 
     @property
     def pid(self) -> int:
-        """The nursery's process id."""
+        """The spawner's process id."""
         return self._process.pid
 
     @property
@@ -167,11 +167,11 @@ class Nursery:
         return bool(poll.poll(0))
 
     def close(self) -> None:
-        """Ends the nursery and with it every worker; returns when they are gone. Harmless when closed."""
+        """Ends the spawner and with it every worker; returns when they are gone. Harmless when closed."""
         self._end(STOP_GRACE_S + 3)
 
     def kill(self) -> None:
-        """Ends the nursery at once; the kernel kills its workers when it is gone. Harmless when closed."""
+        """Ends the spawner at once; the kernel kills its workers when it is gone. Harmless when closed."""
         self._end(0.0)
 
     def _end(self, grace_s: float) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 import attrs
 
 from lifl.errors import PeerGoneError
-from lifl.workers.spawner import KILL_TIMEOUT_S, Nursery
+from lifl.workers.spawner import KILL_TIMEOUT_S, Spawner
 
 log = logging.getLogger("lifl.workers.supervisor")
 
@@ -27,18 +27,18 @@ MAX_DEATHS_IN_A_ROW = 8
 TICKS_PER_STALL = 4
 LONGEST_TICK_S = 1.0
 MAX_TRIES = 3
-"""Nurseries that are made for one worker, before it is given up."""
+"""Spawners that are made for one worker, before it is given up."""
 MAX_LOST_IN_A_ROW = 8
-"""Nurseries that may be lost without a worker's having done anything meanwhile."""
+"""Spawners that may be lost without a worker's having done anything meanwhile."""
 RESTART_TIMEOUT_S = 15.0
-"""For the first answer of a nursery that replaces one: rounds wait. Its files were read before; it takes 0.3 s."""
+"""For the first answer of a spawner that replaces one: rounds wait. Its files were read before; it takes 0.3 s."""
 
 
 @attrs.define
 class _Worker:
     me: int
     pid: int
-    parent: Nursery
+    parent: Spawner
     is_asked: bool = False
     silent_s: float = 0.0  # since it was asked
     rests_since_s: float | None = None
@@ -57,7 +57,7 @@ class Dead:
     was_leaving : bool
         It had been told to stop.
     was_orphaned : bool
-        The nursery had died or been killed, and the kernel then kills its workers, whatever they do.
+        The spawner had died or been killed, and the kernel then kills its workers, whatever they do.
     """
 
     me: int
@@ -72,10 +72,10 @@ class Dead:
         return self.was_heard and not self.was_orphaned
 
 
-class Crew:
-    """The nursery and its workers, at first 1 to `count`; raises :class:`PeerGoneError` if they cannot be started.
+class Supervisor:
+    """The spawner and its workers, at first 1 to `count`; raises :class:`PeerGoneError` if they cannot be started.
 
-    A nursery that is dead, stopped or stuck is replaced when a worker has to be started.
+    A spawner that is dead, stopped or stuck is replaced when a worker has to be started.
     `admit` is asked for the descriptor that a worker is given when it starts, which is closed here.
     """
 
@@ -95,14 +95,14 @@ class Crew:
         self.tick_s = min(LONGEST_TICK_S, stall_timeout / TICKS_PER_STALL)
         self._vacant: set[int] = set()  # buried, and not decided yet whether they have a successor
         self._calls: dict[int, Callable[[], None]] = {}  # by descriptor that is listened to
-        self._make_nursery = partial(Nursery, arena_fd, bell_fd, spin_s)
-        self._lost_in_a_row = 0  # nurseries
-        self.nursery = self._make_nursery()
+        self._make_spawner = partial(Spawner, arena_fd, bell_fd, spin_s)
+        self._lost_in_a_row = 0  # spawners
+        self.spawner = self._make_spawner()
         self._poll = select.epoll()
         try:
             self._poll.register(bell_fd, select.EPOLLIN)
             for me in range(1, 1 + count):
-                # At first one try: what is wrong with the first nursery is wrong with the next.
+                # At first one try: what is wrong with the first spawner is wrong with the next.
                 self._start(me, tries=1)
         except BaseException:
             self.close()
@@ -160,13 +160,13 @@ class Crew:
         finally:
             if given is not None:
                 os.close(given)
-        self._workers[pidfd] = _Worker(me, pid, self.nursery)
+        self._workers[pidfd] = _Worker(me, pid, self.spawner)
         self._vacant.discard(me)
         self._poll.register(pidfd, select.EPOLLIN)
 
     def _fork(self, me: int, given: int | None, tries: int) -> tuple[int, int]:
-        """Asks the nursery for a worker; if that is gone, another one."""
-        if self._lost_in_a_row >= MAX_LOST_IN_A_ROW and self.nursery.is_gone:
+        """Asks the spawner for a worker; if that is gone, another one."""
+        if self._lost_in_a_row >= MAX_LOST_IN_A_ROW and self.spawner.is_gone:
             self._lost_in_a_row = 0  # a later round may try again
             raise PeerGoneError(
                 f"the process that starts workers died {MAX_LOST_IN_A_ROW} times before a worker had done anything: "
@@ -174,11 +174,11 @@ class Crew:
             )
         for left in reversed(range(tries)):
             try:
-                if self.nursery.is_gone:
-                    self._replace_nursery()
-                return self.nursery.start_worker(me, given)
+                if self.spawner.is_gone:
+                    self._replace_spawner()
+                return self.spawner.start_worker(me, given)
             except PeerGoneError as error:
-                if not self.nursery.is_gone or tries == 1:
+                if not self.spawner.is_gone or tries == 1:
                     raise
                 log.warning("%s", str(error))  # a record that is kept must not keep the frames
                 if not left:
@@ -186,12 +186,12 @@ class Crew:
                     raise PeerGoneError(f"{error} ({tries} tries): {advice}") from error
         raise AssertionError("the last try has returned or raised")
 
-    def _replace_nursery(self) -> None:
+    def _replace_spawner(self) -> None:
         """The old one is reaped. Its workers are dead when their own pidfds say so, not before."""
         self._lost_in_a_row += 1
-        self.nursery.kill()
-        old, self.nursery = self.nursery, self._make_nursery(RESTART_TIMEOUT_S)
-        log.warning("the process that starts workers (pid %d) is gone: pid %d replaces it", old.pid, self.nursery.pid)
+        self.spawner.kill()
+        old, self.spawner = self.spawner, self._make_spawner(RESTART_TIMEOUT_S)
+        log.warning("the process that starts workers (pid %d) is gone: pid %d replaces it", old.pid, self.spawner.pid)
 
     def bury(self, pidfd: int) -> Dead:
         """A worker is proven dead.
@@ -201,7 +201,7 @@ class Crew:
         worker = self._workers.pop(pidfd)
         self._poll.unregister(pidfd)
         os.close(pidfd)
-        # Exact for those that have begun: the kernel kills them with the nursery, and they are dead only after its
+        # Exact for those that have begun: the kernel kills them with the spawner, and they are dead only after its
         # pidfd says that it is. One that has not begun may end a little before.
         was_orphaned = worker.parent.is_gone
         if not worker.is_leaving and not was_orphaned:
@@ -284,10 +284,10 @@ class Crew:
             worker.is_asked, worker.silent_s = False, 0.0
 
     def close(self) -> None:
-        """Ends the nursery and every worker; returns when they are gone."""
-        self.nursery.close()
+        """Ends the spawner and every worker; returns when they are gone."""
+        self.spawner.close()
         deadline = time.monotonic() + KILL_TIMEOUT_S
-        for pidfd in self._workers:  # those of a nursery that was killed die a moment later than it
+        for pidfd in self._workers:  # those of a spawner that was killed die a moment later than it
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             poll.poll(max(0.0, deadline - time.monotonic()) * 1000)

@@ -12,7 +12,7 @@ from functools import partial
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Bell, queued
 from lifl.workers.aggregator import Aggregator
-from lifl.workers.supervisor import Crew
+from lifl.workers.supervisor import Supervisor
 from lifl.workers.traffic import Traffic
 from lifl.workers.transport import Name, open_transport
 
@@ -43,7 +43,7 @@ def headcount(
     return workers, warm
 
 
-class Staff:
+class Team:
     """One Node's.
 
     Raises :class:`PeerGoneError` if workers cannot be started, :class:`EbpfUnavailableError` for a transport that
@@ -51,12 +51,12 @@ class Staff:
 
     Attributes
     ----------
-    crew : Crew or None
+    supervisor : Supervisor or None
         The worker processes; None: there is one worker, `inline`, in the calling process.
     """
 
     def __init__(self, arena: Arena, workers: int, warm: int, stall_timeout: float, transport: Name | None) -> None:
-        self.crew: Crew | None = None
+        self.supervisor: Supervisor | None = None
         self.inline: Aggregator | None = None
         self.bell = Bell()
         try:
@@ -71,7 +71,7 @@ class Staff:
             self.inbox = self.transport.inbox()
             if workers:
                 spin_s = SPIN_S if cores() > 1 else 0.0
-                self.crew = Crew(arena.fd, self.bell.fd, spin_s, warm, stall_timeout, self.transport.admit)
+                self.supervisor = Supervisor(arena.fd, self.bell.fd, spin_s, warm, stall_timeout, self.transport.admit)
             else:
                 self.inline = Aggregator(arena, 1, self.transport.inbox(1), self.transport.outbox(1))
         except BaseException:
@@ -80,7 +80,7 @@ class Staff:
 
     def close(self) -> None:
         """Ends every process; nobody may wait for them any more."""
-        if self.crew is not None:
-            self.crew.close()
+        if self.supervisor is not None:
+            self.supervisor.close()
         self.transport.close()
         self.bell.close()

@@ -150,12 +150,12 @@ def idled() -> dict[str, Any]:
 
 
 def test_idle_returns_every_node(idled: dict[str, Any]) -> None:
-    """The parts add up, and of a Node that is scaled to zero only the nursery is left."""
+    """The parts add up, and of a Node that is scaled to zero only the spawner is left."""
     assert json.loads(json.dumps(idled)) == idled
     assert set(idled) == {"cores", "workers", "transport", "seconds", "goal_ms_per_s", "rows"}
     assert [(row["way"], row["processes"]) for row in idled["rows"]] == [("warm", 3), ("open", 3), ("zero", 1)]
     for row in idled["rows"]:
-        parts = [row[f"{part}_ms_per_s"] for part in ("agent", "nursery", "workers")]
+        parts = [row[f"{part}_ms_per_s"] for part in ("agent", "spawner", "workers")]
         assert row["ms_per_s"] == pytest.approx(sum(parts))
         assert min(parts) >= 0
     text = shown(idle_table(idled))

@@ -1,4 +1,4 @@
-"""Read by every interpreter that is started with this directory on its path: the nursery, or a test's agent.
+"""Read by every interpreter that is started with this directory on its path: the spawner, or a test's agent.
 
 Puts the core with steps in the place of lifl's own, and counts the lines and instructions of the worker too.
 """
@@ -18,8 +18,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["lifl._shm_ffi"] = module
 
-from lifl.workers import aggregator  # noqa: E402
-from lifl.workers import spawner as nursery  # noqa: E402
+from lifl.workers import aggregator, spawner  # noqa: E402
 
 lib = module.lib
 WAITING = {"run", "step", "_advance", "<lambda>", "main"}
@@ -59,15 +58,15 @@ def main(arena_fd, bell_fd, me, spin_s, parent, *given):
 
 
 aggregator.main = main
-real_spawner = nursery.main
+real_spawner = spawner.main
 
 
 def spawn(*numbers):
     """The life of the process that starts workers, counted; a worker that has not begun counts for it."""
     lib.lifl_steps_use(PAGE.encode(), SPAWNER)
-    sys.settrace(tracer([nursery]))
+    sys.settrace(tracer([spawner]))
     real_spawner(*numbers)
 
 
 if DETAIL == "spawner":
-    nursery.main = spawn
+    spawner.main = spawn

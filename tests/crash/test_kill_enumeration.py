@@ -109,11 +109,11 @@ class Bench:
 
     def check_all_are_there(self) -> None:
         """Both workers live, as a spawner's children, and nobody else."""
-        assert self.node._crew is not None
+        assert self.node._supervisor is not None
         end = time.monotonic() + WAIT_S
         while True:
             with self.node.changed:
-                spawner, pids = self.node._crew.nursery.pid, sorted(self.node.pids())
+                spawner, pids = self.node._supervisor.spawner.pid, sorted(self.node.pids())
             with suppress(OSError), open(f"/proc/{spawner}/task/{spawner}/children") as file:
                 if len(pids) == 2 and sorted(map(int, file.read().split())) == pids:
                     return

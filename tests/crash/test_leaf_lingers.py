@@ -31,18 +31,18 @@ class Pair:
 
     def pid_of(self, me: int) -> int | None:
         """The worker's; None while it has no successor."""
-        assert self.node._crew is not None
+        assert self.node._supervisor is not None
         with self.node.changed:
-            return next((worker.pid for worker in self.node._crew._workers.values() if worker.me == me), None)
+            return next((worker.pid for worker in self.node._supervisor._workers.values() if worker.me == me), None)
 
     def replace(self, me: int) -> None:
         """Kills a worker; returns when its successor has been told what is left to do."""
-        assert self.node._crew is not None
+        assert self.node._supervisor is not None
         before = self.pid_of(me)
         assert before is not None
         os.kill(before, signal.SIGKILL)
         wait_for(lambda: self.pid_of(me) not in (None, before), "a successor")
-        wait_for(lambda: self.node._crew._deaths[me] == 0, "its first word")  # type: ignore[union-attr]
+        wait_for(lambda: self.node._supervisor._deaths[me] == 0, "its first word")  # type: ignore[union-attr]
 
     def stop_leaf(self, step: int) -> tuple[lifl.Round, int, int] | None:
         """A round whose leaf is stopped at its `step`-th step: the round, the top, the leaf's pid."""
@@ -128,7 +128,7 @@ def test_round_is_closed_while_its_leaf_lingers(pair: Pair, sweep: int) -> None:
         round_, top, pid = stopped
         closing = threading.Thread(target=round_.close)
         closing.start()
-        wait_for(lambda round_=round_: round_.course.phase in ("failed", "closed"), "the abort")
+        wait_for(lambda round_=round_: round_.lifecycle.phase in ("failed", "closed"), "the abort")
         pair.replace(top)
         os.kill(pid, signal.SIGCONT)
         closing.join(WAIT_S)

@@ -113,7 +113,7 @@ def test_a_leafs_sum_that_dies_with_its_top_is_told_again() -> None:
                 for pid in pids:
                     stop(pid)
                 round_.submit(update(7), client_id=7)
-                work = round_.course._assignment
+                work = round_.lifecycle._assignment
                 leaf = 3 - work.top
                 # The sum is the top's from before it is sent; then the leaf has nothing more to do, and sleeps.
                 os.kill(pids[leaf - 1], signal.SIGCONT)

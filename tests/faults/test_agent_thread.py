@@ -20,7 +20,7 @@ def test_its_end_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     """A bug in the agent's thread: the traceback is logged, open rounds and new calls raise, close leaves nothing."""
     with lifl.Node("4MiB", workers=2) as node:
         round_ = node.open_round(SPEC, 2)
-        assert node._crew is not None
+        assert node._supervisor is not None
 
         def broken(*_: object) -> None:
             raise RuntimeError("a bug of lifl's own")

@@ -63,9 +63,9 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("who", ["os.getpid()", "node._crew.nursery.pid"], ids=["agent", "nursery"])
+@pytest.mark.parametrize("who", ["os.getpid()", "node._supervisor.spawner.pid"], ids=["agent", "spawner"])
 def test_descriptors_run_out_when_a_worker_dies(program: Any, who: str) -> None:
-    """Neither the agent nor the nursery has one for the successor: the round ends with the reason."""
+    """Neither the agent nor the spawner has one for the successor: the round ends with the reason."""
     said = program(AT_A_DEATH.format(who=who))
     assert "ok" in said
     failed = [one for one in said if one != "ok"]
@@ -106,7 +106,7 @@ def test_no_process_is_left_for_a_successor(program: Any, shim: Any) -> None:
     said = program(
         """
 before = fds()
-os.environ["LIFL_FAULT"] = f"fork 3 {errno.EAGAIN}"  # for the nursery: two workers, then their successor
+os.environ["LIFL_FAULT"] = f"fork 3 {errno.EAGAIN}"  # for the spawner: two workers, then their successor
 with lifl.Node("4MiB", workers=2) as node:
     a_round(node)
     said = []

@@ -36,11 +36,11 @@ def probe(tmp_path: Path, uid: int, pids: list[int]) -> dict[str, list[str]]:
 
 
 def test_second_user_gets_at_nothing(tmp_path: Path) -> None:
-    """Agent, nursery and workers, while a round is open: every way is refused, and the round is exact afterwards."""
+    """Agent, spawner and workers, while a round is open: every way is refused, and the round is exact afterwards."""
     with lifl.Node("8MiB", workers=2) as node, node.open_round(SPEC, 2, "lazy") as round_:
         round_.submit({"w": np.full(1000, 3.0)}, client_id="a")
-        assert node._crew is not None
-        pids = [os.getpid(), node._crew.nursery.pid, *node.pids()]
+        assert node._supervisor is not None
+        pids = [os.getpid(), node._supervisor.spawner.pid, *node.pids()]
         had = probe(tmp_path, NOBODY, pids)
         # There is nothing, or it is the socket of another test's server, at which nobody else is let in.
         assert set(had.pop("find something by name")) <= {"ENOENT", "EACCES"}

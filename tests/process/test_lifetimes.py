@@ -39,7 +39,7 @@ spec = lifl.TensorSpec.from_arrays(model)
 node = lifl.Node("4MiB", workers=2)
 
 def tell(*what):
-    print(json.dumps([node._crew.nursery.pid, *node.pids(), *what]), flush=True)
+    print(json.dumps([node._supervisor.spawner.pid, *node.pids(), *what]), flush=True)
 
 def mean(n=3):
     with node.open_round(spec, expected=n) as round_:
@@ -281,7 +281,7 @@ def test_ctrl_c_during_the_start_leaves_nothing(start: Callable[[str], Program],
     ids=["killed", "killed in result", "terminated", "exited"],
 )
 def test_workers_of_a_program_that_is_cut_off_end(start: Callable[[str], Program], doing: str, number: int) -> None:
-    """When the agent is killed, or ends without cleaning up, nursery and workers are gone within a second."""
+    """When the agent is killed, or ends without cleaning up, spawner and workers are gone within a second."""
     program = start(f"tell()\n{doing}")
     pids = program.hear()
     if number:
@@ -289,8 +289,8 @@ def test_workers_of_a_program_that_is_cut_off_end(start: Callable[[str], Program
     assert not wait_until_gone([program.pid, *pids], ORPHAN_S)
 
 
-def test_workers_of_a_killed_nursery_end(start: Callable[[str], Program]) -> None:
-    """When the nursery is SIGKILLed its workers go too; the agent's round goes on with others, and nothing is left."""
+def test_workers_of_a_killed_spawner_end(start: Callable[[str], Program]) -> None:
+    """When the spawner is SIGKILLed its workers go too; the agent's round goes on with others, and nothing is left."""
     code = """
 round_ = node.open_round(spec, 2)
 round_.submit(model)
@@ -441,16 +441,16 @@ tell(status)
 
 
 def test_close_does_not_wait_for_forks_of_the_user() -> None:
-    """With a forked child alive, close ends the nursery in order and does not have to kill it."""
+    """With a forked child alive, close ends the spawner in order and does not have to kill it."""
     with lifl.Node("4MiB", workers=1) as node:
         pid = os.fork()
         if pid == 0:
             signal.pause()
-        nursery = node._crew and node._crew.nursery
+        spawner = node._supervisor and node._supervisor.spawner
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert nursery is not None
-    assert nursery._process.returncode == 0
+    assert spawner is not None
+    assert spawner._process.returncode == 0
 
 
 def test_workers_end_with_the_agent_though_its_fork_lives(start: Callable[[str], Program]) -> None:

@@ -39,14 +39,14 @@ class CountingNode(lifl.Node):
 
 
 def look(node: lifl.Node, free: int) -> dict[str, int]:
-    """What the agent and its nursery hold, when every worker is there and every block is back."""
-    assert node._crew is not None
-    nursery = node._crew.nursery.pid
+    """What the agent and its spawner hold, when every worker is there and every block is back."""
+    assert node._supervisor is not None
+    spawner = node._supervisor.spawner.pid
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
         is_whole = node.arena.free_bytes == free and len(node.pids()) == 3
-        # The nursery reaps: neither a zombie nor a worker more.
-        if is_whole and sorted(children_of(nursery)) == sorted(node.pids()):
+        # The spawner reaps: neither a zombie nor a worker more.
+        if is_whole and sorted(children_of(spawner)) == sorted(node.pids()):
             break
         time.sleep(0.01)
     give_back()  # what is left is in use
@@ -54,10 +54,10 @@ def look(node: lifl.Node, free: int) -> dict[str, int]:
         "free bytes": node.arena.free_bytes,
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
-        "processes": 1 + len(children_of(nursery)),
-        "nursery's descriptors": len(os.listdir(f"/proc/{nursery}/fd")),
+        "processes": 1 + len(children_of(spawner)),
+        "spawner's descriptors": len(os.listdir(f"/proc/{spawner}/fd")),
         "memory": private_bytes(os.getpid()),
-        "nursery's memory": private_bytes(nursery),
+        "spawner's memory": private_bytes(spawner),
     }
 
 
@@ -87,7 +87,7 @@ def test_thousands_of_deaths(transport: str) -> None:
         after = look(node, free)
         assert before["free bytes"] == free
         drift = {what: after[what] - before[what] for what in before}
-        memory = {what: drift.pop(what) for what in ("memory", "nursery's memory")}
+        memory = {what: drift.pop(what) for what in ("memory", "spawner's memory")}
         assert drift == dict.fromkeys(drift, 0)
         assert max(memory.values()) < MEMORY_DRIFT, memory
         with node.open_round(SPEC, 6) as round_:

@@ -21,8 +21,7 @@ import pytest
 
 import lifl
 from lifl.errors import AdmissionError, PeerGoneError
-from lifl.workers import spawner as nursery
-from lifl.workers import supervisor as crew
+from lifl.workers import spawner, supervisor
 
 pytestmark = pytest.mark.transports
 
@@ -48,8 +47,8 @@ EVERY_FORM = pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(ma
 
 def spawner_of(node: lifl.Node) -> int:
     """Its pid."""
-    assert node._crew is not None
-    return node._crew.nursery.pid
+    assert node._supervisor is not None
+    return node._supervisor.spawner.pid
 
 
 def kill_spawner(node: lifl.Node, sent: int = signal.SIGKILL) -> int:
@@ -152,15 +151,15 @@ def test_killed_while_all_rest(form: Any) -> None:
 def test_killed_again_before_its_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that dies while it starts is followed by another one."""
     with lifl.Node("64MiB", workers=2) as node:
-        real, killed = nursery.Nursery.start_worker, []
+        real, killed = spawner.Spawner.start_worker, []
 
-        def start_worker(self: nursery.Nursery, *how: Any) -> tuple[int, int]:
+        def start_worker(self: spawner.Spawner, *how: Any) -> tuple[int, int]:
             if len(killed) < 2:
                 killed.append(self.pid)
                 os.kill(self.pid, signal.SIGKILL)
             return real(self, *how)
 
-        monkeypatch.setattr(nursery.Nursery, "start_worker", start_worker)
+        monkeypatch.setattr(spawner.Spawner, "start_worker", start_worker)
         kill_spawner(node)
         run(node)
         assert len({*killed, spawner_of(node)}) == 3
@@ -180,7 +179,7 @@ def test_no_other_one_can_be_had(monkeypatch: pytest.MonkeyPatch, program: str) 
 
 def test_one_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed again and again before a worker has done anything, it is not replaced for ever."""
-    monkeypatch.setattr(crew.Crew, "heard", lambda *_: None)  # nothing is ever done
+    monkeypatch.setattr(supervisor.Supervisor, "heard", lambda *_: None)  # nothing is ever done
     with lifl.Node("64MiB", workers=1) as node, node.open_round(SPEC, 2) as round_:
         round_.submit(SENT[0])
         end = time.monotonic() + WAIT_S
@@ -199,7 +198,7 @@ def test_one_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("is_at_rest", [False, True])
 def test_stopped_one_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch, is_at_rest: bool) -> None:
     """It is waited for a while, not for ever, and the round goes on without it."""
-    monkeypatch.setattr(nursery, "FORK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(spawner, "FORK_TIMEOUT_S", 0.3)
     with lifl.Node("64MiB", workers=2, idle_timeout=IDLE_S if is_at_rest else None) as node:
         run(node)
         if is_at_rest:
@@ -227,8 +226,8 @@ def test_stopped_for_a_moment_it_goes_on() -> None:
 def test_every_new_one_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each try ends when its time is over, and all of them with an error that says so; a start has time of its own."""
     (tmp_path / "sitecustomize.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
-    monkeypatch.setattr(nursery, "FORK_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(crew, "RESTART_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(spawner, "FORK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(supervisor, "RESTART_TIMEOUT_S", 0.4)
     with lifl.Node("64MiB", workers=1) as node, node.open_round(SPEC, 2) as round_:
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         kill_spawner(node)
@@ -239,7 +238,7 @@ def test_every_new_one_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_slow_start_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Python may take its time to start on a busy machine: the wait for a fork does not hold for it."""
     (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(1)")
-    monkeypatch.setattr(nursery, "FORK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(spawner, "FORK_TIMEOUT_S", 0.2)
     with lifl.Node("64MiB", workers=2) as node:
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         first = kill_spawner(node)
@@ -277,9 +276,9 @@ def test_ctrl_c_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     """Has the kernel refuse every fork, or stop to."""
-    real, is_refused = nursery.Nursery.start_worker, False
+    real, is_refused = spawner.Spawner.start_worker, False
 
-    def start_worker(self: nursery.Nursery, *how: Any) -> tuple[int, int]:
+    def start_worker(self: spawner.Spawner, *how: Any) -> tuple[int, int]:
         if is_refused:
             raise PeerGoneError(f"the process that starts workers could not start one: {os.strerror(errno.EAGAIN)}")
         return real(self, *how)
@@ -288,7 +287,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]
         nonlocal is_refused
         is_refused = what
 
-    monkeypatch.setattr(nursery.Nursery, "start_worker", start_worker)
+    monkeypatch.setattr(spawner.Spawner, "start_worker", start_worker)
     return refuse
 
 
@@ -378,10 +377,10 @@ with lifl.Node("32MiB", workers=2, idle_timeout=0.05) as node:
     for pid in node.pids()[:1]:
         os.kill(pid, signal.SIGKILL)
     go(node)
-    os.kill(node._crew.nursery.pid, signal.SIGKILL)
+    os.kill(node._supervisor.spawner.pid, signal.SIGKILL)
     go(node)
     rest(node)
-    os.kill(node._crew.nursery.pid, signal.SIGKILL)
+    os.kill(node._supervisor.spawner.pid, signal.SIGKILL)
     go(node)
     begin = time.monotonic()
 assert time.monotonic() - begin < 3, "close had to kill"
@@ -411,8 +410,8 @@ def test_worker_that_the_agent_does_not_know_never_begins() -> None:
     """Its parent dies when it is forked, before the agent has its pidfd: it ends without a word in shared memory."""
     with lifl.Node("64MiB", workers=1, idle_timeout=IDLE_S) as node:
         rest(node)
-        assert node._crew is not None
-        spawner = node._crew.nursery
+        assert node._supervisor is not None
+        spawner = node._supervisor.spawner
         spawner._say({"start": 1}, [])  # forks one, and nobody takes the answer
         children, end = Path(f"/proc/{spawner.pid}/task/{spawner.pid}/children"), time.monotonic() + WAIT_S
         while not (there := children.read_text().split()) and time.monotonic() < end:

@@ -25,19 +25,19 @@ class SoakedNode(lifl.Node):
         super().replace(pidfd)
 
     @property
-    def nursery(self) -> int:
+    def spawner(self) -> int:
         """Its pid."""
-        assert self._crew is not None
-        return self._crew.nursery.pid
+        assert self._supervisor is not None
+        return self._supervisor.spawner.pid
 
     @property
     def is_orphaned(self) -> bool:
         """True while what starts its workers is dead and has no successor, which comes with the next worker."""
         with self.changed:
-            return self._crew is not None and self._crew.nursery.is_gone
+            return self._supervisor is not None and self._supervisor.spawner.is_gone
 
     def renew(self) -> None:
-        """Has a worker started, if nobody is there who would notice that the nursery is dead."""
+        """Has a worker started, if nobody is there who would notice that the spawner is dead."""
         with self.changed:
             if self.is_orphaned and not self.pids():
                 self.pool.prepare(1)

@@ -18,7 +18,7 @@ import lifl, numpy as np, time
 node = lifl.Node("16MiB", workers=2)
 round_ = node.open_round(lifl.TensorSpec.from_arrays({"w": np.zeros(8)}), 9)
 round_.submit({"w": np.zeros(8)})
-print(node._crew.nursery.pid, *node.pids(), flush=True)
+print(node._supervisor.spawner.pid, *node.pids(), flush=True)
 time.sleep(60)
 """
 
@@ -60,5 +60,5 @@ def kill_a_parent() -> None:
     end = time.monotonic() + GONE_S
     while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
         if time.monotonic() > end:
-            raise AssertionError(f"of the nursery and workers {pids} of a killed parent, {left} live on")
+            raise AssertionError(f"of the spawner and workers {pids} of a killed parent, {left} live on")
         time.sleep(0.01)

@@ -42,7 +42,7 @@ ROUND_THREADS = 4
 SPAWNER_SHARE = 0.02
 """Of all that is done to processes: each costs a Node all its workers and some tenths of a second."""
 PROCESSES = 8
-"""Three nurseries, three workers and two, and of the elastic Node, when it rests, none."""
+"""Three spawners, three workers and two, and of the elastic Node, when it rests, none."""
 FORK_EVERY_S, PARENT_EVERY_S = 3.0, 15.0
 MEMORY_DRIFT = 8 * 2**20
 """Bytes of private memory that may come and go: the allocator keeps what a burst took, per thread. Thirty minutes are
@@ -222,10 +222,10 @@ class Soak:
         with suppress(ProcessLookupError):
             if choose.random() < 0.8:
                 with self.quiet:  # who looks for drift looks at it too
-                    os.kill(node.nursery, signal.SIGKILL)
+                    os.kill(node.spawner, signal.SIGKILL)
                 self.count("spawners killed")
                 return
-            os.kill(pid := node.nursery, signal.SIGSTOP)
+            os.kill(pid := node.spawner, signal.SIGSTOP)
             time.sleep(choose.random() * 0.3)
             os.kill(pid, signal.SIGCONT)
             self.count("spawners stopped")
@@ -262,16 +262,16 @@ class Soak:
                 self.elastic_node.renew()
                 time.sleep(0.002)
             give_back()  # what is left is in use
-            nurseries = self.hurt_node.nursery, self.calm_node.nursery, self.elastic_node.nursery
+            spawners = self.hurt_node.spawner, self.calm_node.spawner, self.elastic_node.spawner
             found = {
                 "bytes lost": self.lost_bytes(),
                 **descriptors(),
-                "nurseries' descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in nurseries),
+                "spawners' descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in spawners),
                 "processes": len(self.processes()),
                 "threads": threading.active_count(),
                 "/dev/shm": len(os.listdir("/dev/shm")),
                 "memory": private_bytes(os.getpid()),
-                "nursery's memory": private_bytes(nurseries[0]),
+                "spawner's memory": private_bytes(spawners[0]),
                 "workers' memory": sum(map(private_bytes, self.calm_node.pids())),
             }
             if found["bytes lost"]:
@@ -290,16 +290,16 @@ class Soak:
         ):
             return False
         known = {pid for node in self.nodes for pid in node.pids()}
-        return known == {pid for nursery in children_of(os.getpid()) for pid in children_of(nursery)}
+        return known == {pid for spawner in children_of(os.getpid()) for pid in children_of(spawner)}
 
     def lost_bytes(self) -> int:
         """What is not free, of all Nodes."""
         return sum(node.all_bytes - node.arena.free_bytes for node in self.nodes)
 
     def processes(self) -> list[int]:
-        """Nurseries and workers, zombies too."""
-        nurseries = children_of(os.getpid())
-        return [*nurseries, *(pid for nursery in nurseries for pid in children_of(nursery))]
+        """Spawners and workers, zombies too."""
+        spawners = children_of(os.getpid())
+        return [*spawners, *(pid for spawner in spawners for pid in children_of(spawner))]
 
     # ------------------------------------------------------------ the whole
 

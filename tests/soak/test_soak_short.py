@@ -51,7 +51,7 @@ def test_soak_fails_on_a_wrong_mean(
         ("threads", 0, 9, False),
         ("memory", soak.MEMORY_DRIFT + 1, 1800, True),
         ("memory", soak.MEMORY_DRIFT + 1, 9, False),
-        ("nursery's memory", -(2**30), 1800, False),
+        ("spawner's memory", -(2**30), 1800, False),
     ],
 )
 def test_what_drift_is(what: str, change: int, seconds: float, is_wrong: bool) -> None:

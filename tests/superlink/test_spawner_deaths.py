@@ -90,9 +90,9 @@ class Turns:
 
 def spawner_of(rig: Rig) -> int:
     """Its pid."""
-    crew = rig.plane.node._crew
-    assert crew is not None
-    return crew.nursery.pid
+    supervisor = rig.plane.node._supervisor
+    assert supervisor is not None
+    return supervisor.spawner.pid
 
 
 def play_all(rig: Rig, turns: Turns, num_rounds: int = 2) -> None:
