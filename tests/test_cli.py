@@ -37,7 +37,7 @@ def test_help_names_every_command() -> None:
 def test_help_imports_nothing_heavy() -> None:
     """Neither flwr nor a benchmark nor the demo is imported to print a help text."""
     code = (
-        "import sys; from typer.testing import CliRunner; from lifl import cli;"
+        "import sys; from typer.testing import CliRunner; from lifl.cli import main as cli;"
         "assert CliRunner().invoke(cli.main, ['bench', 'fold', '--help']).exit_code == 0;"
         "print(*(m for m in sys.modules if m.partition('.')[0] in ('flwr', 'grpc', 'torch', 'sklearn')"
         " or m.startswith(('lifl.bench.', 'lifl.deploy.demo', 'lifl.strategy')) and m != 'lifl.cli.bench'))"

@@ -136,7 +136,7 @@ def test_it_says_what_is_used(examined: Examined, home: Path) -> None:
 
 def test_measured_costs(examined: Examined, home: Path) -> None:
     """As soon as this machine has been measured it says so, and where that is kept."""
-    code = "from lifl import calibration; calibration.calibrate(); print(calibration.path())"
+    code = "from lifl.node import calibration; calibration.calibrate(); print(calibration.path())"
     env = os.environ | {"LIFL_CACHE": str(home / "cache")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     _, said, table = examined()
