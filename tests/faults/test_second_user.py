@@ -55,6 +55,9 @@ def test_second_user_gets_at_nothing(tmp_path: Path) -> None:
 def test_probe_can_succeed(tmp_path: Path) -> None:
     """The same probe as root gets at all of it: what is refused to the other user is really there."""
     with lifl.Node("8MiB", workers=1) as node:
+        with node.open_round(SPEC, 1) as round_:  # then the worker has begun, and has all its memory
+            round_.submit({"w": np.full(1000, 3.0)}, client_id="a")
+            round_.result(30)
         had = probe(tmp_path, 0, list(node.pids()))
     had.pop("find something by name")
     had.pop("ask what it is doing")  # a worker has no Node; that the same user is answered is `lifl top`'s

@@ -26,7 +26,7 @@ _names = flower.part("gateway")
 MAX_REQUEST_BYTES = 2**16
 """Of a request without an object or its tree: a node, a run and an id."""
 
-MAX_TREE_BYTES = 2**24
+MAX_TREE_BYTES = 2**25
 """Of one that announces a message: ids of its objects, 70 to 140 bytes each."""
 
 LONG_TREE_BYTES = 2**20
