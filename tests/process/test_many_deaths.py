@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lifl
-from lifl.heap import give_back
+from lifl.strategy.heap import give_back
 
 pytestmark = pytest.mark.transports
 
