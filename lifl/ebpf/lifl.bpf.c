@@ -14,9 +14,9 @@
 
 #include <uapi/linux/bpf.h>
 #include "record.h"
-BPF_SOCKHASH(socks, __u32, LIFL_MOST_SOCKETS);
-BPF_HASH(routes, __u32, __u32, LIFL_MOST_ROUTES);
-BPF_TABLE("percpu_hash", __u32, struct lifl_metrics, metrics, LIFL_MOST_ROUTES);
+BPF_SOCKHASH(socks, __u32, LIFL_MAX_SOCKETS);
+BPF_HASH(routes, __u32, __u32, LIFL_MAX_ROUTES);
+BPF_TABLE("percpu_hash", __u32, struct lifl_metrics, metrics, LIFL_MAX_ROUTES);
 #define INLINE static __attribute__((always_inline)) inline
 #define PROGRAM
 INLINE struct lifl_metrics *find(__u32 *key) { return metrics.lookup(key); }
@@ -34,9 +34,9 @@ struct map {
 };
 #define MAP(name, kind, key, value, most) \
   __attribute__((section("maps"), used)) struct map name = {kind, sizeof(key), sizeof(value), most, 0}
-MAP(socks, BPF_MAP_TYPE_SOCKHASH, __u32, __u32, LIFL_MOST_SOCKETS);
-MAP(routes, BPF_MAP_TYPE_HASH, __u32, __u32, LIFL_MOST_ROUTES);
-MAP(metrics, BPF_MAP_TYPE_PERCPU_HASH, __u32, struct lifl_metrics, LIFL_MOST_ROUTES);
+MAP(socks, BPF_MAP_TYPE_SOCKHASH, __u32, __u32, LIFL_MAX_SOCKETS);
+MAP(routes, BPF_MAP_TYPE_HASH, __u32, __u32, LIFL_MAX_ROUTES);
+MAP(metrics, BPF_MAP_TYPE_PERCPU_HASH, __u32, struct lifl_metrics, LIFL_MAX_ROUTES);
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
 static long (*bpf_map_update_elem)(void *map, const void *key, const void *value,

@@ -19,7 +19,7 @@ from lifl.shm.ring import WAIT_CAP_S, Descriptor, Kind, Outbox, Spent
 
 TOP = 0x80000000
 """The top of round r is the aggregator TOP | r, whoever that is: a leaf's sum is sent there."""
-BUSY_MOST_US = 2**32 - 1
+MAX_BUSY_US = 2**32 - 1
 
 
 def top_of(number: int) -> int:
@@ -44,7 +44,7 @@ class Sender:
         d = self._desc
         d.kind, d.round, d.block, d.generation, d.arg = descriptor
         dst = top_of(d.round) if d.kind == Kind.SUM and self._target != AGENT else self._target
-        busy_us = min(self._spent.ns // 1000, BUSY_MOST_US)
+        busy_us = min(self._spent.ns // 1000, MAX_BUSY_US)
         fd = self._socket.fileno()
         status = lib.lifl_link_send(self._arena.handle, fd, self._source, self._target, dst, busy_us, d)
         if status == lib.LIFL_OK:

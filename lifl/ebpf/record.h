@@ -9,8 +9,8 @@
 /* The launcher's own socket: what has no route, or whose socket is gone, goes there. */
 #define LIFL_LAUNCHER 0xffffffffu
 
-#define LIFL_MOST_SOCKETS 1024
-#define LIFL_MOST_ROUTES 4096
+#define LIFL_MAX_SOCKETS 1024
+#define LIFL_MAX_ROUTES 4096
 
 /* Kinds of descriptor that are counted apart (lifl/shm/ring.py has them all): an update on its way to a leaf, and back. */
 #define LIFL_KIND_UPDATE 3

@@ -11,7 +11,7 @@ from logging import WARNING
 from typing import Any
 
 from lifl.superlink import flower
-from lifl.superlink.store.store import MAX_OBJECTS
+from lifl.superlink.store.store import MAX_OBJECTS, count_of
 
 _names, _server = flower.part("gateway"), flower.part("server")
 
@@ -62,11 +62,6 @@ def why_not(request: Any) -> str | None:
     for message, tree in zip(request.messages_list, request.message_object_trees, strict=False):
         if tree.object_id != message.metadata.message_id:
             return f"its tree is that of {tree.object_id[:MAX_ID]!r}, it is {message.metadata.message_id[:MAX_ID]!r}"
-        count, waiting = 0, [tree]
-        while waiting:
-            node = waiting.pop()
-            count += 1
-            if count + len(waiting) + len(node.children) > MAX_OBJECTS:
-                return f"more than {MAX_OBJECTS:,} objects"
-            waiting.extend(node.children)
+        if count_of(tree, MAX_OBJECTS) > MAX_OBJECTS:
+            return f"more than {MAX_OBJECTS:,} objects"
     return None

@@ -110,7 +110,9 @@ def vm(pid: int, call: int) -> str:
     remote = Iovec(there, 8)
     size = 8 if call == PROCESS_VM_READV else 0
     local.len = remote.len = 8 if os.geteuid() else size
-    checked(libc.syscall(call, pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
+    # As long as the registers: of a shorter number the upper half would be what happened to be there.
+    one, none = ctypes.c_long(1), ctypes.c_long(0)
+    checked(libc.syscall(call, pid, ctypes.byref(local), one, ctypes.byref(remote), one, none))
     return repr(here.raw)
 
 

@@ -62,7 +62,7 @@ _CLOSE = (b"connection", b"close")
 _KIND = (b"content-type", _names.MEDIA_TYPE.encode())
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # of a path, which may have 64 KiB; there are some 30
 def _path_of(url: bytes) -> str:
     """As uvicorn has it."""
     return urllib.parse.unquote(httptools.parse_url(url).path.decode("ascii"))

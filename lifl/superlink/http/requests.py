@@ -32,7 +32,7 @@ MAX_TREE_BYTES = 2**25
 LONG_TREE_BYTES = 2**20
 """Up to so much is parsed without a look: it may take 25 times as much for a moment."""
 
-ID_BYTES, SOME_FIELDS = 64, 1000
+ID_BYTES, MAX_OTHER_FIELDS = 64, 1000
 """An object takes at least its id's bytes of an announcement; other fields are few."""
 
 _STORED = {flag: _names.PushObjectResponse(stored=flag).SerializeToString() for flag in (True, False)}
@@ -257,7 +257,7 @@ class PushMessages(Unary):
     def parse(self, body: bytes) -> Any:
         """The request; of a long one the objects are counted first, for each of which protobuf takes memory."""
         try:
-            most = min(MAX_OBJECTS, len(body) // ID_BYTES + SOME_FIELDS)
+            most = min(MAX_OBJECTS, len(body) // ID_BYTES + MAX_OTHER_FIELDS)
             if len(body) > LONG_TREE_BYTES and count_objects(body, most) > most:
                 raise ValueError(f"more than {most:,} objects")
         except ValueError as error:

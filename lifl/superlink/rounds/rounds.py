@@ -32,7 +32,7 @@ from lifl.superlink.rounds.outgoing import Comings
 from lifl.superlink.rounds.reply_index import Awaited
 from lifl.superlink.rounds.served_round import Announced, ServedRound
 from lifl.superlink.store.content import Landed
-from lifl.superlink.store.store import Store
+from lifl.superlink.store.store import Store, count_of
 from lifl.tensor import TensorSpec
 
 _names, _server = flower.part("rounds"), flower.part("server")
@@ -54,16 +54,6 @@ It goes on beside the arena, which costs a copy.
 
 TOO_LARGE = "twice the model and 128 MiB"
 """In words, what a reply may have, see ``Reception``."""
-
-
-def count_of(tree: Any, most: int) -> int:
-    """The objects in a tree; counted up to a little more than `most`."""
-    count, waiting = 1, [tree]
-    while waiting and count <= most:
-        node = waiting.pop()
-        count += len(node.children)
-        waiting.extend(node.children)
-    return count
 
 
 class Rounds:
@@ -401,11 +391,11 @@ class Rounds:
             reception.is_settling = True
             served.taken.add(meta.message_id)
             sessions = self._awaited.forget(reception)
-        self._end_sessions(sessions)
-        self._assembler.submit(self._give_up, served, reception)
+        self._assembler.submit(self._give_up, served, reception, sessions)
 
-    def _give_up(self, served: ServedRound, reception: Reception) -> None:
+    def _give_up(self, served: ServedRound, reception: Reception, sessions: list[str]) -> None:
         reception.drop()
+        self._end_sessions(sessions)
         self._delete_answered(reception.message.metadata.reply_to_message_id, [*reception.roots])
         served.tell(Settled(reception.message, {}, Rejection(reception.client, "format", f"more than {TOO_LARGE}")))
 

@@ -26,8 +26,8 @@ IS_CHECKING = bool(os.environ.get("LIFL_CHECK_CONTENT"))
 MAX_OBJECTS = 2**16
 """In one announced tree: three for each array of a model, and more if arrays are large."""
 
-SOME = 1000
-"""Ids in one statement: databases limit them."""
+MAX_IDS = 1000
+"""In one statement: databases limit them."""
 
 broken: list[str] = []
 """What that check has found: who reads may swallow the error."""
@@ -261,6 +261,16 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                     content.release()
 
 
+def count_of(object_tree: Any, most: int) -> int:
+    """How many objects a tree has, each as often as it is named; counted up to a little more than `most`."""
+    count, waiting = 1, [object_tree]
+    while waiting and count <= most:
+        node = waiting.pop()
+        count += len(node.children)
+        waiting.extend(node.children)
+    return count
+
+
 def _ids_of(object_tree: Any) -> list[str]:
     """The objects of a tree, each once, children before their parents; the root is the last, whatever is below it."""
     found = dict.fromkeys(node.object_id for node in _names.iterate_tree(object_tree))
@@ -332,8 +342,8 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
                 self._count(session, new, 1)
             self._let_go(session, root_id, list(held.difference(object_ids)))
             missing = set[str]()
-            for at in range(0, len(object_ids), SOME):
-                some = objects.object_id.in_(object_ids[at : at + SOME])
+            for at in range(0, len(object_ids), MAX_IDS):
+                some = objects.object_id.in_(object_ids[at : at + MAX_IDS])
                 missing |= set(session.scalars(select(objects.object_id).where(some, objects.is_available == 0)))
         return [one for one in object_ids if one in missing]
 
@@ -359,15 +369,15 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         """A tree holds these of its objects no longer."""
         objects, children = _names.StoredObject, _names.ObjectChild
         self._count(session, object_ids, -1)
-        for at in range(0, len(object_ids), SOME):
-            some = object_ids[at : at + SOME]
+        for at in range(0, len(object_ids), MAX_IDS):
+            some = object_ids[at : at + MAX_IDS]
             session.execute(delete(children).where(children.parent_id == root_id, children.child_id.in_(some)))
             session.execute(delete(objects).where(objects.object_id.in_(some), objects.ref_count == 0))
 
     def _count(self, session: Any, object_ids: list[str], change: int) -> None:
         objects = _names.StoredObject
-        for at in range(0, len(object_ids), SOME):
-            those = update(objects).where(objects.object_id.in_(object_ids[at : at + SOME]))
+        for at in range(0, len(object_ids), MAX_IDS):
+            those = update(objects).where(objects.object_id.in_(object_ids[at : at + MAX_IDS]))
             session.execute(those.values(ref_count=objects.ref_count + change))
 
     def put(self, object_id: str, object_content: bytes | Landed) -> None:
