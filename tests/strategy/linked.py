@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
+from flower_objects import FlowerObject, metrics, reply, update
 from flwr.proto import message_pb2, runtime_pb2
 from flwr.proto.error_pb2 import Error as ErrorProto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
-
-sys.path.append(str(Path(__file__).parents[1] / "superlink"))
-from things import Thing, metrics, reply, update
 
 RUN_ID = 1
 NOT_YET = b""
@@ -50,20 +46,20 @@ def metadata_of(asked: Any, **changed: Any) -> Any:
     return message_pb2.Metadata(**{**right, **changed})
 
 
-def message_of(asked: Any, *contents: Thing, error: str | None = None, **changed: Any) -> Thing:
+def message_of(asked: Any, *contents: FlowerObject, error: str | None = None, **changed: Any) -> FlowerObject:
     """A Message object: its metadata may be `changed`, and it may have any number of contents."""
     said = None if error is None else ErrorProto(code=1, reason=error)
     body = message_pb2.Message(metadata=metadata_of(asked, **changed), error=said)
-    return Thing("Message", contents, body.SerializeToString(deterministic=True))
+    return FlowerObject("Message", contents, body.SerializeToString(deterministic=True))
 
 
-def announced(asked: Any, message: Thing, more: Mapping[str, bytes] | None = None, tree: Any = None) -> Answer:
+def announced(asked: Any, message: FlowerObject, more: Mapping[str, bytes] | None = None, tree: Any = None) -> Answer:
     """A reply of these objects, rightly announced; `more` are contents in the place of the right ones."""
     contents = {thing.id: thing.content for thing in message.all()}
     return Answer(metadata_of(asked, message_id=message.id), tree or message.tree, {**contents, **(more or {})})
 
 
-def says(content: Thing) -> Client:
+def says(content: FlowerObject) -> Client:
     """A client that says the same to every message."""
     return lambda asked: announced(asked, message_of(asked, content))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import array, metrics
+from flower_objects import record as array_record
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
@@ -16,9 +18,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linked import Thing, reply, update
-from things import array, metrics
-from things import record as array_record
+from linked import FlowerObject, reply, update
 
 from lifl.strategy import extent
 
@@ -31,9 +31,9 @@ def contents_of(content: RecordDict) -> tuple[str, dict[str, bytes]]:
     return message.object_id, {object_id: one.deflate() for object_id, one in get_all_nested_objects(message).items()}
 
 
-def built(root: Thing, most_bytes: int = 2**40) -> int:
+def built(root: FlowerObject, most_bytes: int = 2**40) -> int:
     """The extent of a reply with this content."""
-    message = Thing("Message", (root,), b"")
+    message = FlowerObject("Message", (root,), b"")
     return extent.built_bytes(message.id, {thing.id: thing.content for thing in message.all()}, most_bytes)
 
 
@@ -52,11 +52,11 @@ def test_arrays_take_their_streams_bytes(count: int) -> None:
 
 def test_each_naming_counts() -> None:
     """A chunk that an Array names twice, an Array and a record that are named twice, each count twice."""
-    chunk = Thing("ArrayChunk", (), bytes(MIB))
+    chunk = FlowerObject("ArrayChunk", (), bytes(MIB))
     once = array(np.zeros(1), chunks=[chunk])
     twice = array(np.zeros(1), chunks=[chunk], arraychunk_ids=[0, 0])
     record = array_record({"a": twice, "b": twice, "c": once})
-    root = Thing("RecordDict", (record,), json.dumps({"r": record.id, "s": record.id}).encode())
+    root = FlowerObject("RecordDict", (record,), json.dumps({"r": record.id, "s": record.id}).encode())
     assert 10 * MIB <= built(root) <= 10 * MIB + 10_000
 
 
@@ -87,7 +87,7 @@ def test_a_bound_knows_the_model_or_what_came() -> None:
 
 def test_a_sum_ends_where_it_is_too_large() -> None:
     """A million namings of a chunk are not added up once the bound is passed; the message names the object."""
-    chunk = Thing("ArrayChunk", (), bytes(10 * MIB))
+    chunk = FlowerObject("ArrayChunk", (), bytes(10 * MIB))
     root = update({"x": array(np.zeros(1), chunks=[chunk], arraychunk_ids=[0] * 300_000)})
     with pytest.raises(ValueError, match=r"Array [0-9a-f]{12} would take more than 104,857,600 bytes"):
         built(root, 100 * MIB)
@@ -170,7 +170,7 @@ def test_no_metrics_take_more_than_was_found(values: dict[str, Any]) -> None:
 def test_a_records_names_are_read_without_a_parser(text: str, is_right: bool) -> None:
     """JSON of names and ids is what Flower writes, in any layout; anything else is refused."""
     chunk = array(np.zeros(1))
-    record = Thing("ArrayRecord", (chunk,), text.replace("ID", chunk.id).encode())
+    record = FlowerObject("ArrayRecord", (chunk,), text.replace("ID", chunk.id).encode())
     if is_right:
         assert built(reply(a=record)) > 0
     else:
@@ -183,10 +183,12 @@ def test_reading_names_takes_memory_in_proportion(nbytes: int) -> None:
     """However long a name is, and however many backslashes it has, reading it takes what it takes itself."""
     chunk = array(np.zeros(1))
     for filler in ("a", "\\\\"):
-        record = Thing("ArrayRecord", (chunk,), f'{{"{filler * (nbytes // len(filler))}": "{chunk.id}"}}'.encode())
+        record = FlowerObject(
+            "ArrayRecord", (chunk,), f'{{"{filler * (nbytes // len(filler))}": "{chunk.id}"}}'.encode()
+        )
         root = reply(a=record)
-        contents = {thing.id: thing.content for thing in Thing("Message", (root,), b"").all()}
-        message_id = Thing("Message", (root,), b"").id
+        contents = {thing.id: thing.content for thing in FlowerObject("Message", (root,), b"").all()}
+        message_id = FlowerObject("Message", (root,), b"").id
         tracemalloc.start()
         try:
             extent.built_bytes(message_id, contents, 2**30)
@@ -202,7 +204,7 @@ def test_values_are_counted() -> None:
     item.value.string_list.vals.extend([""] * (extent.MAX_VALUES + 1))
     body = recorddict_pb2.ConfigRecord(items=[item]).SerializeToString()
     with pytest.raises(ValueError, match="more than 262,144 values"):
-        built(reply(c=Thing("ConfigRecord", (), body)))
+        built(reply(c=FlowerObject("ConfigRecord", (), body)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -217,7 +219,7 @@ def test_any_bytes_are_values_or_refused(data: bytes) -> None:
 
 
 def _metrics(data: bytes) -> tuple[str, dict[str, bytes]]:
-    message = Thing("Message", (reply(m=Thing("MetricRecord", (), data)),), b"")
+    message = FlowerObject("Message", (reply(m=FlowerObject("MetricRecord", (), data)),), b"")
     return message.id, {thing.id: thing.content for thing in message.all()}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import array, weight
+from flower_objects import record as array_record
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
@@ -22,8 +24,8 @@ from linked import (
     NOT_YET,
     Answer,
     Client,
+    FlowerObject,
     Link,
-    Thing,
     announced,
     honest,
     message_of,
@@ -34,8 +36,6 @@ from linked import (
     update,
 )
 from scripted import Clock, record
-from things import array, weight
-from things import record as array_record
 
 import lifl
 from lifl.strategy import FedAvg, exchange, pulling
@@ -57,17 +57,17 @@ def row(function: Row) -> Row:
     return function
 
 
-def of(content: Thing) -> Row:
+def of(content: FlowerObject) -> Row:
     """A reply that is what it should be, down to its content."""
     return says(content)  # type: ignore[return-value]
 
 
-def body(kind: str, text: Any, *children: Thing) -> Thing:
+def body(kind: str, text: Any, *children: FlowerObject) -> FlowerObject:
     """An object with a body of JSON, or of the bytes that are given."""
-    return Thing(kind, children, text if isinstance(text, bytes) else json.dumps(text).encode())
+    return FlowerObject(kind, children, text if isinstance(text, bytes) else json.dumps(text).encode())
 
 
-def with_array(one: Thing) -> Thing:
+def with_array(one: FlowerObject) -> FlowerObject:
     """A reply of which one array is this."""
     return update({**NINES, "w": one})
 
@@ -115,11 +115,13 @@ ROWS |= {
     "a name of nothing": of(body("RecordDict", {"m": "b" * 64}, weight(1))),
     "a child without a name": of(body("RecordDict", {}, weight(1))),
     "a record that is an Array": of(body("RecordDict", {"a": array(np.ones(2)).id}, array(np.ones(2)))),
-    "an array that is a chunk": of(update({**NINES, "w": Thing("ArrayChunk", (), b"12345")})),
+    "an array that is a chunk": of(update({**NINES, "w": FlowerObject("ArrayChunk", (), b"12345")})),
     "a chunk that is a record": of(with_array(array(np.ones(2), chunks=[weight(1)]))),
-    "a chunk with a child": of(with_array(array(np.ones(2), chunks=[Thing("ArrayChunk", (weight(1),), b"1234")]))),
-    "an unknown kind": of(Thing("Pickle", (), b"cos\nsystem\n(S'true'\ntR.")),
-    "a kind with a line feed": of(Thing("Record\nERROR forged", (), b"")),
+    "a chunk with a child": of(
+        with_array(array(np.ones(2), chunks=[FlowerObject("ArrayChunk", (weight(1),), b"1234")]))
+    ),
+    "an unknown kind": of(FlowerObject("Pickle", (), b"cos\nsystem\n(S'true'\ntR.")),
+    "a kind with a line feed": of(FlowerObject("Record\nERROR forged", (), b"")),
     "bytes that are no text": of(body("RecordDict", b'{"\xff": "' + weight(1).id.encode() + b'"}', weight(1))),
     "an array of nested JSON": of(with_array(body("Array", b"[" * 100_000))),
     "an array of no JSON": of(with_array(body("Array", b"\0\1\2"))),
@@ -132,11 +134,19 @@ ROWS |= {
     "a chunk from the end": of(with_array(array(np.ones(2), arraychunk_ids=[-1]))),
     "a chunk by a fraction": of(with_array(array(np.ones(2), arraychunk_ids=[0.0]))),
     "a dtype of a number": of(with_array(array(np.ones(2), dtype=5))),
-    "metrics that are garbage": of(reply(arrays=array_record(NINES), metrics=Thing("MetricRecord", (), b"\xff" * 50))),
-    "metrics that end early": of(reply(arrays=array_record(NINES), metrics=Thing("MetricRecord", (), b"\x0a\x7f"))),
-    "metrics with a child": of(reply(arrays=array_record(NINES), metrics=Thing("MetricRecord", (weight(1),), b""))),
-    "metrics of groups": of(reply(arrays=array_record(NINES), metrics=Thing("MetricRecord", (), b"\x0b\x0c"))),
-    "a long number": of(reply(arrays=array_record(NINES), metrics=Thing("MetricRecord", (), b"\x08" + b"\x80" * 20))),
+    "metrics that are garbage": of(
+        reply(arrays=array_record(NINES), metrics=FlowerObject("MetricRecord", (), b"\xff" * 50))
+    ),
+    "metrics that end early": of(
+        reply(arrays=array_record(NINES), metrics=FlowerObject("MetricRecord", (), b"\x0a\x7f"))
+    ),
+    "metrics with a child": of(
+        reply(arrays=array_record(NINES), metrics=FlowerObject("MetricRecord", (weight(1),), b""))
+    ),
+    "metrics of groups": of(reply(arrays=array_record(NINES), metrics=FlowerObject("MetricRecord", (), b"\x0b\x0c"))),
+    "a long number": of(
+        reply(arrays=array_record(NINES), metrics=FlowerObject("MetricRecord", (), b"\x08" + b"\x80" * 20))
+    ),
 }
 
 
@@ -145,14 +155,14 @@ def a_chain_of_records(asked: Any) -> Answer:
     """Two thousand RecordDicts, each in the one before: deeper than Python's stack."""
     one, contents = weight(1), {weight(1).id: weight(1).content}
     for _ in range(2000):
-        one = Thing("RecordDict", (attrs_free(one),), json.dumps({"r": one.id}).encode())
+        one = FlowerObject("RecordDict", (attrs_free(one),), json.dumps({"r": one.id}).encode())
         contents[one.id] = one.content
     message = message_of(asked, attrs_free(one))
     tree = ObjectTree(object_id=message.id, children=[ObjectTree(object_id=i) for i in contents])
     return Answer(metadata_of(asked, message_id=message.id), tree, {**contents, message.id: message.content})
 
 
-class Named(Thing):
+class Named(FlowerObject):
     """A child of which only the id is known."""
 
     @property
@@ -161,7 +171,7 @@ class Named(Thing):
         return self.kind
 
 
-def attrs_free(one: Thing) -> Named:
+def attrs_free(one: FlowerObject) -> Named:
     """A stand-in for a thing with many below it, whose id would be made anew each time it is asked for."""
     return Named(one.id)
 
@@ -212,7 +222,7 @@ def no_message(asked: Any) -> Answer:
 @row
 def a_chunk_for_a_message(asked: Any) -> Answer:
     """What is announced as a message is an ArrayChunk."""
-    return announced(asked, Thing("ArrayChunk", (), b"some bytes"))
+    return announced(asked, FlowerObject("ArrayChunk", (), b"some bytes"))
 
 
 @row
@@ -236,7 +246,7 @@ def a_message_of_metrics(asked: Any) -> Answer:
 @row
 def a_message_that_is_garbage(asked: Any) -> Answer:
     """Its body is no protobuf."""
-    return announced(asked, Thing("Message", (update(NINES),), b"\xff\xff\xff"))
+    return announced(asked, FlowerObject("Message", (update(NINES),), b"\xff\xff\xff"))
 
 
 @row
@@ -266,15 +276,15 @@ ROWS |= {
 
 # ---------------------------------------------------------------- more than came
 
-CHUNK = Thing("ArrayChunk", (), bytes(2**20))
+CHUNK = FlowerObject("ArrayChunk", (), bytes(2**20))
 LARGE = array(np.zeros(1, np.float32), chunks=[CHUNK])
 
 
-def numbers(count: int) -> Thing:
+def numbers(count: int) -> FlowerObject:
     """A MetricRecord of so many small whole numbers, a byte each."""
     item = MetricRecordProto.Item(key="n")
     item.value.sint_list.vals.extend([-50] * count)
-    return Thing("MetricRecord", (), MetricRecordProto(items=[item]).SerializeToString())
+    return FlowerObject("MetricRecord", (), MetricRecordProto(items=[item]).SerializeToString())
 
 
 BOMBS: dict[str, Row] = {
@@ -294,7 +304,7 @@ BOMBS: dict[str, Row] = {
 ROWS |= BOMBS
 ROWS |= {
     "metrics of 300,000 items": of(
-        reply(arrays=array_record(NINES), metrics=Thing("MetricRecord", (), b"\x0a\x00" * 300_000))
+        reply(arrays=array_record(NINES), metrics=FlowerObject("MetricRecord", (), b"\x0a\x00" * 300_000))
     ),
 }
 
@@ -431,7 +441,8 @@ def test_a_good_reply_is_what_flower_makes_of_it() -> None:
 
     def rich(asked: Any) -> Answer:
         said = [
-            Thing(r.deflate().split(b" ")[0].decode(), (), r.deflate().partition(b"\0")[2]) for r in (config, numbers)
+            FlowerObject(r.deflate().split(b" ")[0].decode(), (), r.deflate().partition(b"\0")[2])
+            for r in (config, numbers)
         ]
         odd = {'a "name"\\': np.zeros((3, 0)), "\u00fc": np.arange(4), "tied": np.arange(4), "big": np.zeros(2_000_000)}
         content = reply(arrays=array_record(odd), config=said[0], metrics=said[1])

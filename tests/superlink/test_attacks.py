@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import NUMPY, FlowerObject, array, chunks_of, metrics, record, reply, saved, update, weight
 from flwr.app import Message, RecordDict
 from flwr.app.message import make_message
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
-from plain import call, head, headers_of
-from players import Client, check_mean, play, prepare, says, wait_until
+from raw_http import call, head, headers_of
 from rig import HOST, Node, Rig
-from things import NUMPY, Thing, array, chunks_of, metrics, record, reply, saved, update, weight
+from scripted_clients import Client, check_mean, play, prepare, says, wait_until
 
 from lifl.bench.fleet.canned_reply import Placeholder
 from lifl.superlink.rounds import incoming_reply as reception
@@ -75,7 +75,7 @@ def peak_below(most_bytes: int) -> Iterator[None]:
 # ---------------------------------------------------------------- whose bytes are whose
 
 
-def turned(arrays: dict[str, Any]) -> Thing:
+def turned(arrays: dict[str, Any]) -> FlowerObject:
     """A reply with the keys in another order than the model's."""
     return update(dict(reversed(arrays.items())))
 
@@ -103,7 +103,7 @@ def test_chunks_in_another_order_are_what_they_are() -> None:
     stream = b"".join(parts[i].body for i in said["arraychunk_ids"])
     theirs = np.frombuffer(stream, np.float32, count, 128)
     with Rig("256MiB") as rig:
-        bad = update({"w": Thing("Array", tuple(parts), json.dumps(said).encode())})
+        bad = update({"w": FlowerObject("Array", tuple(parts), json.dumps(said).encode())})
         zeros = {"w": np.zeros(count, np.float32)}
         round_, _ = play(rig, zeros, [(zeros, 1.0)], says(bad))
         check_mean(round_, [(zeros, 1.0), ({"w": theirs}, 1.0)])
@@ -124,19 +124,19 @@ def test_one_nodes_reply_changes_no_others(rig: Rig, turn: int) -> None:
 # ---------------------------------------------------------------- what a reply says of itself
 
 
-def described(name: str, **said: Any) -> Thing:
+def described(name: str, **said: Any) -> FlowerObject:
     """A right reply but for what one array says of itself; text as it is, not escaped."""
     numbers = THEIRS[name]
     chunks = chunks_of(saved(numbers))
     right = {"dtype": "float64", "shape": [3], "stype": NUMPY, "arraychunk_ids": [0]}
     body = json.dumps({**right, **said}, ensure_ascii=False).encode()
-    return update({**THEIRS, name: Thing("Array", tuple(chunks), body)})
+    return update({**THEIRS, name: FlowerObject("Array", tuple(chunks), body)})
 
 
-BIG = Thing("ArrayChunk", body=bytes(5 * MIB))
+BIG = FlowerObject("ArrayChunk", body=bytes(5 * MIB))
 ONE = array(np.zeros(1, np.float32))
 MANY = record({f"k{i}": ONE for i in range(400)})
-NAMES_400 = Thing("ArrayRecord", (ONE,), json.dumps({f"k{i}": ONE.id for i in range(400)}).encode())
+NAMES_400 = FlowerObject("ArrayRecord", (ONE,), json.dumps({f"k{i}": ONE.id for i in range(400)}).encode())
 SAID = {
     "23 MB of dtype": (described("b", dtype="\u00e9" * 11_500_000), "the description of 'b': 23,000,1"),
     "a long dtype": (described("b", dtype="x" * 100), "by no short text"),
@@ -150,16 +150,18 @@ SAID = {
         "not a .npy stream",
     ),
     "one chunk 100,000 times": (
-        update({**THEIRS, "w": array(THEIRS["w"], chunks=[Thing("ArrayChunk")], arraychunk_ids=[0] * 100_000)}),
+        update({**THEIRS, "w": array(THEIRS["w"], chunks=[FlowerObject("ArrayChunk")], arraychunk_ids=[0] * 100_000)}),
         "bytes came, at most|100,000 chunks, at most",
     ),
     "one array 400 times": (reply(arrays=NAMES_400, metrics=weight(1)), "the list of arrays: |not in the model"),
     "one record 400 times": (
-        Thing("RecordDict", (NAMES_400, weight(1)), json.dumps({f"r{i}": NAMES_400.id for i in range(400)}).encode()),
+        FlowerObject(
+            "RecordDict", (NAMES_400, weight(1)), json.dumps({f"r{i}": NAMES_400.id for i in range(400)}).encode()
+        ),
         "400 ArrayRecords, one is expected",
     ),
     "a long list of records": (
-        Thing("RecordDict", (weight(1),), json.dumps({f"r{i}": weight(1).id for i in range(5000)}).encode()),
+        FlowerObject("RecordDict", (weight(1),), json.dumps({f"r{i}": weight(1).id for i in range(5000)}).encode()),
         "the list of records: ",
     ),
     "a long key": (update({**THEIRS, "k" * 100_000: THEIRS["b"]}), "the list of arrays: |not in the model"),
@@ -173,7 +175,7 @@ SAID = {
 @pytest.mark.parametrize("names", [list(SAID)[i : i + 5] for i in range(0, len(SAID), 5)], ids=lambda names: names[0])
 def test_a_reply_that_says_too_much_is_refused_at_once(rig: Rig, names: list[str]) -> None:
     """Before anything is built of it: memory grows by what came; the run goes on, and the mean is the others'."""
-    came = sum(len(thing.content) for name in names for thing in SAID[name][0].all())
+    came = sum(len(one.content) for name in names for one in SAID[name][0].all())
     play(rig, MODEL, HONEST)  # what a first round needs for good
     with peak_below(4 * came + 64 * MIB):
         round_, clients = play(rig, MODEL, HONEST, *(says(SAID[name][0]) for name in names), num_rounds=2)
@@ -190,7 +192,7 @@ def test_a_reply_larger_than_any_is_refused_while_it_comes(rig: Rig, monkeypatch
     answers: list[int] = []
 
     def large(client: Client, asked: Message) -> None:
-        beside = [Thing("ArrayChunk", body=bytes([n]) * MIB) for n in range(8)]
+        beside = [FlowerObject("ArrayChunk", body=bytes([n]) * MIB) for n in range(8)]
         announced = client.announce(asked, reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1)))
         for object_id in announced.missing:
             body = client.request(asked, announced, object_id)
@@ -210,7 +212,7 @@ def test_no_other_way_past_the_size_of_a_reply(rig: Rig, monkeypatch: pytest.Mon
     stored: list[bool] = []
 
     def large(client: Client, asked: Message) -> None:
-        beside = [Thing("ArrayChunk", body=bytes([n]) * MIB) for n in range(8)]
+        beside = [FlowerObject("ArrayChunk", body=bytes([n]) * MIB) for n in range(8)]
         said = reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1))
         announced = prepare(asked, said)
         if how == "again":  # at first without what is large
@@ -242,7 +244,7 @@ def test_a_node_does_not_fill_the_arena() -> None:
         is_full = threading.Event()
 
         def fill(client: Client, asked: Message) -> None:
-            beside = [Thing("ArrayChunk", body=bytes([n]) * MIB) for n in range(20)]
+            beside = [FlowerObject("ArrayChunk", body=bytes([n]) * MIB) for n in range(20)]
             announced = client.announce(
                 asked, reply(arrays=record({"w": array(MODEL["w"], chunks=beside)}), m=weight(1))
             )
@@ -280,18 +282,18 @@ def test_a_reply_of_very_many_objects_is_refused_at_once(tmp_path: Path, where: 
 def test_a_stranger_does_not_push_for_another(rig: Rig) -> None:
     """Without a session, as SuperNodes did before there were any: what only another node announced stays its own."""
     is_announced, is_tried, tried = threading.Event(), threading.Event(), list[bool]()
-    shared: list[tuple[int, Thing]] = []
+    shared: list[tuple[int, FlowerObject]] = []
 
     def honest(client: Client, asked: Message) -> None:
         announced = client.announce(asked, update(*HONEST[0]))
-        shared.extend((asked.metadata.run_id, announced.things[one]) for one in announced.missing)
+        shared.extend((asked.metadata.run_id, announced.objects[one]) for one in announced.missing)
         is_announced.set()
         assert is_tried.wait(20)
         assert all(client.push(asked, announced))
 
     def stranger(client: Client, _: Message) -> None:
         assert is_announced.wait(20)
-        tried.extend(client.node.push(run_id, "", thing.id, thing.content) for run_id, thing in shared)
+        tried.extend(client.node.push(run_id, "", one.id, one.content) for run_id, one in shared)
         is_tried.set()
 
     round_, clients = play(rig, MODEL, [], honest, stranger, deadline=2.0)
@@ -456,7 +458,7 @@ def test_half_replies_hold_no_room_that_others_need(monkeypatch: pytest.MonkeyPa
 
     def half(client: Client, asked: Message) -> None:
         announced = client.announce(asked, update({"w": np.full(2_000_000, 7, np.float32)}))
-        large = max(announced.missing, key=lambda i: len(announced.things[i].content))
+        large = max(announced.missing, key=lambda i: len(announced.objects[i].content))
         body = client.request(asked, announced, large)
         line = socket.create_connection((HOST, client.rig.port), 10)
         line.sendall(head("/v1/fleet/push-object", headers_of(client.node), len(body)) + body[:100_000])
@@ -485,7 +487,7 @@ def test_uploads_of_a_round_that_is_over_hold_nothing(rig: Rig) -> None:
 
     def half(client: Client, asked: Message) -> None:
         announced = client.announce(asked, update(THEIRS))
-        large = max(announced.missing, key=lambda i: len(announced.things[i].content))
+        large = max(announced.missing, key=lambda i: len(announced.objects[i].content))
         body = client.request(asked, announced, large)
         line = socket.create_connection((HOST, client.rig.port), 10)
         line.sendall(head("/v1/fleet/push-object", headers_of(client.node), len(body)) + body[:100_000])

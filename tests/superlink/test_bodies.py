@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from flwr.proto import fleet_pb2, message_pb2
-from plain import Headers, Line, call, head, headers_of, soon, without
+from raw_http import Headers, Line, call, head, headers_of, soon, without
 from rig import HOST, Node, Rig
 
 from lifl.superlink.http import allowance

@@ -18,11 +18,11 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from flower_objects import NUMPY, FlowerObject, chunks_of, record, reply, saved, weight
 from flwr.app import RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.proto.message_pb2 import ObjectTree
-from things import NUMPY, Thing, chunks_of, record, reply, saved, weight
 
 import lifl
 from lifl.superlink.http.targets import Sink, Spool, SpoolBudget
@@ -59,7 +59,7 @@ def node() -> Iterator[lifl.Node]:
 # ---------------------------------------------------------------- replies
 
 
-def cut(numbers: Any, order: list[int] | None = None, *, turned: bool = False) -> Thing:
+def cut(numbers: Any, order: list[int] | None = None, *, turned: bool = False) -> FlowerObject:
     """An Array in small chunks, which it names in an order; `turned` has them below it in that order too."""
     chunks = chunks_of(saved(numbers), CHUNK_BYTES)
     unique = list(dict.fromkeys(chunks))
@@ -69,16 +69,16 @@ def cut(numbers: Any, order: list[int] | None = None, *, turned: bool = False) -
         unique = list(dict.fromkeys(unique[i] for i in named))
         named = list(range(len(unique)))
     said = {"dtype": str(numbers.dtype), "shape": list(numbers.shape), "stype": NUMPY, "arraychunk_ids": named}
-    return Thing("Array", tuple(unique), json.dumps(said).encode())
+    return FlowerObject("Array", tuple(unique), json.dumps(said).encode())
 
 
 POOL = [0, 1, 2, 3]
 """Arrays are full of one of few numbers, so that many are equal, or are counted up from it, so that few are."""
 
 
-def make_reply(random: Random) -> Thing:
+def make_reply(random: Random) -> FlowerObject:
     """A reply whose arrays are the model's or nearly so."""
-    arrays: dict[str, Thing] = {}
+    arrays: dict[str, FlowerObject] = {}
     names = list(MODEL)
     if random.random() < 0.3:
         random.shuffle(names)
@@ -102,18 +102,18 @@ def make_reply(random: Random) -> Thing:
     return reply(arrays=record(arrays), metrics=weight(1))
 
 
-def said_by(store: ArenaStore, said: Thing) -> dict[str, Any] | None:
+def said_by(store: ArenaStore, said: FlowerObject) -> dict[str, Any] | None:
     """What a reply says by name, read from the store's bytes in the slowest way; None if it does not count."""
-    things = {thing.id: thing for thing in said.all()}
+    objects = {one.id: one for one in said.all()}
 
-    def there(thing: Thing) -> bool:
-        return store.get(thing.id) == thing.content
+    def there(one: FlowerObject) -> bool:
+        return store.get(one.id) == one.content
 
-    if not all(there(thing) for thing in things.values()):
+    if not all(there(one) for one in objects.values()):
         return None
     arrays = {}
     for name, array_id in json.loads(said.children[0].body).items():
-        array = things[array_id]
+        array = objects[array_id]
         chunks = list(dict.fromkeys(array.children))
         stream = b"".join(chunks[i].body for i in json.loads(array.body)["arraychunk_ids"])
         try:
@@ -158,9 +158,9 @@ class Push:
 class Client:
     """One client: what its message has, what it has announced, and its reply at the server."""
 
-    said: Thing
-    message: Thing
-    things: dict[str, Thing]
+    said: FlowerObject
+    message: FlowerObject
+    objects: dict[str, FlowerObject]
     reception: Reception
     pushes: list[Push] = attrs.field(factory=list)
     settled: Settled | None = None
@@ -175,9 +175,9 @@ class Desk:
         self.round = node.open_round(SPEC, expected=100, commit_every=1, shape=lifl.Shape(leaves=1, shards=0))
         self.clients: list[Client] = []
 
-    def announce(self, node_id: int, said: Thing, announced: Thing) -> None:
+    def announce(self, node_id: int, said: FlowerObject, announced: FlowerObject) -> None:
         """A client says that `announced` will come, and its message has `said`."""
-        message = Thing("Message", (said,), b"%d" % node_id)
+        message = FlowerObject("Message", (said,), b"%d" % node_id)
         tree = ObjectTree(object_id=message.id, children=[announced.tree])
         recognised = recognise(self.geometry, tree, node_id)
         held = self.store.offer(recognised.objects)
@@ -188,12 +188,12 @@ class Desk:
         reception = Reception(
             self.round, self.geometry, "num-examples", str(node_id), metadata, tree, missing, recognised.form
         )
-        things = {thing.id: thing for thing in (*said.all(), *announced.all(), message)}
-        self.clients.append(Client(said, message, things, reception))
+        objects = {one.id: one for one in (*said.all(), *announced.all(), message)}
+        self.clients.append(Client(said, message, objects, reception))
 
     def begin(self, client: Client, object_id: str, *, is_wrong: bool = False) -> None:
         """An object begins to come, if it is wanted; or something else of its length."""
-        content = client.things[object_id].content
+        content = client.objects[object_id].content
         if is_wrong:
             content = content[:-8] + bytes(8)
         if not self.store.is_wanted(object_id):
@@ -296,7 +296,7 @@ def play(desk: Desk, random: Random) -> None:
             break
         client = random.choice(open_)
         under_way = {push.object_id for push in client.pushes}
-        wanted = [i for i in client.things if desk.store.is_wanted(i)]
+        wanted = [i for i in client.objects if desk.store.is_wanted(i)]
         waiting = [i for i in wanted if i not in under_way]
         step = random.random()
         if step < 0.01:
@@ -372,7 +372,7 @@ def test_the_game_is_played() -> None:
     said = [make_reply(Random(seed)) for seed in range(200)]
     for one in said:
         store.preregister(RUN, one.tree)
-        for thing in one.all():
-            store.put(thing.id, thing.content)
+        for each in one.all():
+            store.put(each.id, each.content)
     counted = sum(said_by(store, one) is not None for one in said)
     assert 100 < counted < 190

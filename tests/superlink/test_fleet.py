@@ -190,11 +190,11 @@ def test_what_ends_a_node_is_told() -> None:
     """A server that refuses a call ends the fleet with what it said."""
 
     def refuse(path: str, body: bytes) -> tuple[int, bytes]:
-        return (400, b"no such thing") if path.endswith("pull-messages") else quiet(path, body)
+        return (400, b"no such one") if path.endswith("pull-messages") else quiet(path, body)
 
     with server(refuse) as there:
         with (
-            pytest.raises(PeerGoneError, match="pull-messages failed with status 400: no such thing"),
+            pytest.raises(PeerGoneError, match="pull-messages failed with status 400: no such one"),
             Fleet(there.address, [REPLY]) as fleet,
         ):
             fleet.wait(5.0)

@@ -20,7 +20,7 @@ from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2, node_pb2
 from flwr.supercore import date
 from flwr.supercore.constant import TASK_TOKEN_HEADER
-from plain import Answer, Headers, Line, call, flowers_server, head, headers_of, replaced, soon, without
+from raw_http import Answer, Headers, Line, call, flowers_server, head, headers_of, replaced, soon, without
 from rig import Node, Rig
 
 from lifl.bench.fleet.caller import Identity

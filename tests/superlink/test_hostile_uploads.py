@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import update
 from flwr.app import Message
 from flwr.proto import message_pb2
-from plain import Headers, Line, call, head, headers_of, soon
-from players import Client, check_mean, play, wait_until
+from raw_http import Headers, Line, call, head, headers_of, soon
 from rig import HOST, UNIT, Node, Rig
-from things import update
+from scripted_clients import Client, check_mean, play, wait_until
 
 from lifl.round import round as round_module
 from lifl.superlink.http import protocol
@@ -342,8 +342,8 @@ class Twice:
         """Answers."""
         self.name = client.name
         made = client.announce(asked, update(THEIRS))
-        large = max(made.missing, key=lambda i: len(made.things[i].content))
-        content = made.things[large].content
+        large = max(made.missing, key=lambda i: len(made.objects[i].content))
+        content = made.objects[large].content
         right = client.request(asked, made, large)
         poison = np.full((100, 500), np.nan, np.float32).tobytes()
         wrong = client.request(asked, made, large, content[: -len(poison)] + poison)

@@ -19,7 +19,7 @@ from typing import Any
 import attrs
 import pytest
 from flwr.proto import fleet_pb2, message_pb2
-from plain import Headers, flowers_server, headers_of, replaced, soon, without
+from raw_http import Headers, flowers_server, headers_of, replaced, soon, without
 from rig import HOST, Node, Rig
 
 from lifl.superlink.http import protocol

@@ -13,14 +13,14 @@ from typing import Any
 
 import attrs
 import numpy as np
-import players
 import pytest
+import scripted_clients
 import uvicorn
+from flower_objects import FlowerObject, array, record, reply, update
 from flwr.app import Message
 from flwr.proto import message_pb2
-from players import Act, Client, flowers, prepare, says
 from rig import HOST, Rig
-from things import Thing, array, record, reply, update
+from scripted_clients import Act, Client, flowers, prepare, says
 
 import lifl
 from lifl import ipc
@@ -87,18 +87,18 @@ def lie(client: Client, asked: Message) -> None:
     right = prepare(asked, update(NINES, 9))
     proto = message_pb2.Message.FromString(right.message.body)
     proto.metadata.reply_to_message_id = "d" * 64
-    wrong = Thing("Message", right.message.children, proto.SerializeToString(deterministic=True))
+    wrong = FlowerObject("Message", right.message.children, proto.SerializeToString(deterministic=True))
     right.said.metadata.__dict__["_message_id"] = wrong.id
-    announced = attrs.evolve(right, message=wrong, things={thing.id: thing for thing in wrong.all()})
+    announced = attrs.evolve(right, message=wrong, objects={one.id: one for one in wrong.all()})
     client.push(asked, client.announce_again(announced))
 
 
-CHUNK = Thing("ArrayChunk", (), bytes(2**20))
+CHUNK = FlowerObject("ArrayChunk", (), bytes(2**20))
 BAD: dict[str, Act] = {
     "would take more than": says(update({**NINES, "w": array(np.zeros(1), chunks=[CHUNK], arraychunk_ids=[0] * 400)})),
-    "is described by no JSON object": says(update({**NINES, "w": Thing("Array", (), b"[]")})),
-    "is no list of names": says(Thing("RecordDict", (record(NINES),), b"no JSON")),
-    "a record": says(reply(arrays=record(NINES), metrics=Thing("MetricRecord", (), b"\xff" * 9))),
+    "is described by no JSON object": says(update({**NINES, "w": FlowerObject("Array", (), b"[]")})),
+    "is no list of names": says(FlowerObject("RecordDict", (record(NINES),), b"no JSON")),
+    "a record": says(reply(arrays=record(NINES), metrics=FlowerObject("MetricRecord", (), b"\xff" * 9))),
     "describes itself in": says(update({**NINES, "w": array(np.ones(2), dtype="f" * 2_000_000)})),
     "reply_to_message_id": lie,
 }
@@ -113,7 +113,7 @@ def test_bad_replies_cost_only_their_nodes_the_round(
     server: Rig, node: lifl.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The honest mean is exact, each bad node is named with what was wrong, who is slow counts last, all go on."""
-    monkeypatch.setattr(players, "POLL_S", 0.1)
+    monkeypatch.setattr(scripted_clients, "POLL_S", 0.1)
     honest = says(update(NINES, 4))
     clients = {name: Client(server, in_the_first_round(bad, honest)) for name, bad in BAD.items()}
     others_are_in, confirmed = threading.Event(), list[Any]()

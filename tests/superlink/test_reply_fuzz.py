@@ -16,11 +16,11 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from flower_objects import FlowerObject, array, metrics, record, saved, weight
 from flwr.app import Message
 from flwr.proto import message_pb2
-from players import Client, check_mean, play, prepare
 from rig import Rig
-from things import Thing, array, metrics, record, saved, weight
+from scripted_clients import Client, check_mean, play, prepare
 
 ROUNDS, BAD = 2, 16
 SEEDS = range(3)
@@ -80,38 +80,38 @@ def changed_json(random: Random, body: bytes) -> bytes:
     return json.dumps(said).encode()
 
 
-def changed(random: Random, thing: Thing) -> Thing:
+def changed(random: Random, one: FlowerObject) -> FlowerObject:
     """An object with its kind, its children or its body changed."""
     step = random.randrange(6)
     if step == 0:
         kinds = ["ArrayChunk", "Array", "ArrayRecord", "MetricRecord", "ConfigRecord", "RecordDict", "Message", "Error"]
-        return attrs.evolve(thing, kind=random.choice(kinds))
-    if step == 1 and thing.children:
-        kept = random.sample(thing.children, random.randrange(len(thing.children)))
-        return attrs.evolve(thing, children=tuple(kept))
+        return attrs.evolve(one, kind=random.choice(kinds))
+    if step == 1 and one.children:
+        kept = random.sample(one.children, random.randrange(len(one.children)))
+        return attrs.evolve(one, children=tuple(kept))
     if step == 2:
-        return attrs.evolve(thing, children=(*thing.children, Thing("ArrayChunk", body=random.randbytes(9))))
-    if thing.kind in ("RecordDict", "ArrayRecord", "Array"):
-        return attrs.evolve(thing, body=changed_json(random, thing.body))
-    body = bytearray(thing.body or b"x")
+        return attrs.evolve(one, children=(*one.children, FlowerObject("ArrayChunk", body=random.randbytes(9))))
+    if one.kind in ("RecordDict", "ArrayRecord", "Array"):
+        return attrs.evolve(one, body=changed_json(random, one.body))
+    body = bytearray(one.body or b"x")
     for _ in range(random.choice([1, 1, 5])):
         body[random.randrange(min(len(body), 200))] = random.randrange(256)
-    return attrs.evolve(thing, body=bytes(body[: random.choice([len(body), random.randrange(len(body) + 1)])]))
+    return attrs.evolve(one, body=bytes(body[: random.choice([len(body), random.randrange(len(body) + 1)])]))
 
 
-def replaced(thing: Thing, old: Thing, new: Thing) -> Thing:
+def replaced(one: FlowerObject, old: FlowerObject, new: FlowerObject) -> FlowerObject:
     """A tree with one object replaced, and the ids that name it, so that all hashes are right again."""
-    if thing is old:
+    if one is old:
         return new
-    children = tuple(replaced(child, old, new) for child in thing.children)
-    body = thing.body
-    for before, after in zip(thing.children, children, strict=True):
-        if thing.kind != "Array":
+    children = tuple(replaced(child, old, new) for child in one.children)
+    body = one.body
+    for before, after in zip(one.children, children, strict=True):
+        if one.kind != "Array":
             body = body.replace(before.id.encode(), after.id.encode())
-    return attrs.evolve(thing, children=children, body=body)
+    return attrs.evolve(one, children=children, body=body)
 
 
-def mutant(random: Random, right: Thing) -> Thing:
+def mutant(random: Random, right: FlowerObject) -> FlowerObject:
     """A right reply with one, two or three objects changed."""
     made = right
     for _ in range(random.choice([1, 1, 1, 2, 3])):
@@ -151,7 +151,7 @@ class Bad:
         beside = random.choice([weight(2), metrics(**{"num-examples": 2, "loss": 0.5, "many": [1, 2]})])
         arrays = record({name: made[name] for name in names})
         body = json.dumps({"arrays": arrays.id, "metrics": beside.id}).encode()
-        right = Thing("RecordDict", (arrays, beside), body)
+        right = FlowerObject("RecordDict", (arrays, beside), body)
         self.said = right if random.random() < 0.15 else mutant(random, right)
 
     def __call__(self, client: Client, asked: Message) -> None:
@@ -162,13 +162,13 @@ class Bad:
             announced = client.announce_again(announced, tree_of(random, announced.message.tree))
         except AssertionError:  # the server refused what is no tree
             return
-        missing = [one for one in announced.missing if one in announced.things]
+        missing = [one for one in announced.missing if one in announced.objects]
         random.shuffle(missing)
         for object_id in missing:
             if random.random() < 0.01:
                 continue
             wrong = random.random() < 0.03
-            content = announced.things[object_id].content
+            content = announced.objects[object_id].content
             for sent in ([content[:-1] + b"?"] if wrong else []) + [content]:
                 body = client.request(asked, announced, object_id, sent)
                 client.node.caller.call("/v1/fleet/push-object", body)
@@ -192,13 +192,13 @@ def test_a_wrong_reply_costs_its_own_node_and_nobody_else(rig: Rig, seed: int) -
     assert refused > 5
 
 
-def read(said: Thing) -> dict[str, Any]:
+def read(said: FlowerObject) -> dict[str, Any]:
     """The arrays of a reply by name, read by NumPy; fails if it is no right reply."""
-    things = {thing.id: thing for thing in said.all()}
-    (arrays,) = [things[i] for i in json.loads(said.body).values() if things[i].kind == "ArrayRecord"]
+    objects = {one.id: one for one in said.all()}
+    (arrays,) = [objects[i] for i in json.loads(said.body).values() if objects[i].kind == "ArrayRecord"]
     found = {}
     for name, object_id in json.loads(arrays.body).items():
-        one = things[object_id]
+        one = objects[object_id]
         chunks = list({chunk.id: chunk for chunk in one.children}.values())
         stream = b"".join(chunks[i].body for i in json.loads(one.body)["arraychunk_ids"])
         found[name] = np.load(io.BytesIO(stream), allow_pickle=False)

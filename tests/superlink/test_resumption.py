@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import update
 from flwr.app import Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.superlink.servicer.runtime import runtime_handlers
-from players import Client, flowers, mean_of, says, wait_until
 from rig import Node, Rig
-from things import update
+from scripted_clients import Client, flowers, mean_of, says, wait_until
 
 from lifl.strategy import FedAvg, fedavg
 from lifl.superlink import app_socket as agency
@@ -107,7 +107,7 @@ def test_an_object_that_is_pushed_again_has_been_stored(database: str) -> None:
         announced = client.announce(asked, update(*HONEST[0]))
         first, second, *_ = announced.missing
         stored.append(client.push(asked, announced, first, first, first))
-        content = announced.things[second].content
+        content = announced.objects[second].content
         stored.append([client.node.push(asked.metadata.run_id, "no session", second, content)])
         stored.append(client.push(asked, announced, *announced.missing))
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import array, update
 from flwr.app import Array, ArrayRecord, Message
-from players import Client, check_mean, play, wait_until
 from rig import Rig
-from things import array, update
+from scripted_clients import Client, check_mean, play, wait_until
 
 from lifl.bench.fleet.canned_reply import Prebuilt
 from lifl.bench.fleet.fleet import Fleet

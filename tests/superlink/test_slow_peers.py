@@ -16,9 +16,9 @@ import attrs
 import numpy as np
 import pytest
 from flwr.proto import fleet_pb2, message_pb2
-from plain import Headers, Line, head, headers_of, soon, without
-from players import Arrays, check_mean, play
+from raw_http import Headers, Line, head, headers_of, soon, without
 from rig import HOST, Rig
+from scripted_clients import Arrays, check_mean, play
 
 from lifl.superlink.http import gateway, protocol
 from lifl.superlink.http.rates import MIN_RATE, Rate, Rates, look_s

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import rig as rigs
+from flower_objects import update
 from flwr.app import Message
-from players import Client, check_mean, play, wait_until
 from rig import Rig
-from things import update
+from scripted_clients import Client, check_mean, play, wait_until
 
 MODEL = {"w": np.zeros((100, 500), np.float32), "b": np.zeros(3)}
 HONEST = [({"w": np.full((100, 500), 2.0**i, np.float32), "b": np.full(3, 2.0**i)}, 1.0 + i) for i in range(3)]

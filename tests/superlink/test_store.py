@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
+from flower_objects import FlowerObject
 from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore import date
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, OBJECT_PUSH_SESSION_TTL_SECONDS
@@ -21,7 +22,6 @@ from flwr.superlink.config_loader import get_federation_manager, get_objectstore
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from things import Thing
 
 from lifl.shm.arena import Arena
 from lifl.superlink.store import store as store_module
@@ -31,12 +31,16 @@ from lifl.superlink.store.store import ArenaStore, DurableStore
 UNIT = 65536
 
 
-CHUNKS = [Thing("ArrayChunk", body=bytes([n]) * size) for n, size in enumerate((0, 5, 1000, 70_000))]
-ARRAYS = [Thing("Array", (CHUNKS[0], CHUNKS[1])), Thing("Array", (CHUNKS[1],)), Thing("Array", tuple(CHUNKS[2:]))]
-RECORDS = [Thing("ArrayRecord", (ARRAYS[0], ARRAYS[1])), Thing("ArrayRecord", (ARRAYS[1], ARRAYS[2]))]
-ROOTS = [Thing("RecordDict", (record,), bytes([n])) for n, record in enumerate((*RECORDS, RECORDS[0]))]
-MESSAGES = [Thing("Message", (root,), bytes([n])) for n, root in enumerate((*ROOTS, ROOTS[0]))]
-THINGS = list(dict.fromkeys(thing for message in MESSAGES for thing in message.all()))
+CHUNKS = [FlowerObject("ArrayChunk", body=bytes([n]) * size) for n, size in enumerate((0, 5, 1000, 70_000))]
+ARRAYS = [
+    FlowerObject("Array", (CHUNKS[0], CHUNKS[1])),
+    FlowerObject("Array", (CHUNKS[1],)),
+    FlowerObject("Array", tuple(CHUNKS[2:])),
+]
+RECORDS = [FlowerObject("ArrayRecord", (ARRAYS[0], ARRAYS[1])), FlowerObject("ArrayRecord", (ARRAYS[1], ARRAYS[2]))]
+ROOTS = [FlowerObject("RecordDict", (record,), bytes([n])) for n, record in enumerate((*RECORDS, RECORDS[0]))]
+MESSAGES = [FlowerObject("Message", (root,), bytes([n])) for n, root in enumerate((*ROOTS, ROOTS[0]))]
+THINGS = list(dict.fromkeys(one for message in MESSAGES for one in message.all()))
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +118,9 @@ def sent(store: Any, object_id: str) -> bytes | None:
     return None if answer is None else content_of(answer)
 
 
-def fill(store: Any, message: Thing, run_id: int = 1) -> None:
+def fill(store: Any, message: FlowerObject, run_id: int = 1) -> None:
     """Registers a message and puts all that is missing."""
-    contents = {thing.id: thing.content for thing in message.all()}
+    contents = {one.id: one.content for one in message.all()}
     for object_id in dict.fromkeys(store.preregister(run_id, message.tree)):
         store.put(object_id, contents[object_id])
 
@@ -127,7 +131,7 @@ def fill(store: Any, message: Thing, run_id: int = 1) -> None:
 def test_what_is_not_there_is_asked_for(store: Any) -> None:
     """Objects nobody has registered, and those registered that have not come; the rest is not asked for again."""
     message = MESSAGES[0]
-    everything = [thing.id for thing in message.all()]
+    everything = [one.id for one in message.all()]
     assert list(dict.fromkeys(store.preregister(1, message.tree))) == everything
     assert list(dict.fromkeys(store.preregister(1, message.tree))) == everything
     store.put(CHUNKS[0].id, CHUNKS[0].content)
@@ -138,14 +142,14 @@ def test_what_is_not_there_is_asked_for(store: Any) -> None:
 
 def test_content_is_empty_until_it_comes(store: Any) -> None:
     """Before it is registered there is none, then it is empty, then it is there."""
-    thing = CHUNKS[2]
-    assert store.get(thing.id) is None
-    assert thing.id not in store
-    store.preregister(1, thing.tree)
-    assert store.get(thing.id) == b""
-    assert thing.id in store
-    store.put(thing.id, thing.content)
-    assert store.get(thing.id) == thing.content
+    one = CHUNKS[2]
+    assert store.get(one.id) is None
+    assert one.id not in store
+    store.preregister(1, one.tree)
+    assert store.get(one.id) == b""
+    assert one.id in store
+    store.put(one.id, one.content)
+    assert store.get(one.id) == one.content
     assert len(store) == 1
 
 
@@ -231,7 +235,7 @@ def test_a_run_ends_with_what_only_it_has(store: Any) -> None:
     fill(store, MESSAGES[1], 2)
     store.delete_objects_in_run(3)
     store.delete_objects_in_run(1)
-    assert {thing.id for thing in THINGS if thing.id in store} == {thing.id for thing in MESSAGES[1].all()}
+    assert {one.id for one in THINGS if one.id in store} == {one.id for one in MESSAGES[1].all()}
     store.delete_objects_in_run(2)
     assert len(store) == 0
 
@@ -251,7 +255,7 @@ def test_the_tree_of_what_is_registered_is_known(store: Any) -> None:
     if isinstance(store, DurableStore):  # all that a message holds is right below it
         tree = store.get_object_tree(MESSAGES[1].id)
         assert tree.object_id == MESSAGES[1].id
-        assert {one.object_id for one in tree.children} == {thing.id for thing in MESSAGES[1].all()[:-1]}
+        assert {one.object_id for one in tree.children} == {one.id for one in MESSAGES[1].all()[:-1]}
         assert not any(one.children for one in tree.children)
     else:
         assert store.get_object_tree(MESSAGES[1].id) == MESSAGES[1].tree
@@ -288,41 +292,41 @@ class SameAnswers(RuleBasedStateMachine):
             assert outcome(store) == expected, type(store).__name__
 
     @rule(run_id=st.integers(1, 2), message=st.sampled_from(MESSAGES))
-    def preregister(self, run_id: int, message: Thing) -> None:
+    def preregister(self, run_id: int, message: FlowerObject) -> None:
         """Registers a message."""
         self.same(lambda store: list(dict.fromkeys(store.preregister(run_id, message.tree))))
 
     @rule(run_id=st.integers(1, 2), message=st.sampled_from(MESSAGES))
-    def fill(self, run_id: int, message: Thing) -> None:
+    def fill(self, run_id: int, message: FlowerObject) -> None:
         """Registers a message and puts all of it."""
         self.same(lambda store: fill(store, message, run_id))
 
-    @rule(thing=st.sampled_from(THINGS))
-    def put(self, thing: Thing) -> None:
+    @rule(one=st.sampled_from(THINGS))
+    def put(self, one: FlowerObject) -> None:
         """Puts an object."""
-        self.same(lambda store: store.put(thing.id, thing.content))
+        self.same(lambda store: store.put(one.id, one.content))
 
-    @rule(thing=st.sampled_from(THINGS), other=st.sampled_from(THINGS))
-    def land(self, thing: Thing, other: Thing) -> None:
+    @rule(one=st.sampled_from(THINGS), other=st.sampled_from(THINGS))
+    def land(self, one: FlowerObject, other: FlowerObject) -> None:
         """Puts an object as the gateway does, mostly a wrong one."""
 
         def act(store: Any) -> None:
             if isinstance(store, InMemoryObjectStore):
-                store.put(thing.id, other.content)
+                store.put(one.id, other.content)
                 return
             landed = self.stores.landed(other.content)
             try:
-                store.put(thing.id, landed)
+                store.put(one.id, landed)
             except Exception:
                 landed.drop()
                 raise
 
         self.same(act)
 
-    @rule(thing=st.sampled_from(THINGS))
-    def delete(self, thing: Thing) -> None:
+    @rule(one=st.sampled_from(THINGS))
+    def delete(self, one: FlowerObject) -> None:
         """Deletes an object, if nothing refers to it."""
-        self.same(lambda store: store.delete(thing.id))
+        self.same(lambda store: store.delete(one.id))
 
     @rule(run_id=st.integers(1, 2))
     def end_run(self, run_id: int) -> None:
@@ -332,20 +336,20 @@ class SameAnswers(RuleBasedStateMachine):
     @invariant()
     def have_the_same(self) -> None:
         """The same objects with the same contents."""
-        self.same(lambda store: [store.get(thing.id) for thing in THINGS])
+        self.same(lambda store: [store.get(one.id) for one in THINGS])
         self.same(len)
 
-    @rule(thing=st.sampled_from(THINGS))
-    def look(self, thing: Thing) -> None:
+    @rule(one=st.sampled_from(THINGS))
+    def look(self, one: FlowerObject) -> None:
         """Asks for an object in every way."""
-        self.same(lambda store: thing.id in store)
+        self.same(lambda store: one.id in store)
         for store in self.ours:
-            content = store.get(thing.id)
-            assert store.is_wanted(thing.id) == (content == b"")
-            assert sent(store, thing.id) == (content or None)
-            nbytes, read = store.read(thing.id, 2**30)
+            content = store.get(one.id)
+            assert store.is_wanted(one.id) == (content == b"")
+            assert sent(store, one.id) == (content or None)
+            nbytes, read = store.read(one.id, 2**30)
             assert (nbytes, read) == (len(content or b""), content or b"")
-            assert store.read(thing.id, nbytes - 1) == (nbytes, b"")
+            assert store.read(one.id, nbytes - 1) == (nbytes, b"")
 
     def teardown(self) -> None:
         """All is given back."""
@@ -407,9 +411,9 @@ class Passing(Content):
 def test_what_comes_is_told_once(arena_store: Any, stores: Stores) -> None:
     """Each object, when its content is there; not when it comes again."""
     arena_store.preregister(1, ARRAYS[2].tree)
-    for thing in (*ARRAYS[2].all(), CHUNKS[3]):
-        arena_store.put(thing.id, stores.landed(thing.content))
-    assert arena_store.came == [thing.id for thing in ARRAYS[2].all()]
+    for one in (*ARRAYS[2].all(), CHUNKS[3]):
+        arena_store.put(one.id, stores.landed(one.content))
+    assert arena_store.came == [one.id for one in ARRAYS[2].all()]
 
 
 def test_a_second_copy_is_given_back(arena_store: Any, stores: Stores) -> None:
@@ -440,17 +444,17 @@ def test_what_was_read_away_is_not_taken_for_content(store: Any) -> None:
     """It was there when it was read into the sink and is not any more: it is refused, and can be pushed again."""
     if isinstance(store, InMemoryObjectStore):
         return
-    thing = CHUNKS[2]
-    sunk = Landed(b"", len(thing.content), thing.id)
-    fill(store, thing)
-    store.put(thing.id, sunk)
-    assert store.get(thing.id) == thing.content
-    store.delete(thing.id)
-    store.preregister(1, thing.tree)
+    one = CHUNKS[2]
+    sunk = Landed(b"", len(one.content), one.id)
+    fill(store, one)
+    store.put(one.id, sunk)
+    assert store.get(one.id) == one.content
+    store.delete(one.id)
+    store.preregister(1, one.tree)
     with pytest.raises(NoObjectInStoreError):
-        store.put(thing.id, sunk)
-    assert store.is_wanted(thing.id)
-    assert store.preregister(1, thing.tree) == [thing.id]
+        store.put(one.id, sunk)
+    assert store.is_wanted(one.id)
+    assert store.preregister(1, one.tree) == [one.id]
 
 
 def test_what_is_about_to_go_is_copied_for_others(arena_store: Any) -> None:
@@ -478,7 +482,7 @@ def test_a_look_at_what_does_not_last_is_a_copy(arena_store: Any) -> None:
 
 def test_what_is_offered_need_not_be_pushed(arena_store: Any) -> None:
     """It is not missing; it stays until it is withdrawn, and then as long as a message refers to it."""
-    offered = {thing.id: thing.content for thing in ARRAYS[0].all()}
+    offered = {one.id: one.content for one in ARRAYS[0].all()}
     assert arena_store.offer(offered) == set(offered)
     assert arena_store.came == list(offered) or set(arena_store.came) == set(offered)
     missing = arena_store.preregister(1, MESSAGES[0].tree)
@@ -491,11 +495,11 @@ def test_what_is_offered_need_not_be_pushed(arena_store: Any) -> None:
 
 def test_what_is_offered_outlives_a_message(arena_store: Any) -> None:
     """The message goes first, then the offer."""
-    offered = {thing.id: thing.content for thing in ARRAYS[0].all()}
+    offered = {one.id: one.content for one in ARRAYS[0].all()}
     arena_store.offer(offered)
     arena_store.preregister(1, MESSAGES[0].tree)
     arena_store.delete(MESSAGES[0].id)
-    assert {thing.id for thing in THINGS if thing.id in arena_store} == set(offered)
+    assert {one.id for one in THINGS if one.id in arena_store} == set(offered)
     arena_store.delete_objects_in_run(1)
     assert arena_store.get(CHUNKS[0].id) == CHUNKS[0].content
     arena_store.withdraw(offered)
@@ -580,20 +584,20 @@ def link(state: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
     state.object_store.clear()
 
 
-def push(link: Link, session_id: str, thing: Thing, run_id: int | None = None) -> bool:
+def push(link: Link, session_id: str, one: FlowerObject, run_id: int | None = None) -> bool:
     """Pushes an object."""
-    return bool(link.state.store_object(run_id or link.run_id, session_id, thing.id, thing.content))
+    return bool(link.state.store_object(run_id or link.run_id, session_id, one.id, one.content))
 
 
 def test_a_session_takes_what_it_lacks(link: Link) -> None:
     """Each object once, until all are there; then it is over."""
     session_id = link.state.start_session(link.run_id)
     missing = link.state.preregister_object_tree(MESSAGES[1].tree, session_id)
-    assert dict.fromkeys(missing) == dict.fromkeys(thing.id for thing in MESSAGES[1].all())
-    for thing in MESSAGES[1].all():
-        assert push(link, session_id, thing)
-        assert not push(link, session_id, thing), "it is not missing any more"
-        assert link.state.get_object(link.run_id, thing.id) == thing.content
+    assert dict.fromkeys(missing) == dict.fromkeys(one.id for one in MESSAGES[1].all())
+    for one in MESSAGES[1].all():
+        assert push(link, session_id, one)
+        assert not push(link, session_id, one), "it is not missing any more"
+        assert link.state.get_object(link.run_id, one.id) == one.content
     assert not push(link, session_id, MESSAGES[1])
 
 
@@ -650,10 +654,10 @@ def test_a_message_that_is_announced_again_has_the_new_session(link: Link) -> No
     assert push(link, before, CHUNKS[1])
     again = link.state.start_session(link.run_id)
     missing = link.state.preregister_object_tree(MESSAGES[1].tree, again)
-    assert set(missing) == {thing.id for thing in MESSAGES[1].all()} - {CHUNKS[1].id}
+    assert set(missing) == {one.id for one in MESSAGES[1].all()} - {CHUNKS[1].id}
     assert not push(link, before, CHUNKS[2])
-    for thing in MESSAGES[1].all():
-        assert push(link, again, thing) == (thing != CHUNKS[1])
+    for one in MESSAGES[1].all():
+        assert push(link, again, one) == (one != CHUNKS[1])
 
 
 def test_two_messages_that_share_objects_each_lack_them(link: Link) -> None:
@@ -708,13 +712,13 @@ def test_what_came_is_told_when_everybody_can_read_it(link: Link) -> None:
 
 # ---------------------------------------------------------------- who announces what is below an object
 
-INNER = Thing("ArrayChunk", body=b"inner")
-OUTER = Thing("Array", (INNER,), b"outer")
+INNER = FlowerObject("ArrayChunk", body=b"inner")
+OUTER = FlowerObject("Array", (INNER,), b"outer")
 
 
-def lie(thing: Thing, *children: str) -> Any:
+def lie(one: FlowerObject, *children: str) -> Any:
     """A tree that says that other objects are below."""
-    return ObjectTree(object_id=thing.id, children=[ObjectTree(object_id=child) for child in children])
+    return ObjectTree(object_id=one.id, children=[ObjectTree(object_id=child) for child in children])
 
 
 def ids_of(tree: Any) -> set[str]:
@@ -742,22 +746,22 @@ LIES = {
 @pytest.mark.parametrize("lies", LIES.values(), ids=LIES)
 def test_lies_about_anothers_objects_cost_nobody_anything(lied_to: Any, lies: list[Any], is_offered: bool) -> None:
     """An honest tree holds all its objects and lacks those that have not come, whoever said what of them before."""
-    honest = Thing("RecordDict", (OUTER,), b"honest")
+    honest = FlowerObject("RecordDict", (OUTER,), b"honest")
     liars = [f"{n:064x}" for n in range(len(lies))]
     for liar, said in zip(liars, lies, strict=True):
         lied_to.preregister(1, said)
         lied_to.preregister(1, ObjectTree(object_id=liar, children=[said]))
     held = lied_to.offer({OUTER.id: OUTER.content}) if is_offered else set()
     missing = lied_to.preregister(2, honest.tree)
-    assert set(missing) == {thing.id for thing in honest.all()} - held
-    for thing in (OUTER, INNER, honest):  # parents before their children too
-        lied_to.put(thing.id, thing.content)
-    assert ids_of(lied_to.get_object_tree(honest.id)) == {thing.id for thing in honest.all()}
+    assert set(missing) == {one.id for one in honest.all()} - held
+    for one in (OUTER, INNER, honest):  # parents before their children too
+        lied_to.put(one.id, one.content)
+    assert ids_of(lied_to.get_object_tree(honest.id)) == {one.id for one in honest.all()}
     for liar, said in zip(liars, lies, strict=True):
         lied_to.delete(liar)
         lied_to.delete(said.object_id)
     lied_to.delete_objects_in_run(1)
-    assert all(sent(lied_to, thing.id) == thing.content for thing in honest.all())
+    assert all(sent(lied_to, one.id) == one.content for one in honest.all())
     lied_to.withdraw(held)
     lied_to.delete(honest.id)
     assert len(lied_to) == 0
@@ -765,11 +769,11 @@ def test_lies_about_anothers_objects_cost_nobody_anything(lied_to: Any, lies: li
 
 def test_messages_that_contain_each_other_go(lied_to: Any) -> None:
     """And what is below them, unless another message has it."""
-    first, second = (Thing("Message", (), name) for name in (b"first", b"second"))
+    first, second = (FlowerObject("Message", (), name) for name in (b"first", b"second"))
     for one, other in ((first, second), (second, first)):
         below = [ObjectTree(object_id=other.id), OUTER.tree, CHUNKS[3].tree]
         lied_to.preregister(1, ObjectTree(object_id=one.id, children=below))
-    fill(lied_to, Thing("Message", (OUTER,), b"third"), run_id=2)
+    fill(lied_to, FlowerObject("Message", (OUTER,), b"third"), run_id=2)
     lied_to.put(CHUNKS[3].id, CHUNKS[3].content)
     lied_to.delete(first.id)
     assert first.id in lied_to
@@ -784,7 +788,7 @@ def test_messages_that_contain_each_other_go(lied_to: Any) -> None:
 
 def test_a_message_holds_what_it_was_announced_with_last(lied_to: Any) -> None:
     """Announced again with other objects below it, it lets go of those before."""
-    message = Thing("Message", (), b"again and again")
+    message = FlowerObject("Message", (), b"again and again")
     for n in range(5):
         inner = [hashlib.sha256(b"%d %d" % (n, i)).hexdigest() for i in range(100)]
         tree = ObjectTree(object_id=message.id, children=[lie(OUTER, *inner)])
@@ -809,33 +813,33 @@ class Liars(RuleBasedStateMachine):
         self.held: set[str] = set()  # what honest messages hold
 
     @rule(path=st.lists(st.sampled_from(THINGS), min_size=1, max_size=6), run_id=RUNS, to=st.integers(0, 3))
-    def lie(self, path: list[Thing], run_id: int, to: int) -> None:
+    def lie(self, path: list[FlowerObject], run_id: int, to: int) -> None:
         """Announces some objects one below the other, or all below the first."""
         tree = ObjectTree(object_id=path[-1].id)
-        for at, thing in reversed(list(enumerate(path[:-1]))):
-            tree = ObjectTree(object_id=thing.id, children=[tree, *(ObjectTree(object_id=one.id) for one in path[:at])])
-            tree = tree if at > to else ObjectTree(object_id=thing.id, children=[tree])
+        for at, one in reversed(list(enumerate(path[:-1]))):
+            tree = ObjectTree(object_id=one.id, children=[tree, *(ObjectTree(object_id=one.id) for one in path[:at])])
+            tree = tree if at > to else ObjectTree(object_id=one.id, children=[tree])
         if tree.object_id not in {one.id for one in MESSAGES}:  # nobody can know what another's will be
             self.store.preregister(run_id, tree)
 
     @rule(message=st.sampled_from(MESSAGES))
-    def announce(self, message: Thing) -> None:
+    def announce(self, message: FlowerObject) -> None:
         """An honest one."""
         missing = self.store.preregister(3, message.tree)
         assert {one.id for one in message.all() if not self.store.get(one.id)} == set(missing)
         self.held |= {message.id}
 
-    @rule(thing=st.sampled_from(THINGS))
-    def put(self, thing: Thing) -> None:
+    @rule(one=st.sampled_from(THINGS))
+    def put(self, one: FlowerObject) -> None:
         """In a block of its own."""
-        if thing.id in self.store:
-            self.store.put(thing.id, self.stores.landed(thing.content))
+        if one.id in self.store:
+            self.store.put(one.id, self.stores.landed(one.content))
 
-    @rule(thing=st.sampled_from(THINGS))
-    def delete(self, thing: Thing) -> None:
+    @rule(one=st.sampled_from(THINGS))
+    def delete(self, one: FlowerObject) -> None:
         """Deletes an object, if nothing refers to it."""
-        if thing.id not in self.held:
-            self.store.delete(thing.id)
+        if one.id not in self.held:
+            self.store.delete(one.id)
 
     @rule(run_id=st.integers(1, 2))
     def end_run(self, run_id: int) -> None:
@@ -887,16 +891,16 @@ def test_a_changed_content_is_found(arena_store: Any) -> None:
 
 def test_a_lie_about_a_whole_reply_hides_nothing(arena_store: Any) -> None:
     """Somebody has announced another's reply as empty: all of it can be pushed, also what the server writes itself."""
-    reply, liar = Thing("RecordDict", (OUTER,), b"reply"), Thing("RecordDict", (), b"liar")
-    message = Thing("Message", (reply,), b"honest")
+    reply, liar = FlowerObject("RecordDict", (OUTER,), b"reply"), FlowerObject("RecordDict", (), b"liar")
+    message = FlowerObject("Message", (reply,), b"honest")
     arena_store.preregister(1, ObjectTree(object_id=liar.id, children=[ObjectTree(object_id=reply.id)]))
     held = arena_store.offer({OUTER.id: OUTER.content})
     assert set(arena_store.preregister(1, message.tree)) == {INNER.id, reply.id, message.id}
     arena_store.withdraw(held)
     arena_store.delete(liar.id)
-    for thing in (INNER, reply, message):
-        arena_store.put(thing.id, thing.content)
+    for one in (INNER, reply, message):
+        arena_store.put(one.id, one.content)
     assert arena_store.get_object_tree(message.id) == message.tree
-    assert all(sent(arena_store, thing.id) == thing.content for thing in message.all())
+    assert all(sent(arena_store, one.id) == one.content for one in message.all())
     arena_store.delete(message.id)
     assert len(arena_store) == 0

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import FlowerObject, array, chunks_of, metrics, record, reply, saved, update, weight
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.proto import message_pb2
 from flwr.supercore import date
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
-from plain import Line, head, headers_of
-from players import Client, check_mean, flowers, never, play, prepare, says, settled, wait_until
+from raw_http import Line, head, headers_of
 from rig import UNIT, Rig
-from things import Thing, array, chunks_of, metrics, record, reply, saved, update, weight
+from scripted_clients import Client, check_mean, flowers, never, play, prepare, says, settled, wait_until
 
 from lifl.bench.fleet.canned_reply import Placeholder
 from lifl.errors import RoundError
@@ -66,7 +66,7 @@ def test_things_are_what_flower_makes() -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-def but(name: str, one: Any) -> Thing:
+def but(name: str, one: Any) -> FlowerObject:
     """A right reply but for one array."""
     return update({**RIGHT, name: one})
 
@@ -78,7 +78,7 @@ def at(index: int, value: float) -> Any:
     return changed
 
 
-def streamed(stream: bytes) -> Thing:
+def streamed(stream: bytes) -> FlowerObject:
     """The small array, of another stream."""
     return but("b", array(THEIRS["b"], stream=stream))
 
@@ -89,12 +89,12 @@ def header(said: str, version: bytes = b"\x01\x00") -> bytes:
     return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text
 
 
-def claims(shape: str, descr: str = "<f4", payload: bytes = THEIRS["b"].tobytes()) -> Thing:
+def claims(shape: str, descr: str = "<f4", payload: bytes = THEIRS["b"].tobytes()) -> FlowerObject:
     """The small array under a header that lies."""
     return streamed(header(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}") + payload)
 
 
-def said_by(name: str, **said: Any) -> Thing:
+def said_by(name: str, **said: Any) -> FlowerObject:
     """An array that describes itself in another way."""
     return but(name, array(THEIRS[name], **said))
 
@@ -102,7 +102,7 @@ def said_by(name: str, **said: Any) -> Thing:
 RECORD = record(RIGHT)
 NO_OBJECT = "f" * 64
 
-REFUSED: dict[str, tuple[Thing | Error, str, str]] = {
+REFUSED: dict[str, tuple[FlowerObject | Error, str, str]] = {
     # numbers
     "NaN": (but("w", at(0, np.nan)), "values", r"'w' holds nan at flat index 0"),
     "Inf at the end": (but("w", at(-1, np.inf)), "values", r"'w' holds inf at flat index 29999"),
@@ -154,23 +154,32 @@ REFUSED: dict[str, tuple[Thing | Error, str, str]] = {
     "a chunk twice": (said_by("b", arraychunk_ids=[0, 0]), "format", "came"),
     "a chunk left out": (said_by("b", arraychunk_ids=[]), "format", "not a .npy stream"),
     "another kind of stream": (said_by("w", stype="torch.tensor"), "format", "'w' is 'torch.tensor'"),
-    "no description": (but("b", Thing("Array", tuple(chunks_of(saved(THEIRS["b"]))), b"{}")), "format", "KeyError"),
-    "no JSON": (but("b", Thing("Array", (), b"{")), "format", "JSONDecodeError"),
-    "a list for a description": (but("b", Thing("Array", (), b"[]")), "format", "TypeError"),
-    "a deep nest": (but("b", Thing("Array", (), b"[" * 100_000)), "format", "100,014 bytes came, at most 91,136"),
+    "no description": (
+        but("b", FlowerObject("Array", tuple(chunks_of(saved(THEIRS["b"]))), b"{}")),
+        "format",
+        "KeyError",
+    ),
+    "no JSON": (but("b", FlowerObject("Array", (), b"{")), "format", "JSONDecodeError"),
+    "a list for a description": (but("b", FlowerObject("Array", (), b"[]")), "format", "TypeError"),
+    "a deep nest": (
+        but("b", FlowerObject("Array", (), b"[" * 100_000)),
+        "format",
+        "100,014 bytes came, at most 91,136",
+    ),
     "a chunk for an array": (but("b", chunks_of(saved(THEIRS["b"]))[0]), "format", "do not match"),
     "an array that was never pushed": (
         reply(
-            arrays=Thing("ArrayRecord", (), json.dumps(dict.fromkeys(THEIRS, NO_OBJECT)).encode()), metrics=weight(1)
+            arrays=FlowerObject("ArrayRecord", (), json.dumps(dict.fromkeys(THEIRS, NO_OBJECT)).encode()),
+            metrics=weight(1),
         ),
         *("format", f"object {NO_OBJECT} of the message is not there"),
     ),
     "a record that was never pushed": (
-        Thing("RecordDict", (), json.dumps({"a": NO_OBJECT}).encode()),
+        FlowerObject("RecordDict", (), json.dumps({"a": NO_OBJECT}).encode()),
         "format",
         "not there",
     ),
-    "records by number": (Thing("RecordDict", (), b"[1]"), "format", "names its parts by no object ids"),
+    "records by number": (FlowerObject("RecordDict", (), b"[1]"), "format", "names its parts by no object ids"),
     "a record for a reply": (RECORD, "format", "do not match"),
     "a reply in a reply": (
         reply(arrays=RECORD, metrics=weight(1), more=reply()),
@@ -225,13 +234,15 @@ FORTRAN = {**THEIRS, "w": np.asfortranarray(THEIRS["w"])}
 
 HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (5,), }"
 
-TAKEN: dict[str, Thing] = {
+TAKEN: dict[str, FlowerObject] = {
     "keys in another order": update(dict(reversed(RIGHT.items()))),
     "records in another order": reply(metrics=weight(1), arrays=RECORD),
     "Fortran's order": update(FORTRAN),
     "a wide header": streamed(header(HEADER + " " * 99) + THEIRS["b"].tobytes()),
     "small chunks": update({n: array(a, chunks=chunks_of(saved(a), 1000)) for n, a in THEIRS.items()}),
-    "a chunk of nothing": but("b", array(THEIRS["b"], chunks=[*chunks_of(saved(THEIRS["b"])), Thing("ArrayChunk")])),
+    "a chunk of nothing": but(
+        "b", array(THEIRS["b"], chunks=[*chunks_of(saved(THEIRS["b"])), FlowerObject("ArrayChunk")])
+    ),
     "a wrong description": said_by("b", dtype="float64", shape=[7, 7]),
     "other metrics beside": reply(arrays=RECORD, metrics=metrics(**{"num-examples": 1, "loss": 0.5, "x": [1.0, 2.0]})),
     "a smaller dtype": but("b", THEIRS["b"]),
@@ -337,7 +348,7 @@ def test_what_a_refused_reply_shares_with_another_stays(rig: Rig, wrong: str) ->
 
     def bad(client: Client, asked: Message) -> None:
         made = client.announce(asked, said)
-        large = max(made.missing, key=lambda i: len(made.things[i].content))
+        large = max(made.missing, key=lambda i: len(made.objects[i].content))
         assert all(client.push(asked, made, large))
         announced.set()
         if wrong == "a round that ends":
@@ -406,7 +417,7 @@ def test_a_reply_after_the_deadline_does_not_count(rig: Rig) -> None:
         assert over.wait(10)
         made = client.announce(asked, update(THEIRS))
         assert not made.missing
-        made.missing = list(made.things)
+        made.missing = list(made.objects)
         taken.extend(client.push(asked, made))
 
     def wait(_: list[Client]) -> None:
@@ -427,7 +438,7 @@ def test_a_reply_of_which_a_part_is_there_at_the_deadline_does_not_count(rig: Ri
 
     def slow(client: Client, asked: Message) -> None:
         made = client.announce(asked, update(THEIRS))
-        large = max(made.missing, key=lambda i: len(made.things[i].content))
+        large = max(made.missing, key=lambda i: len(made.objects[i].content))
         rest = [i for i in made.missing if i != large]
         assert all(client.push(asked, made, *rest[:2]))
         body = client.request(asked, made, large)
@@ -466,7 +477,7 @@ def test_a_reply_that_is_announced_twice_counts_once(rig: Rig) -> None:
 
     def twice(client: Client, asked: Message) -> None:
         first = client.announce(asked, update(THEIRS, 2))
-        large = max(first.missing, key=lambda i: len(first.things[i].content))
+        large = max(first.missing, key=lambda i: len(first.objects[i].content))
         assert all(client.push(asked, first, large))
         again = client.announce_again(first)
         assert set(again.missing) <= set(first.missing) - {large}
@@ -513,7 +524,7 @@ def test_a_reply_that_comes_too_early_takes_nothing_from_the_serverapp(rig: Rig)
         stored, missing = rig.state.store_message_and_object_tree(message, tree, session_id)
         assert stored
         assert next(server.replies(10)).refusal is None
-        contents = {thing.id: thing.content for thing in content.all()} | {message_id: message.deflate()}
+        contents = {one.id: one.content for one in content.all()} | {message_id: message.deflate()}
         assert all(rig.state.store_object(run_id, session_id, i, contents[i]) for i in dict.fromkeys(missing))
         assert round_.result().num_updates == 1
         server.close()
@@ -548,7 +559,7 @@ def test_objects_that_are_not_the_messages_do_not_stay(rig: Rig) -> None:
 
     def lying(client: Client, asked: Message) -> None:
         for n in range(3):
-            root = Thing("RecordDict", (update(THEIRS),), b"not the message %d" % n)
+            root = FlowerObject("RecordDict", (update(THEIRS),), b"not the message %d" % n)
             counts.append(len(client.rig.store))
             assert client.announce_again(prepare(asked, update(THEIRS)), root.tree).missing == []
             counts.append(len(client.rig.store))
@@ -570,7 +581,7 @@ def test_what_a_serverapp_leaves_behind_is_cleared(rig: Rig, when: str) -> None:
 
     def slow(client: Client, asked: Message) -> None:
         made = client.announce(asked, update(THEIRS))
-        large = max(made.missing, key=lambda i: len(made.things[i].content))
+        large = max(made.missing, key=lambda i: len(made.objects[i].content))
         body = client.request(asked, made, large)
         with Line(client.rig.port) as line:
             line.send(head("/v1/fleet/push-object", headers_of(client.node), len(body)), body[:50_000])

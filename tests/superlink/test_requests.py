@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto import fleet_pb2
-from plain import Line, head, headers_of, soon, without
+from raw_http import Line, head, headers_of, soon, without
 from rig import Node, Rig
 
 PULL = "/v1/fleet/pull-messages"

@@ -12,7 +12,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from hypothesis import given
 from hypothesis import strategies as st
-from test_geometry import MODEL
+from test_chunk_map import MODEL
 
 from lifl.superlink.rounds.chunk_map import Form, Geometry
 from lifl.superlink.rounds.model_objects import Recognised, array_object, id_of, recognise, record_object

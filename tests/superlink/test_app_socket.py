@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flower_objects import update
 from flwr.app import Message, RecordDict
-from players import Client, check_mean, flowers, play, says, settled, wait_until
 from rig import Rig
-from things import update
+from scripted_clients import Client, check_mean, flowers, play, says, settled, wait_until
 
 from lifl import ipc
 from lifl.errors import LeaseError, PeerGoneError, RoundError
