@@ -312,7 +312,7 @@ def test_attributes_of_fedavg() -> None:
 @pytest.mark.parametrize("name", ["FedAvgM", "FedAdagrad", "FedAdam", "FedYogi"])
 def test_current_arrays(name: str) -> None:
     """The strategies whose dtypes are kept hold the model that was sent in current_arrays, and begin with None."""
-    where = "on_the_mean.py (DtypeKept)"
+    where = "optimizers.py (DtypeKept)"
     strategy = getattr(flowers, name)()
     assert vars(strategy).get("current_arrays", "gone") is None, broke(f"{name}.current_arrays has changed", where)
     config, grid = ConfigRecord(), SimpleNamespace(get_node_ids=lambda: [1, 2])
@@ -329,12 +329,12 @@ def test_flowers_classes_pass_on_to_the_class_before_fedavg(name: str, monkeypat
     order = cls.__mro__
     theirs = getattr(flowers, name)
     assert order.index(theirs) < order.index(Mean) < order.index(flowers.FedAvg), broke(
-        f"{name} is not derived from FedAvg as it was", "on_the_mean.py"
+        f"{name} is not derived from FedAvg as it was", "optimizers.py"
     )
     reached: list[int] = []
     monkeypatch.setattr(Mean, "aggregate_train", lambda _, number, __: reached.append(number) or (None, None))
     cls().aggregate_train(5, [])
-    assert reached == [5], broke(f"{name}.aggregate_train does not call super().aggregate_train", "on_the_mean.py")
+    assert reached == [5], broke(f"{name}.aggregate_train does not call super().aggregate_train", "optimizers.py")
 
 
 def test_hooks_have_flowers_parameters() -> None:
@@ -342,7 +342,7 @@ def test_hooks_have_flowers_parameters() -> None:
     for cls in (Mean, ours.FedAvgM):
         own = inspect.signature(cls.aggregate_train).parameters
         theirs = inspect.signature(flowers.FedAvg.aggregate_train).parameters
-        assert list(own) == list(theirs), broke("aggregate_train has other parameters", "fedavg.py and on_the_mean.py")
+        assert list(own) == list(theirs), broke("aggregate_train has other parameters", "fedavg.py and optimizers.py")
 
 
 # ---------------------------------------------------------------- grids
