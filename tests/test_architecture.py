@@ -282,7 +282,7 @@ def test_every_atomic_names_its_order() -> None:
 
 
 def test_no_tracked_file_names_a_package_index() -> None:
-    """Where packages come from is the business of the machine that installs them."""
+    """The machine that installs the packages decides from where they come."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if tracked.returncode:
         pytest.skip("not a git checkout")

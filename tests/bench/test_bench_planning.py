@@ -13,7 +13,7 @@ from lifl.errors import PlanError
 
 
 def shown(what: object) -> str:
-    """What a user sees of it."""
+    """The text of a table, as a user sees it."""
     with open(os.devnull, "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
         console.print(what)
