@@ -103,7 +103,7 @@ def make_reply(random: Random) -> FlowerObject:
 
 
 def said_by(store: ArenaStore, said: FlowerObject) -> dict[str, Any] | None:
-    """What a reply says by name, read from the store's bytes in the slowest way; None if it does not count."""
+    """The contents of a reply by name, read from the store's bytes in the slowest way; None if it does not count."""
     objects = {one.id: one for one in said.all()}
 
     def there(one: FlowerObject) -> bool:
@@ -156,7 +156,7 @@ class Push:
 
 @attrs.define(eq=False)
 class Client:
-    """One client: what its message has, what it has announced, and its reply at the server."""
+    """A client: the contents of its message, its announcement, and its reply at the server."""
 
     said: FlowerObject
     message: FlowerObject
@@ -167,7 +167,7 @@ class Client:
 
 
 class Desk:
-    """What the gateway and the rounds do with replies, one step after another."""
+    """The steps of the gateway and the rounds with replies, one after another."""
 
     def __init__(self, node: lifl.Node, geometry: Geometry) -> None:
         self.node, self.geometry, self.store = node, geometry, ArenaStore()
@@ -367,7 +367,7 @@ def test_an_ids_bytes_are_its_bytes(node: lifl.Node, first: int) -> None:
 
 
 def test_the_game_is_played() -> None:
-    """Of random replies some count and some do not, so that both are tested."""
+    """Some random replies count and some do not, so that both are tested."""
     store = ArenaStore()
     said = [make_reply(Random(seed)) for seed in range(200)]
     for one in said:

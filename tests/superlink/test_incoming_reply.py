@@ -33,7 +33,7 @@ from lifl.superlink.rounds import rounds
 
 
 def model(seed: int = 99, dtype: Any = np.float32) -> dict[str, Any]:
-    """Of several dtypes and shapes; one array is large enough for a block of its own."""
+    """A model of several dtypes and shapes; one array is large enough for a block of its own."""
     random = np.random.default_rng(seed)
     return {
         "w": random.random((60, 500)).astype(dtype),
@@ -52,7 +52,7 @@ RIGHT = {name: array(one) for name, one in THEIRS.items()}
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
-    """One server for all rounds of this module."""
+    """A server for all rounds of this module."""
     with Rig("32MiB") as made:
         yield made
 
@@ -317,7 +317,7 @@ def test_a_client_may_send_back_what_it_got(rig: Rig) -> None:
 
 
 def test_frozen_layers_are_shared_by_all(rig: Rig) -> None:
-    """One array is the same in the model and in all replies, another in all replies."""
+    """An array is the same in the model and in all replies, another array in all replies."""
     frozen, common = model()["w"], np.float32([1, 2, 3, 4, 5])
     honest = [({**model(n), "w": frozen, "b": common}, float(n)) for n in (1, 2, 3)]
     round_, _ = play(rig, {**model(), "w": frozen}, honest, num_rounds=2)

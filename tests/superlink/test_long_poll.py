@@ -1,4 +1,4 @@
-"""Who asks for a message and finds none waits until there is one, or until the time is over; none is missed."""
+"""A request for a message waits until there is one, or until the time is over; no message is missed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def on_loop(test: Test) -> Callable[[], None]:
 
 
 def holding(hold_s: float = 5.0) -> Holding:
-    """One that belongs to the loop that runs."""
+    """The held requests of the loop that runs."""
     made = Holding(hold_s)
     made.loop = asyncio.get_running_loop()
     return made
