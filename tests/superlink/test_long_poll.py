@@ -24,7 +24,7 @@ def on_loop(test: Test) -> Callable[[], None]:
 
 
 def holding(hold_s: float = 5.0) -> Holding:
-    """The held requests of the loop that runs."""
+    """One that belongs to the loop that runs."""
     made = Holding(hold_s)
     made.loop = asyncio.get_running_loop()
     return made
