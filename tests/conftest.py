@@ -24,6 +24,7 @@ FAILED = pytest.StashKey[bool]()
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the markers and marks this process's environment, which all its descendants inherit."""
     config.addinivalue_line("markers", "big: takes about 8 GiB of memory; deselect with -m 'not big'")
+    config.addinivalue_line("markers", "ladder: takes long; `make check` has it, `make test` does not")
     config.addinivalue_line("markers", "transports: runs on rings and on the eBPF sidecar")
     config.addinivalue_line("markers", "leaves(reason): leaves what lifl does not own; exempt from the check")
     os.environ[MARK] = str(os.getpid())
