@@ -203,7 +203,9 @@ class Cluster:
         first, last = self._trace.times_s[0], self._trace.times_s[-1]
         try:
             self._open_rounds()
-            own, all_, begin = own_s(), machine_s(), time.monotonic()
+            own = own_s()
+            all_ = machine_s()
+            begin = time.monotonic()
             for part in self._parts:
                 if not part.is_top:
                     self._follow(partial(self._send_mean, part.node))

@@ -307,7 +307,8 @@ def fold_table(figures: dict[str, Any]) -> Table:
     notes = [
         f"Medians of {figures['repetitions']}. Reading memory, {figures['cores']} cores reach "
         f"{figures['read_all_cores_gb_per_s']:.1f} GB/s; the goal of shards is {figures['goal_share']:.0%}.",
-        f"lifl's mean differs from Flower's by {figures['error_over_tolerance']:.2f} of what rounding allows.",
+        f"lifl's and Flower's means differ by {figures['error_over_tolerance']:.2f} of the difference that rounding "
+        "allows.",
     ]
     table.add_column("way", no_wrap=True)
     for heading in ("workers", "ms", "GB/s", "against\nFlower", "of the\nread rate"):

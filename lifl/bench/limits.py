@@ -171,7 +171,9 @@ def start_workers() -> dict[str, float]:
             if item is None:
                 inbox.wait(0.0)
 
-    seconds, pidfds, spawner = {}, [], None
+    seconds: dict[str, float] = {}
+    pidfds: list[int] = []
+    spawner = None
     try:
         begin = time.perf_counter()
         spawner = Spawner(arena.fd, bell.fd, 0.0)

@@ -41,7 +41,7 @@ def run_nvflare(work: Work) -> Run:
         command = [sys.executable, "-m", JOB, str(kits / "admin@nvidia.com"), str(job), str(work.nodes)]
         programs.launch("submit", command, is_passing=True)
         with MemoryLog(server) as memory:
-            status = programs.finish("submit", RUN_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S, what="NVFLARE's job")
+            status = programs.finish("submit", RUN_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S, title="NVFLARE's job")
         if status or not out.exists():
             raise RuntimeError(f"NVFLARE's job failed.\n{programs.tail('submit')}\n{programs.tail('server')}")
         figures = json.loads(out.read_text())

@@ -77,7 +77,9 @@ def cpu_s(root: int) -> dict[str, float]:
 
 def descendants_cpu_s(root: int, without: tuple[str, ...]) -> float:
     """CPU seconds of the living descendants of `root`, except processes named in `without` and their descendants."""
-    processes, todo, ticks = _tree(root), [root], 0
+    processes = _tree(root)
+    todo = [root]
+    ticks = 0
     while todo:
         pid = todo.pop()
         below = [child for child, process in processes.items() if process.parent == pid and process.name not in without]
@@ -129,7 +131,9 @@ class MemoryLog:
         return max((nbytes for at, nbytes in self.looks if begin_s <= at <= end_s), default=0)
 
     def _watch(self) -> None:
-        took_s, pids, number = 0.0, list[int](), 0
+        took_s = 0.0
+        pids: list[int] = []
+        number = 0
         while not self._stop.wait(max(self._every_s - took_s, 9 * took_s)):
             begin = time.monotonic()
             if number % LOOKS_PER_SEARCH == 0:

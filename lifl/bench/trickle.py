@@ -138,7 +138,9 @@ def _round(
     node: Node, spec: TensorSpec, timing: Timing, sources: list[dict[str, Array]], updates: int, over_s: float
 ) -> Run:
     """Runs a round and checks its mean, which is known: the updates are full of 1 and 3 by turns, with weight 1."""
-    cpu_ns, peak_bytes, sent = _cpu_ns(node), 0, 0.0
+    cpu_ns = _cpu_ns(node)
+    peak_bytes = 0
+    sent = 0.0
     with node.open_round(spec, expected=updates, timing=timing) as round_:
         begin = time.perf_counter()
         for k in range(updates):

@@ -145,7 +145,9 @@ def _kernel() -> Iterator[Line]:
 def _cores() -> Iterator[Line]:
     from lifl.node.node import cores
 
-    usable, present, quota = cores(), os.cpu_count() or 1, _cpu_quota()
+    usable = cores()
+    present = os.cpu_count() or 1
+    quota = _cpu_quota()
     text = f"{usable} of {present} may be used: a Node has one worker for each by default"
     remedy = "" if usable >= present else "allow more: taskset, cpuset, or the container's --cpuset-cpus"
     if quota is not None and quota < usable:
@@ -205,17 +207,17 @@ def _open_files() -> Iterator[Line]:
 
 
 def _arenas() -> Iterator[Line]:
-    from lifl.node import node as runtime
+    from lifl.node import node
     from lifl.shm.sizes import default_bytes
     from lifl.superlink import command
 
     for name, owner, most, option in (
-        ("node_bytes", "a Node", runtime.DEFAULT_MEMORY, "memory="),
+        ("node_bytes", "a Node", node.DEFAULT_MEMORY, "memory="),
         ("superlink_bytes", "lifl-superlink", command.DEFAULT_MEMORY, "--lifl-memory"),
     ):
         nbytes = default_bytes(most)
         is_whole = nbytes >= most
-        why = "the default" if is_whole else f"a quarter of what is available, which is less than {_gib(most)}"
+        why = "the default" if is_whole else f"a quarter of the available memory, which is less than {_gib(most)}"
         remedy = "" if is_whole else f"free memory, or say how much: {option}"
         yield Line(name, nbytes, f"{owner} takes {_gib(nbytes)}: {why}", remedy)
 
@@ -260,9 +262,15 @@ def _ebpf() -> Iterator[Line]:
         from lifl.ebpf import probe
 
         found = probe.support()
-        loader, reason, remedy, auto = found.loader, found.reason, found.remedy, "ebpf" if found.available else "rings"
+        loader = found.loader
+        reason = found.reason
+        remedy = found.remedy
+        auto = "ebpf" if found.available else "rings"
     except Exception as error:  # unknown loader, or not Linux
-        loader, reason, remedy, auto = None, _text(error), f"on Linux: unset {EBPF_LOADER}", None
+        loader = None
+        reason = _text(error)
+        remedy = f"on Linux: unset {EBPF_LOADER}"
+        auto = None
     yield Line("available", loader is not None, f"{'no' if loader is None else 'yes'}: {reason}", remedy)
     yield Line("loader", loader)
     yield Line("reason", reason)

@@ -101,15 +101,15 @@ class Programs:
         while not is_ready():
             self._check(deadline, complaint, name)
 
-    def finish(self, name: str, timeout: float, on_line: Callable[[str], None] | None = None, what: str = "it") -> int:
+    def finish(self, name: str, timeout: float, on_line: Callable[[str], None] | None = None, title: str = "it") -> int:
         """Waits for the end of the passing program `name` and returns its exit status.
 
         Every line of its output goes to `on_line` as it comes, without line end and colours. Raises the errors of
-        :meth:`wait_until`, with `timeout` seconds and `what` as the subject of the complaint; the program is then
+        :meth:`wait_until`, with `timeout` seconds and `title` as the subject of the complaint; the program is then
         ended.
         """
         program, deadline = self._programs[name], time.monotonic() + timeout
-        complaint = f"{what} did not end in {timeout:g} s"
+        complaint = f"{title} did not end in {timeout:g} s"
         try:
             with open(self.log_dir / f"{name}.log", errors="replace") as log:
                 for line in _lines_while(log, lambda: program.poll() is None):

@@ -165,15 +165,13 @@ class _Reply:
         for part in parts:
             total += part
             if total > self._most_bytes:
-                raise ValueError(
-                    f"{one.name} would take more than {self._most_bytes:,} bytes when it is built of what came"
-                )
+                raise ValueError(f"{one.name} would take more than {self._most_bytes:,} bytes once it is inflated")
         return total
 
     def _object(self, object_id: str, *kinds: str) -> _Object:
         content = self._contents.get(object_id)
         if content is None:
-            raise ValueError(f"object {object_id[:12]!r} is named and did not come")
+            raise ValueError(f"object {object_id[:12]!r} is named but did not come")
         kind, children, at = _parse(content, len(self._contents))
         if kind not in kinds:
             raise ValueError(f"object {object_id[:12]} is of kind {kind[:40]!r}, {' or '.join(kinds)} was expected")

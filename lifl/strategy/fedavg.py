@@ -207,10 +207,10 @@ class Mean(FlowerFedAvg):
                 return replies, timeout
         except PeerGoneError as error:
             self._is_server_lost = True
-            log(WARNING, "lifl-superlink was lost in a round, which the ServerApp folds itself: %s", str(error))
+            log(WARNING, "lifl-superlink was lost during a round, which the ServerApp now folds itself: %s", str(error))
         except LiflError as error:
             # Only the text is logged: a log record with the traceback would keep the model and the server's memory.
-            log(WARNING, "lifl-superlink does not fold this run's rounds, the ServerApp does: %s", str(error))
+            log(WARNING, "lifl-superlink does not fold this run's rounds, so the ServerApp folds them: %s", str(error))
         server.close()
         self._server = None
         if timeout is not None and server.waiting_since_s is not None:

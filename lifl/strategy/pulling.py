@@ -145,7 +145,7 @@ class Puller:
                 # recognised by its status code instead of its class.
                 if getattr(getattr(error, "response", None), "status_code", None) != TOO_LARGE:
                     raise
-                log(ERROR, "The SuperLink finds a request for %s replies at once too large", len(ids))
+                log(ERROR, "The SuperLink refuses a request for %s replies at once as too large", len(ids))
                 return before
             for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
                 new.append(_Arriving(message.metadata, _ids_of(tree)))
