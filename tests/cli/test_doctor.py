@@ -313,7 +313,7 @@ def test_a_part_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(doctor.SECTIONS, "arena", (fails, *doctor.SECTIONS["arena"]))
     findings = doctor.examine()
     first = findings.sections["arena"][0]
-    assert (first.name, first.said) == ("fails", "cannot be found out: what nobody thought of")
+    assert (first.name, first.text) == ("fails", "cannot be found out: what nobody thought of")
     assert first.remedy
     assert findings.to_dict()["arena"]["memfd"] is True
     assert findings.can_run

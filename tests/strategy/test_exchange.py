@@ -55,7 +55,7 @@ def test_the_first_look_is_at_once_and_the_next_milliseconds_later(clock: Clock)
     ask(ScriptedGrid({1: nudge(1), 2: after(30.0, nudge(2))}, clock))
     assert clock.sleeps[:10] == [0.005] * 10
     assert clock.sleeps == sorted(clock.sleeps)
-    assert clock.sleeps[-1] == exchange.LONGEST_PAUSE_S
+    assert clock.sleeps[-1] == exchange.MAX_PAUSE_S
     # 0.005 s up to 0.05 s, then a tenth more each time up to 10 s, then one a second.
     assert len(clock.sleeps) < 10 + np.log(10 / 0.05) / np.log(1.1) + 20 + 2
 

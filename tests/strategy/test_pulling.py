@@ -669,7 +669,7 @@ def test_another_flower_pulls_for_itself(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gone: str
 ) -> None:
     """If a private name of Flower's is gone, its own method pulls, and the log says so once."""
-    pulling._say_once.cache_clear()
+    pulling._warn_once.cache_clear()
     link = Link({1: honest(ONES, 1)})
     if gone == "a name":
         monkeypatch.setattr(pulling, "_missing", "cannot import name 'pull_objects'")
@@ -685,7 +685,7 @@ def test_another_flower_pulls_for_itself(
             else:
                 assert pulling.puller(link.grid(), 0).__name__ == "<lambda>"
     assert caplog.text.count("flwr has changed") == 1
-    pulling._say_once.cache_clear()
+    pulling._warn_once.cache_clear()
 
 
 # ---------------------------------------------------------------- fuzz

@@ -17,7 +17,7 @@ from scripted import MODEL, Client, after, content, failing, metrics_of, nudge, 
 
 import lifl
 from lifl.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
-from lifl.strategy.tensorboard import LONGEST_LIST
+from lifl.strategy.tensorboard import MAX_LIST
 
 WRONG: Client = says(content({"weight": np.zeros(3, np.float32)}))
 CLIENTS: Mapping[int, Client] = {1: nudge(1), 2: nudge(2), 3: failing, 4: after(90, nudge(4)), 5: WRONG}
@@ -108,7 +108,7 @@ def test_rounds_without_a_result(node: lifl.Node, tmp_path: Path) -> None:
     assert found["round/refused"] == {1: 1, 2: 1}
 
     def long(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        return MetricRecord({"fits": [0.5] * LONGEST_LIST, "long": [0.5] * (LONGEST_LIST + 1)})
+        return MetricRecord({"fits": [0.5] * MAX_LIST, "long": [0.5] * (MAX_LIST + 1)})
 
     run(FedAvg(node=node, tensorboard=tmp_path), {1: nudge(1), 2: nudge(2)}, 1, evaluate_fn=long)
     names = {tag.split("/")[1] for tag in scalars(tmp_path / "run-2") if tag.startswith("evaluate_serverapp/")}
