@@ -64,6 +64,7 @@ PURE = {
     "monitor.stats": {"attrs", "collections", "typing"},
     "round.tally": {"attrs", "collections"},
     "report.scene": {"attrs", "collections", "math", "typing"},
+    "report.shapes": {"attrs", "collections", "itertools", "typing"},
     "errors": set(),
     "planner.load": {"attrs", "math"},
     "planner.shape": {"attrs"},
