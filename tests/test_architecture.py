@@ -90,6 +90,7 @@ OWNERS = {
     "_shm_ffi": ("shm.arena",),
     "multiprocess": ("workers.spawner",),
     "bcc": ("ebpf.",),
+    "platformdirs": ("node.calibration",),
     "prometheus_client": ("monitor.prometheus",),
 }
 

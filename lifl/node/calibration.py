@@ -181,11 +181,16 @@ def _wire() -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """``$LIFL_CACHE``, else ``lifl`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    """``$LIFL_CACHE``, else the user's cache folder: ``lifl`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+
+    Raises ``RuntimeError`` if there is no home.
+    """
     if folder := os.environ.get("LIFL_CACHE"):
         return Path(folder)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "lifl"
+    from platformdirs import user_cache_path  # here: a Node whose costs are given needs no folder
+
+    # Not every version of it notices that there is no home.
+    return user_cache_path("lifl", appauthor=False).expanduser()
 
 
 def machine() -> dict[str, str | int]:
