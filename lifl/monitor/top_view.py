@@ -6,8 +6,6 @@ What comes from other processes is text, whatever is in it.
 from __future__ import annotations
 
 import contextlib
-import io
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -202,12 +200,3 @@ def show_live(console: Console, watcher: Watcher, interval_s: float) -> None:
         while True:
             live.update(nodes_view(watcher.look()), refresh=True)
             time.sleep(interval_s)
-
-
-def svg_of(sights: Sequence[Sight], width: int) -> str:
-    """The view as an SVG that refers to no other host."""
-    console = Console(width=width, record=True, force_terminal=True, file=io.StringIO())
-    console.print(nodes_view(sights))
-    drawn = console.export_svg(title="lifl top", unique_id="lifl-top")
-    # Fonts that would be loaded; without them the reader's own are used.
-    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
