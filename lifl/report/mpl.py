@@ -41,7 +41,7 @@ def draw(report: Shown, ax: Axes | None = None) -> Axes:
 
 
 def make_figure(report: Shown) -> Figure:
-    """A figure for a file. It is not pyplot's, which would keep it, and choose a window system."""
+    """A figure for a file. pyplot does not make it: it would keep the figure, and choose a window system."""
     scene = show_scene(report)
     with _naming_the_extra():
         from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def _naming_the_extra() -> Iterator[None]:
 
 
 def _size(scene: Scene) -> tuple[float, float]:
-    return 10.0, 1.6 + 0.45 * len(scene.runtimes)
+    return 10.0, 1.6 + 0.45 * len(scene.workers)
 
 
 def _draw_all(report: Shown, scene: Scene, figure: Figure) -> Axes:
@@ -93,8 +93,8 @@ def _draw(scene: Scene, window: Window, ax: Axes) -> None:
     for shape in shapes_in(scene, window):
         _paint(shape, ax)
     ax.set_xlim(window.begin_s, window.end_s)
-    ax.set_ylim(len(scene.runtimes) - 0.5, -1.3)
-    ax.set_yticks(range(len(scene.runtimes)), [row_name(runtime) for runtime in scene.runtimes])
+    ax.set_ylim(len(scene.workers) - 0.5, -1.3)
+    ax.set_yticks(range(len(scene.workers)), [row_name(worker) for worker in scene.workers])
     ticks = list(window.ticks())
     ax.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
     ax.spines[["top", "right", "left"]].set_visible(False)

@@ -91,7 +91,7 @@ Shape = Block | Stroke | Sign | Label
 
 def shapes_in(scene: Scene, window: Window) -> Iterator[Shape]:
     """All shapes of a window, those behind first. Axes, names of rows and the legend are the painter's."""
-    rows = {runtime: float(row) for row, runtime in enumerate(scene.runtimes)}
+    rows = {worker: float(row) for row, worker in enumerate(scene.workers)}
     for row in rows.values():
         yield Block(window.begin_s, window.end_s, row - TRACK / 2, row + TRACK / 2, opacity=0.08)
     for at, _ in window.ticks():
@@ -106,8 +106,8 @@ def shapes_in(scene: Scene, window: Window) -> Iterator[Shape]:
         yield Block(begin, end, top + low * TRACK, top + high * TRACK, COLOURS.get(bar.step), title=str(bar))
     for at, text in arrivals_in(scene, window):
         yield Stroke(at, TOP - 0.1, TOP + 0.125, opacity=0.7, title=text)
-    for runtime, row in rows.items():
-        yield from _roles(scene, window, runtime, row)
+    for worker, row in rows.items():
+        yield from _roles(scene, window, worker, row)
     yield from _marks(scene, window)
 
 
@@ -122,11 +122,11 @@ def enlarged_part(scene: Scene) -> Iterator[Block]:
 
 def bottom_of(scene: Scene) -> float:
     """The height at which the lines of axes and marks end, just below the last track."""
-    return len(scene.runtimes) - 1 + TRACK / 2 + 0.1
+    return len(scene.workers) - 1 + TRACK / 2 + 0.1
 
 
-def _roles(scene: Scene, window: Window, runtime: int, row: float) -> Iterator[Shape]:
-    roles = roles_of(scene, runtime)
+def _roles(scene: Scene, window: Window, worker: int, row: float) -> Iterator[Shape]:
+    roles = roles_of(scene, worker)
     for x, is_end, text in role_labels(roles, window):
         yield Label(text, window.at(x), row - TRACK / 2 - 0.075, is_end)
     for (_, _, before), (begin, _, after) in pairwise(roles):

@@ -56,7 +56,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto
 
 
 def escaped(text: object, most: int = MAX_LETTERS) -> str:
-    """For HTML and XML: special characters escaped, those that cannot be shown replaced, a long text's middle cut."""
+    """Text for HTML and XML: special characters escaped, unprintable ones replaced, a long text's middle cut out."""
     return html.escape(shorten(plain(text), most))
 
 
@@ -64,21 +64,21 @@ def escaped(text: object, most: int = MAX_LETTERS) -> str:
 
 
 def gantt_svg(report: Shown) -> str:
-    """A row for each runtime over time, as an ``<svg>`` to be put into a page, in the page's text colour."""
+    """The picture, a row for each worker over time, as an ``<svg>`` for a page, in the page's text colour."""
     return _svg(report, f'style="display:block;max-width:{WIDTH_PX:g}px;width:100%;height:auto"', "")
 
 
 def _svg(report: Shown, how: str, behind: str) -> str:
     scene = show_scene(report)
-    pitch = 40.0 if len(scene.runtimes) <= 12 else 32.0
+    pitch = 40.0 if len(scene.workers) <= 12 else 32.0
 
     def y(row: float) -> float:
         return TOP_PX + 16 + (row - TOP) * pitch
 
-    bottom = y(len(scene.runtimes) - 1 + TRACK / 2)
+    bottom = y(len(scene.workers) - 1 + TRACK / 2)
     parts = [behind, _line_of_text(20, headline(report), 14, 'font-weight="600"')]
     parts += [_line_of_text(38, remarks(report), 12)] if remarks(report) else []
-    parts += [_text(12, y(row) + 4, row_name(runtime), 12) for row, runtime in enumerate(scene.runtimes)]
+    parts += [_text(12, y(row) + 4, row_name(worker), 12) for row, worker in enumerate(scene.workers)]
     parts += [_element(shape, scene.windows[0], y) for shape in enlarged_part(scene)]
     for window in scene.windows:
         parts += [_element(shape, window, y) for shape in shapes_in(scene, window)]
@@ -93,7 +93,7 @@ def _svg(report: Shown, how: str, behind: str) -> str:
 
 
 def _element(shape: Shape, window: Window, y: Callable[[float], float]) -> str:
-    """One shape as an element; `y` gives the pixel of a height in rows."""
+    """A shape as an element; `y` gives the pixel of a height in rows."""
     if isinstance(shape, Block):
         x = window.x(shape.begin_s)
         width = max(window.x(shape.end_s) - x, MIN_PX)  # rounding must not make it less
@@ -127,7 +127,7 @@ def _legend(y: float) -> Iterator[str]:
 
 
 def _sign(kind: str, x: float, y: float, title: str = "") -> str:
-    """A sign with its middle there; an arrival's tick is one only in the legend."""
+    """A sign with its middle at (x, y). A tick is drawn as a sign only in the legend."""
     shapes = {
         "diamond": f"M{x:.1f} {y - 5:.1f}l5 5-5 5-5-5z",
         "triangle": f"M{x - 4:.1f} {y - 3.5:.1f}h8l-4 7z",
@@ -137,14 +137,14 @@ def _sign(kind: str, x: float, y: float, title: str = "") -> str:
     return f'<path d="{shapes[kind]}">{_title(title)}</path>'
 
 
-def _line_of_text(y: float, said: str, size: int, more: str = "") -> str:
-    # A long line would run out of the picture: its title has more of it.
+def _line_of_text(y: float, text: str, size: int, more: str = "") -> str:
+    # A long line would run out of the picture. Its title has more of the text.
     most = int(WIDTH_PX / (0.58 * size))
-    return _text(12, y, shorten(said, most), size, more, said if len(said) > most else "")
+    return _text(12, y, shorten(text, most), size, more, text if len(text) > most else "")
 
 
-def _text(x: float, y: float, said: str, size: int, more: str = "", title: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" {more}>{_title(title)}{escaped(said)}</text>'
+def _text(x: float, y: float, text: str, size: int, more: str = "", title: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" {more}>{_title(title)}{escaped(text)}</text>'
 
 
 def _rect(x: float, y: float, width: float, height: float, more: str, title: str = "") -> str:
@@ -163,7 +163,7 @@ def _title(text: str) -> str:
 
 
 def report_html(report: Shown) -> str:
-    """The picture and a table below it, as a notebook shows a report."""
+    """The picture and tables below it, as a notebook shows a report."""
     count = f"{len(report.accepted)} of {report.expected}, weight {report.weight:g}"
     clipped = [f"{c.client_id} (to {c.clipped:.3g})" for c in report.accepted if c.clipped < 1]
     rows = [
@@ -187,18 +187,18 @@ def report_html(report: Shown) -> str:
 
 
 def _times(report: Shown) -> Iterator[tuple[str, list[str]]]:
-    said = dict(report.predicted or {})
+    predicted = dict(report.predicted or {})
     pairs = {"total": "completion_s", "last_to_result": "last_to_result_s"}
     for name, real in report.stages.items():
         cells = [short_time(real)]
         if report.predicted:
-            guess = said.pop(pairs.get(name, ""), None)
+            guess = predicted.pop(pairs.get(name, ""), None)
             cells.append("" if guess is None else short_time(guess) + _off(guess, real))
         yield name.replace("_", " "), cells
-    if "cpu_s" in said:
-        yield "CPU time", ["", short_time(said["cpu_s"])]
-    if "peak_bytes" in said:
-        megabytes = said["peak_bytes"] / 1e6
+    if "cpu_s" in predicted:
+        yield "CPU time", ["", short_time(predicted["cpu_s"])]
+    if "peak_bytes" in predicted:
+        megabytes = predicted["peak_bytes"] / 1e6
         yield "peak memory", ["", f"{megabytes:,.0f} MB" if megabytes >= 100 else f"{megabytes:.3g} MB"]
 
 
@@ -215,7 +215,7 @@ def _several(values: list[str]) -> str:
 
 
 def _row(name: str, cells: list[str], tag: str = "td") -> str:
-    """A row of a table; the cells are HTML."""
+    """A row of a table. The cells are HTML already."""
     style = "text-align:left;padding:1px 12px 1px 0;vertical-align:top"
     inner = "".join(f'<{tag} style="{style};overflow-wrap:anywhere">{cell}</{tag}>' for cell in cells)
     return f'<tr><th style="{style};white-space:nowrap">{escaped(name)}</th>{inner}</tr>'
@@ -225,7 +225,7 @@ def _row(name: str, cells: list[str], tag: str = "td") -> str:
 
 
 def save(report: Shown, path: str | os.PathLike[str]) -> None:
-    """Writes a file of the kind that its suffix says: see :meth:`lifl.RoundReport.save`."""
+    """Writes a file in the format of its suffix: see :meth:`lifl.RoundReport.save`."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
@@ -245,7 +245,7 @@ def save(report: Shown, path: str | os.PathLike[str]) -> None:
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """The file is old or new, never half: written beside it, then renamed over it."""
+    """Writes a file beside the path, then renames it over the path, so that no reader meets half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
