@@ -84,6 +84,7 @@ class Exporter:
         keep_from_forks(self._server.socket)
         self._server.set_app(make_wsgi_app(registry))
         self.address = self._server.address
+        # Waits for connections; `close` ends it. A daemon, so that a program that forgets `close` can exit.
         self._thread = threading.Thread(target=self._server.serve, name="lifl-metrics", daemon=True)
         self._thread.start()
 
@@ -134,7 +135,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, family: int, where: tuple[str, int]) -> None:
         self.address_family, self._is_ended = family, False
         self._scrapes: dict[socket.socket, _Scrape] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards _scrapes; notified when a place is free
         super().__init__(where, _Handler)
 
     @property
