@@ -161,9 +161,8 @@ def _wire() -> dict[str, Any]:
                     connection.sendall(source)
                 spent.append(time.thread_time() - begin)
 
-        sender = threading.Thread(
-            target=send, daemon=True
-        )  # daemon: if the connection fails, this function raises and nobody joins it
+        # Joined below; a daemon, because nobody joins it if the connection fails and this function raises.
+        sender = threading.Thread(target=send, daemon=True)
         sender.start()
         connection, _ = server.accept()
         with connection:
