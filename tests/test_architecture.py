@@ -64,6 +64,7 @@ PURE = {
     "monitor.stats": {"attrs", "collections", "typing"},
     "round.tally": {"attrs", "collections"},
     "report.scene": {"attrs", "collections", "math", "typing"},
+    "report.shapes": {"attrs", "collections", "itertools", "typing"},
     "errors": set(),
     "planner.load": {"attrs", "math"},
     "planner.shape": {"attrs"},
@@ -89,6 +90,7 @@ OWNERS = {
     "_shm_ffi": ("shm.arena",),
     "multiprocess": ("workers.spawner",),
     "bcc": ("ebpf.",),
+    "platformdirs": ("node.calibration",),
     "prometheus_client": ("monitor.prometheus",),
 }
 

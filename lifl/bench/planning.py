@@ -1,4 +1,4 @@
-"""The time that planning a round takes; and the plan that ``lifl plan`` shows.
+"""The time that it takes to plan a round, and the cluster that is planned for.
 
 Owns the clock around the planner, which reads none itself. Nothing is printed here.
 """
@@ -12,11 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
 
-from lifl.planner.drawing import Branch, outline
-from lifl.planner.hierarchy import FAN_IN, Role
+from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S, Load, ServerNode
 from lifl.planner.placement import Rule
 from lifl.planner.plan import Plan, make_plan, replan
@@ -31,7 +28,6 @@ GOAL = (10_000, 100)
 SIZES = ((1_000, 10), GOAL, (100_000, 1_000), (1_000, 100), (10_000, 1_000), (100_000, 100))
 """Clients and nodes: three sizes of cluster with 100 clients on each node, then fewer and more clients on each."""
 REPETITIONS = 5
-STYLES = {Role.LEAF: "blue", Role.MIDDLE: "green", Role.TOP: "bold magenta", None: "dim"}
 
 
 def cluster_of(
@@ -92,18 +88,6 @@ def _timed(make: Callable[[], Plan], repetitions: int) -> tuple[Plan, list[float
         plan = make()
         times.append(1000 * (time.perf_counter() - begin))
     return plan, times
-
-
-def plan_tree(plan: Plan) -> Tree:
-    """The plan's tree for a terminal, abbreviated by :func:`~lifl.planner.drawing.outline`."""
-
-    def grow(branch: Branch, tree: Tree) -> Tree:
-        for one in branch.branches:
-            grow(one, tree.add(Text(one.label, STYLES[one.role])))
-        return tree
-
-    root = outline(plan.tasks)
-    return grow(root, Tree(Text(root.label, STYLES[root.role]), guide_style="dim"))
 
 
 def measure_planning(

@@ -7,7 +7,9 @@ Ctrl-C.
 from __future__ import annotations
 
 import functools
+import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
@@ -76,3 +78,12 @@ def show(figures: dict[str, Any], table: Callable[[dict[str, Any]], RenderableTy
         typer.echo(json.dumps(figures, indent=2))
     else:
         Console().print(table(figures))
+
+
+def terminal_svg(view: RenderableType, title: str, columns: int) -> str:
+    """A picture of a terminal that shows the view, as SVG that refers to no other host."""
+    console = Console(width=columns, record=True, force_terminal=True, file=io.StringIO())
+    console.print(view)
+    drawn = console.export_svg(title=title, unique_id=title.replace(" ", "-"))
+    # Its fonts would be fetched from a server; without them the reader's own are used.
+    return re.sub(r"\s*@font-face \{.*?\}", "", drawn, flags=re.DOTALL)

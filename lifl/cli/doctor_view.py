@@ -1,12 +1,9 @@
-"""The findings of ``lifl doctor`` as a table for a terminal, and as a picture of one."""
+"""The table of what ``lifl doctor`` found out, for a terminal."""
 
 from __future__ import annotations
 
-import io
-import re
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -47,12 +44,3 @@ def _mark(line: Line) -> Text:
     if line.name == "runs" and not line.value:
         return WRONG
     return BETTER if line.remedy else FINE
-
-
-def findings_svg(findings: Findings) -> str:
-    """A terminal with the table, as SVG without links to other hosts."""
-    console = Console(width=SVG_COLUMNS, record=True, file=io.StringIO(), force_terminal=True)
-    console.print(findings_table(findings))
-    svg = console.export_svg(title="lifl doctor", unique_id="doctor")
-    # rich's SVG fetches its fonts from a server on the internet.
-    return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from lifl.cli.bench import bench
-from lifl.cli.console import AsJson, reporting_errors, show
+from lifl.cli.console import AsJson, reporting_errors, show, terminal_svg
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S
 from lifl.planner.placement import Rule
@@ -95,7 +95,8 @@ def plan(
     plannings. With --json the plan is printed as a graph: tasks, channels,
     and the routing table of each node.
     """
-    from lifl.bench.planning import cluster_of, plan_tree, timed_plan
+    from lifl.bench.planning import cluster_of, timed_plan
+    from lifl.cli.plan_view import plan_tree
 
     names, servers = cluster_of(clients, nodes, capacity, cores, rate, execution)
     planned, planning_ms = timed_plan(names, servers, rule, fan_in, arity)
@@ -125,7 +126,7 @@ def top(
     found.
     """
     from lifl.monitor.top import Watcher, ask_all
-    from lifl.monitor.top_view import nodes_view, show_live, svg_of
+    from lifl.monitor.top_view import nodes_view, show_live
 
     if as_json:
         typer.echo(json.dumps({"nodes": [stats.to_dict() for stats in ask_all(pid)]}, indent=2))
@@ -140,7 +141,7 @@ def top(
     if svg is None:
         console.print(nodes_view(sights))
     else:
-        svg.write(svg_of(sights, SVG_WIDTH))
+        svg.write(terminal_svg(nodes_view(sights), "lifl top", SVG_WIDTH))
 
 
 @main.command()
@@ -154,10 +155,10 @@ def doctor(
     Changes nothing and needs no privileges. The status is 1 if lifl cannot run here at all.
     """
     from lifl.cli.doctor import examine
-    from lifl.cli.doctor_view import findings_svg, findings_table
+    from lifl.cli.doctor_view import SVG_COLUMNS, findings_table
 
     findings = examine()
     if svg is not None:
-        svg.write(findings_svg(findings))
+        svg.write(terminal_svg(findings_table(findings), "lifl doctor", SVG_COLUMNS))
     show(findings.to_dict(), lambda _: findings_table(findings), as_json)
     raise typer.Exit(0 if findings.can_run else 1)

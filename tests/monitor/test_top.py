@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 import lifl
 from lifl.cli import main as cli
+from lifl.cli.console import terminal_svg
 from lifl.errors import LiflError, PeerGoneError
 from lifl.monitor import top, top_view
 from lifl.monitor.beacon import name_of
@@ -409,7 +410,7 @@ def test_what_others_say_is_text() -> None:
 
 def test_picture_is_whole() -> None:
     """It is well-formed and loads nothing from elsewhere."""
-    svg = top_view.svg_of([SIGHT], 100)
+    svg = terminal_svg(top_view.nodes_view([SIGHT]), "lifl top", 100)
     root = ElementTree.fromstring(svg)
     assert root.tag.endswith("svg")
     assert "url(http" not in svg

@@ -143,7 +143,7 @@ def test_mark_is_said_once() -> None:
 def test_report_without_spans_shows_commits() -> None:
     """Reports of earlier versions show when updates arrived and when they were in a sum."""
     scene = show_scene(attrs.evolve(TRICKLED, spans=()))
-    assert scene.runtimes == (0, 1)
+    assert scene.workers == (0, 1)
     assert [bar.begin_s for bar in bars_in(scene, scene.windows[0])] == [1.1, 10.004]
 
 
