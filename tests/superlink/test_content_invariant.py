@@ -162,6 +162,7 @@ class Client:
     message: FlowerObject
     objects: dict[str, FlowerObject]
     reception: Reception
+    missing: set[str]
     pushes: list[Push] = attrs.field(factory=list)
     settled: Settled | None = None
 
@@ -189,7 +190,7 @@ class Desk:
             self.round, self.geometry, "num-examples", str(node_id), metadata, tree, missing, recognised.form
         )
         objects = {one.id: one for one in (*said.all(), *announced.all(), message)}
-        self.clients.append(Client(said, message, objects, reception))
+        self.clients.append(Client(said, message, objects, reception, missing))
 
     def begin(self, client: Client, object_id: str, *, is_wrong: bool = False) -> None:
         """An object begins to come, if it is wanted; or something else of its length."""
@@ -230,7 +231,7 @@ class Desk:
         except Exception:  # it has gone meanwhile, or it is something else
             landed.drop()
         else:
-            client.reception.missing.discard(push.object_id)
+            client.missing.discard(push.object_id)
 
     def drop(self, client: Client, push: Push) -> None:
         """Its connection is gone."""
@@ -239,7 +240,6 @@ class Desk:
 
     def settle(self, client: Client) -> None:
         """A reply is complete."""
-        client.reception.is_settling = True
 
         def release() -> None:
             for push in client.pushes:  # what is on its way goes on, also between the check and the fold
@@ -264,7 +264,7 @@ class Desk:
 
     def is_complete(self, client: Client) -> bool:
         """All that was missing has come, from whomever."""
-        return not any(self.store.is_wanted(i) for i in client.reception.missing)
+        return not any(self.store.is_wanted(i) for i in client.missing)
 
     def check(self) -> None:
         """The invariant, over all objects."""
