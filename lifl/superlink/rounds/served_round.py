@@ -18,7 +18,7 @@ from lifl.superlink.rounds.incoming_reply import Reception, Settled
 
 
 class State(enum.Enum):
-    """How far a message and its reply have come."""
+    """The stages of a message and its reply."""
 
     ASKED = enum.auto()
     """The message belongs to the round; Flower's state may not have it yet."""

@@ -76,7 +76,7 @@ class Watcher:
 
     def _look_for_errors(self, served: ServedRound) -> None:
         """Messages whose nodes are gone: Flower has an error reply for each."""
-        # Of a message that is still being stored Flower would say that it never existed.
+        # Without those that are being stored: of these Flower would say that they never existed.
         unanswered = {asked.message_id: asked for asked in self._registry.unanswered(served)}
         if not unanswered:
             return
