@@ -33,7 +33,7 @@ from lifl.superlink.store.content import Landed, PartContent
 from lifl.superlink.store.store import Store
 
 LOAN_TIMEOUT_S = 60.0
-"""Longest wait for a block, for a reply that is complete."""
+"""Longest wait for a block of its own, for a reply that is complete and lies beside the arena."""
 
 Position = tuple[int, int]
 """A chunk of an update: the tensor's index and the chunk's."""
@@ -196,7 +196,8 @@ class Reception:
         self._came_bytes = 0  # into places
         self._seen_s = self.heard_s  # of the last look of `is_slow`
         self._seen_bytes = 0
-        # Guards the loan, the set of admitted objects and both flags. Never taken by a thread that has the store's.
+        # Guards the loan, the set of admitted objects and both flags. A thread that holds the store's lock does not
+        # take this one.
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------ while it comes
@@ -268,13 +269,13 @@ class Reception:
         store.keep(self._positions)
         self._let_go(keeps=True)
 
-    def _borrow(self, *, waits: bool = False) -> bool:
+    def _borrow(self) -> bool:
         """Takes the loan; false if the round does not give one, which is reported when the reply is complete.
 
         Raises :class:`BlockingIOError` if the arena has no room now.
         """
         try:
-            self._loan = self._round.loan(self.client, timeout=LOAN_TIMEOUT_S if waits else 0.0)
+            self._loan = self._round.loan(self.client, timeout=0.0)
         except ShmError as error:
             raise BlockingIOError(str(error)) from None
         except LiflError:
@@ -316,9 +317,9 @@ class Reception:
         with self._lock:
             self._is_settling = True
             self._is_placing = False
-        if self.message.has_error():
-            return Settled(self.message, {}, None)
         try:
+            if self.message.has_error():
+                return Settled(self.message, {}, None)
             reader = ReplyReader(store, self._geometry, self.client)
             content = reader.read(self.message.metadata.message_id, self._weight_key)
             self._send(store, reader, content, release)

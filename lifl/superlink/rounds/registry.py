@@ -29,8 +29,8 @@ class Registry:
 
     def __init__(self, on_taken: Callable[[AskedMessage, Reception], None]) -> None:
         self._on_taken = on_taken
-        # Guards everything below and all records that can be reached from there. The store's lock and Flower's may be
-        # taken by nobody who holds this one.
+        # Guards everything below and all records that can be reached from there. A thread that holds this lock takes
+        # neither the store's nor one of Flower's.
         self._lock = threading.Lock()
         self._rounds: list[ServedRound] = []
         self._index = ReplyIndex()
@@ -83,9 +83,7 @@ class Registry:
         """Notes a message that is about to be stored; None if no round expects it, or if its round has it."""
         with self._lock:
             for served in self._rounds:
-                a = served.announced
-                is_its = (meta.run_id, meta.message_type, meta.group_id) == (a.run_id, a.message_type, a.group_id)
-                if is_its and served.expected[meta.dst_node_id] > 0 and meta.message_id not in served.asked:
+                if served.expects(meta):
                     served.expected[meta.dst_node_id] -= 1
                     asked = AskedMessage(meta.message_id, meta.dst_node_id, served)
                     served.asked[meta.message_id] = asked
@@ -117,8 +115,8 @@ class Registry:
         try:
             yield known is None or known.state not in (State.TAKEN, State.SETTLED)
         finally:
-            # After `announced`: in between the watcher would find a message without a reply, ask Flower for one and
-            # have Flower take the reply for delivered.
+            # Only after `announced`: in between, the watcher would find a message without a reply and ask Flower for
+            # one; Flower would give it the reply, and take that for delivered.
             if asked is not None:
                 with self._lock:
                     asked.announcing -= 1

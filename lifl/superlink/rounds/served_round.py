@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
@@ -139,6 +140,14 @@ class ServedRound:
     asked: dict[str, AskedMessage] = attrs.field(factory=dict)
     replies: dict[str, AskedMessage] = attrs.field(factory=dict)
     _names: Counter[int] = attrs.field(factory=Counter)
+
+    def expects(self, meta: Any) -> bool:
+        """True for the metadata of a message that the strategy has announced and that the round does not have yet."""
+        announced = self.announced
+        its = (announced.run_id, announced.message_type, announced.group_id)
+        is_announced = (meta.run_id, meta.message_type, meta.group_id) == its and self.expected[meta.dst_node_id] > 0
+        # Not one that its ServerApp sends again, because an answer was lost: another message to the node is to come.
+        return is_announced and meta.message_id not in self.asked
 
     def name(self, node_id: int) -> str:
         """The client's name for a node's next reply: a node that was sent two messages counts twice, as in Flower."""
