@@ -199,15 +199,18 @@ def test_a_reply_is_given_up_only_while_it_arrives(desk: Desk) -> None:
     asked = desk.ask("m", 7)
     assert desk.registry.give_up(asked) is None
     desk.announce("r", "m", "a")
-    left = desk.registry.give_up(asked)
-    assert left is not None
-    assert left[1] == ["session of r"]
+    assert desk.registry.may_push("session of r")
+    assert desk.registry.give_up(asked) is not None
     assert desk.registry.give_up(asked) is None
     assert desk.registry.sender("a", 7) is None
     assert not desk.announce("r", "m", "a")
+    assert not desk.registry.may_push("session of r")
+    assert desk.registry.may_push("another")
     desk.registry.pushed("session of r", "a")
     assert desk.taken == []
+    assert desk.registry.forget(asked) == ["session of r"]
     assert desk.registry.settle(asked)
+    assert len(desk.registry) == 1, "the round, and nothing in the index"
 
 
 def test_objects_that_others_bring_make_a_reply_whole(desk: Desk) -> None:

@@ -180,17 +180,17 @@ class Registry:
         with self._lock:
             return self._index.forget(asked)
 
-    def give_up(self, asked: AskedMessage) -> tuple[Reception, list[str]] | None:
-        """Takes no more of an arriving reply; None if it is not arriving any more.
+    def give_up(self, asked: AskedMessage) -> Reception | None:
+        """Takes no more of an arriving reply, and returns its reception; None if it is not arriving any more.
 
-        Returns its reception and its push sessions.
+        Its push sessions stay known until :meth:`forget`, so that nothing more is pushed in them.
         """
         with self._lock:
             if asked.state is not State.ARRIVING:
                 return None
             asked.move(State.TAKEN)
-            assert asked.reception is not None, "an arriving reply has one"
-            return asked.reception, self._index.forget(asked)
+            self._index.came(asked, list(asked.missing))
+            return asked.reception
 
     def settle(self, asked: AskedMessage) -> bool:
         """Ends a reply that was taken; false if the round ended first, and then nobody learns of it."""
@@ -213,7 +213,13 @@ class Registry:
         with self._lock:
             return reply_id in asked.served.replies
 
-    # ------------------------------------------------------------ what is looked for
+    # ------------------------------------------------------------ questions
+
+    def may_push(self, session_id: str) -> bool:
+        """False in a push session of a reply of which nothing more is taken."""
+        with self._lock:
+            asked = self._index.of_session(session_id)
+            return asked is None or asked.state is State.ARRIVING
 
     def pushing(self, session_id: str, object_id: str) -> list[AskedMessage]:
         """The replies that an object is pushed for, see ``ReplyIndex``."""

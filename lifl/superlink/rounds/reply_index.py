@@ -57,13 +57,14 @@ class ReplyIndex:
         Replies of other nodes that wait for the same object are not among them: a reply that is settled while its node
         still pushes would have that push refused. SuperNodes from before there were sessions name none.
         """
-        if session_id:
-            return [self._by_session[session_id]] if session_id in self._by_session else []
-        return self.waiting(object_id)
+        if not session_id:
+            return list(self._by_object.get(object_id, ()))
+        asked = self.of_session(session_id)
+        return [] if asked is None else [asked]
 
-    def waiting(self, object_id: str) -> list[AskedMessage]:
-        """The replies that wait for an object."""
-        return list(self._by_object.get(object_id, ()))
+    def of_session(self, session_id: str) -> AskedMessage | None:
+        """The reply of a push session, if it is one of a round's."""
+        return self._by_session.get(session_id)
 
     def sender(self, object_id: str, node_id: int) -> AskedMessage | None:
         """The reply of a node that waits for an object, if there is one."""

@@ -106,6 +106,9 @@ class Rounds:
             return self._store_message(store_message, message, object_tree, session_id)
 
         def put_and_note(run_id: int, session_id: str, object_id: str, object_content: Any) -> Any:
+            if not self.registry.may_push(session_id):
+                return False
+            # The gateway has counted what landed, see `place`.
             if not isinstance(object_content, Landed) and not self._admit(session_id, object_id, len(object_content)):
                 return False
             stored = store_object(run_id, session_id, object_id, object_content)
@@ -303,12 +306,14 @@ class Rounds:
 
     def _give_up(self, asked: AskedMessage, settled: Settled) -> None:
         """Ends a message whose reply is arriving: the reply does not count, and what has come of it is deleted."""
-        if (left := self.registry.give_up(asked)) is not None:
-            self._discard(asked, settled, *left)
+        if (reception := self.registry.give_up(asked)) is not None:
+            self._discard(asked, settled, reception)
 
-    def _discard(self, asked: AskedMessage, settled: Settled, reception: Reception, sessions: list[str]) -> None:
+    def _discard(self, asked: AskedMessage, settled: Settled, reception: Reception) -> None:
         reception.drop()
-        self._end_sessions(sessions)
+        # Flower ends the sessions before the registry forgets them: at no moment does an object pass in one of them.
+        self._end_sessions(list(asked.sessions))
+        self.registry.forget(asked)
         self._delete_answered(asked, reception.roots)
         if self.registry.settle(asked):
             asked.served.on_settled(settled)
@@ -363,8 +368,8 @@ class Rounds:
         settled = Settled(reception.message, {}, refusal)
         # The reply is given up at once, so that no more of it is taken. What has come of it is deleted in a thread: the
         # server's loop may be here, and must not wait for a database.
-        if (left := self.registry.give_up(asked)) is not None:
-            self._assemblers.submit(self._discard, asked, settled, *left)
+        if self.registry.give_up(asked) is not None:
+            self._assemblers.submit(self._discard, asked, settled, reception)
 
     # ------------------------------------------------------------ Flower's state is cleaned
 
