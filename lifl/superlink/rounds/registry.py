@@ -110,10 +110,11 @@ class Registry:
         with self._lock:
             asked = self._find(meta.reply_to_message_id)
             known = None if asked is None else asked.served.replies.get(meta.message_id)
+            is_needed = known is None or known.state not in (State.TAKEN, State.SETTLED)
             if asked is not None:
                 asked.announcing += 1
         try:
-            yield known is None or known.state not in (State.TAKEN, State.SETTLED)
+            yield is_needed
         finally:
             # Only after `announced`: in between, the watcher would find a message without a reply and ask Flower for
             # one; Flower would give it the reply, and take that for delivered.
