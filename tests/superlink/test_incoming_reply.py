@@ -29,7 +29,7 @@ from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
 from lifl.superlink.rounds import reply as reply_module
-from lifl.superlink.rounds import rounds
+from lifl.superlink.rounds import watcher
 
 
 def model(seed: int = 99, dtype: Any = np.float32) -> dict[str, Any]:
@@ -380,7 +380,7 @@ def test_what_a_refused_reply_shares_with_another_stays(rig: Rig, wrong: str) ->
 
 def test_a_node_that_goes_offline_is_not_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower makes an error reply for it."""
-    monkeypatch.setattr(rounds, "WATCH_S", 0.05)
+    monkeypatch.setattr(watcher, "WATCH_S", 0.05)
 
     def leave(client: Client, _: Message) -> None:
         assert client.rig.state.deactivate_node(client.node.id)
@@ -394,8 +394,8 @@ def test_a_node_that_goes_offline_in_the_middle_of_its_reply_is_not_waited_for(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its push session ends, as at Flower's server, and the reply counts as an error."""
-    monkeypatch.setattr(rounds, "WATCH_S", 0.05)
-    monkeypatch.setattr(rounds, "IDLE_S", 0.1)
+    monkeypatch.setattr(watcher, "WATCH_S", 0.05)
+    monkeypatch.setattr(watcher, "IDLE_S", 0.1)
 
     def leave(client: Client, asked: Message) -> None:
         made = client.announce(asked, update(THEIRS))
@@ -611,7 +611,7 @@ def test_what_a_serverapp_leaves_behind_is_cleared(rig: Rig, when: str) -> None:
             assert next(server.replies(10)).refusal is None
             assert round_.result().num_updates == 1
         server.close()
-        wait_until(lambda: not rig.plane.rounds._open)
+        wait_until(lambda: not rig.plane.rounds.registry.rounds())
         gone.set()
         wait_until(lambda: not late or len(late) > 1 or when != "in the middle of a reply")
     client.close()
