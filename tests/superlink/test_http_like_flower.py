@@ -23,6 +23,7 @@ from raw_http import Headers, flowers_server, headers_of, replaced, soon, withou
 from rig import HOST, Node, Rig
 
 from lifl.superlink.http import protocol
+from lifl.superlink.http.connection import AWAITED
 
 QUIET_S = 0.25
 """After so long without a byte a server has said all."""
@@ -433,7 +434,7 @@ def nothing_left(server: tuple[Rig, int, Node]) -> Iterator[None]:
 
 def keepers(rig: Rig) -> Iterator[Any]:
     """Connections that are idle: those of the node itself."""
-    return (one for one in rig.plane.protocol.open if one._awaits is None and not one._bodies)
+    return (one for one in rig.plane.protocol.open if one._state not in AWAITED and not one._bodies)
 
 
 @pytest.mark.parametrize("row", ROWS)

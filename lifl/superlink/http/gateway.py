@@ -285,7 +285,7 @@ class Gateway:
         return bool(self._waiting) and time.monotonic() - self._full_since_s > FULL_S
 
     def wait_for_room(self, ask: Callable[[], bool]) -> None:
-        """Asks for the one who has waited longest, until there is no room again; see ``exchanges.Server``."""
+        """Asks for the one who has waited longest, until there is no room again; see ``Server``."""
         self._waiting.append(ask)
         if len(self._waiting) == 1:
             self._full_since_s = time.monotonic()

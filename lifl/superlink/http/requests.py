@@ -92,7 +92,7 @@ class Server(Protocol):
         then: Callable[[Share], None],
         fail: Callable[[BaseException], None],
     ) -> None:
-        """Looks who sends a body of more than ``FREE_BYTES``; see ``protocol.Desk``."""
+        """Looks who sends a body of more than ``FREE_BYTES``; see ``Router``."""
 
 
 class Exchange:
