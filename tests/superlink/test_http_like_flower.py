@@ -448,7 +448,7 @@ def test_a_request_behind_one_that_is_held_is_not_held_up(
     server: tuple[Rig, int, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is no message for the first: that is said at once, since the second waits for its turn."""
-    monkeypatch.setattr(server[0].plane.holding, "_hold_s", 60.0)
+    monkeypatch.setattr(server[0].plane.long_polls, "_hold_s", 60.0)
     rows: list[Make] = [
         lambda s: [s.poll() + s.push()],
         lambda s: [s.poll(), s.push()],

@@ -85,7 +85,7 @@ class Here:
         async def do() -> Any:
             return work()
 
-        return asyncio.run_coroutine_threadsafe(do(), self.rig.plane.holding.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(do(), self.rig.plane.long_polls.loop).result(10)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from lifl.superlink.http.allowance import Share
 
 
 class Exchange(Protocol):
-    """One request and its answer, as the connection sees them."""
+    """A request and its answer, as the connection sees them."""
 
     @property
     def is_aimed(self) -> bool:

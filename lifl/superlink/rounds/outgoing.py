@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from lifl.superlink.http.long_poll import Holding
+from lifl.superlink.http.long_poll import LongPolls
 
 STALE_S = 200.0
 """Longer than a push session: whose objects have not come by then has been given up by its ServerApp."""
@@ -30,7 +30,7 @@ class _Coming:
 class Comings:
     """One server's. Any thread."""
 
-    def __init__(self, holding: Holding) -> None:
+    def __init__(self, holding: LongPolls) -> None:
         self._holding = holding
         self._lock = threading.Lock()
         self._coming: dict[str, _Coming] = {}

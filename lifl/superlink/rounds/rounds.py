@@ -22,8 +22,8 @@ from lifl.node.node import Node
 from lifl.report.entries import Rejection
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
-from lifl.superlink import flower
-from lifl.superlink.http.long_poll import Holding
+from lifl.superlink import flower, patches
+from lifl.superlink.http.long_poll import LongPolls
 from lifl.superlink.rounds.chunk_map import Form, Geometry
 from lifl.superlink.rounds.incoming_reply import Place, Reception, Settled
 from lifl.superlink.rounds.model_objects import Recognised, recognise
@@ -59,7 +59,7 @@ TOO_LARGE = "twice the model and 128 MiB"
 class Rounds:
     """All of a server's; the gateway's ``Placer``."""
 
-    def __init__(self, node: Node, store: Store, holding: Holding) -> None:
+    def __init__(self, node: Node, store: Store, holding: LongPolls) -> None:
         self._node, self.store = node, store
         self._lock = threading.RLock()
         self._open: list[ServedRound] = []
@@ -122,8 +122,8 @@ class Rounds:
                 self._pushed(session_id, object_id)
             return stored
 
-        state.store_message_and_object_tree = store_and_note
-        state.store_object = put_and_note
+        patches.replace_store_message(state, store_and_note)
+        patches.replace_store_object(state, put_and_note)
         self._watch.start()
 
     def close(self) -> None:
