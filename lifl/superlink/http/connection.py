@@ -95,8 +95,6 @@ WHEN_UNWANTED = {RECEIVING: DISCARDING, WORKING: DISCARDED}
 WHEN_ANSWERED = {WORKING: SENDING, DISCARDING: ANSWERED_EARLY, DISCARDED: SENDING}
 """The progress after the last byte of a body, after the exchange is refused or fails, and after its answer."""
 
-ANSWER_DUE = (RECEIVING, WORKING, DISCARDING, DISCARDED)
-
 
 class Turn:
     """The turn of one exchange after another; stands for uvicorn's cycle, so that uvicorn queues what comes behind it.
@@ -127,11 +125,6 @@ class Turn:
     def response_complete(self) -> bool:
         """True for uvicorn when the next request may begin."""
         return self.progress is OVER
-
-    @property
-    def is_answer_due(self) -> bool:
-        """True if the exchange has not been answered."""
-        return self.progress in ANSWER_DUE
 
     def begin(self, exchange: Any, *, keep_alive: bool, announces_close: bool) -> None:
         """Begins the turn of an exchange whose head has come."""

@@ -29,6 +29,7 @@ from lifl.superlink.http.connection import (
     AWAITED,
     CLOSED,
     DIRECT_BODY,
+    DISCARDING,
     EXCHANGE_BODY,
     FLOWER_BODY,
     HEAD,
@@ -39,6 +40,7 @@ from lifl.superlink.http.connection import (
     RECEIVING,
     SENDING,
     UPGRADING,
+    WHEN_ANSWERED,
     WHEN_UNWANTED,
     WORKING,
     DropLog,
@@ -189,7 +191,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     def on_message_begin(self) -> None:
         """Begins a request: its first byte has come."""
         super().on_message_begin()
-        if not self._is_over:
+        if self._state is IDLE:
             self._enter(HEAD)
             self._extra_bytes = 0
             self.rates.begin_in()
@@ -219,18 +221,16 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._leave_to_flower(path, limit)
 
     def _begin(self, exchange: Exchange, path: str, length: int) -> None:
-        self._overtake()
+        if self.cycle in self._bodies:
+            self._overtake()
         self._enter(EXCHANGE_BODY)
         turn = self.cycle = self._turn
-        turn.begin(
-            exchange,
-            keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
-            announces_close=_CLOSE in self.headers,
-        )
+        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        turn.begin(exchange, keep_alive=keep_alive, announces_close=_CLOSE in self.headers)
         self.path, self._left = path, length
         self.busy.add(self)
         exchange.begin()
-        if self.expect_100_continue and turn.is_answer_due:
+        if self.expect_100_continue and (turn.progress is RECEIVING or turn.progress is DISCARDING):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _leave_to_flower(self, path: str, limit: int) -> None:
@@ -247,10 +247,9 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
 
     def _overtake(self) -> None:
         """Takes the last cycle for answered, since its answer is whole; the end that it reports later is ignored."""
-        if self.cycle in self._bodies:
-            self._forget(self.cycle)
-            self.cycle.on_response = lambda: None
-            self.server_state.total_requests += 1
+        self._forget(self.cycle)
+        self.cycle.on_response = lambda: None
+        self.server_state.total_requests += 1
 
     @property
     def _is_free(self) -> bool:
@@ -262,7 +261,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         if self._turn.progress is not OVER:
             return False
         cycle = self.cycle
-        if cycle is None or cycle.response_complete:
+        if cycle is None or cycle is self._turn or cycle.response_complete:
             return True
         is_whole = cycle.chunked_encoding is False and cycle.expected_content_length == 0
         return bool(cycle.response_started and is_whole and cycle.keep_alive)
@@ -311,9 +310,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         turn = self._turn
         turn.note_whole()
         if turn.progress is WORKING:
-            if turn.exchange.is_complete:
+            if turn.exchange.is_complete:  # else the body waits for room, and `proceed` is called when it has some
                 turn.exchange.complete()
-            # else the body waits for room, and `proceed` is called when it has some
         elif turn.progress is SENDING and not self._outgoing:
             self._end()
 
@@ -412,7 +410,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     def answer(self, body: Any, status: int = 200, headers: Any = ()) -> None:
         """Answers the request, if an answer is due: with bytes, or with buffers that are held until they are sent."""
         turn = self._turn
-        if not turn.is_answer_due or self.transport.is_closing():
+        assert turn.progress is not RECEIVING, "a request is complete or dropped before it is answered"
+        if turn.progress not in WHEN_ANSWERED or self.transport.is_closing():
             return
         turn.note_answered()
         parts = body if isinstance(body, tuple) else (body,)
@@ -491,7 +490,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         else:
             self._linger()
             self.server_state.total_requests += 1
-        self._send_last_answer()
+        if self._state is LAST_ANSWER:
+            self._send_last_answer()
 
     # ------------------------------------------------------------ ends
 
