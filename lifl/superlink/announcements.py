@@ -23,14 +23,9 @@ MAX_ID = 64
 MAX_REASON = 2**16
 """Characters of the reason in an error reply."""
 
-_MARK = "_is_guarded_by_lifl"
 
-
-def guard(handlers: Any) -> None:
-    """Makes the Fleet API's ``push_messages`` check announcements; harmless when done before."""
-    original: Callable[..., Any] = handlers.push_messages
-    if hasattr(original, _MARK):
-        return
+def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The Fleet API's ``push_messages``, called only for announcements that are within the bounds."""
 
     def push_messages(request: Any, state: Any) -> Any:
         reason = why_not(request)
@@ -39,8 +34,7 @@ def guard(handlers: Any) -> None:
         _server.log(WARNING, "A message of node %s is not taken: %s", request.node.node_id, reason)
         return _names.PushMessagesResponse()  # asks for no object, as for a message that Flower does not take
 
-    setattr(push_messages, _MARK, True)
-    handlers.push_messages = push_messages
+    return push_messages
 
 
 def why_not(request: Any) -> str | None:

@@ -1,8 +1,8 @@
-"""The socket at which ServerApps on this machine find the server: rounds are announced, replies and means go back.
+"""The socket for ServerApps on this machine: they announce rounds, and get replies and means back.
 
-Owns the socket and two threads for each connection, one that listens and one that speaks, so that a ServerApp which
-does not read holds nobody else up. Only the same user may connect; what is in the arena is given as a file descriptor
-that cannot be written through; nothing is opened by a path that a client names.
+Owns the socket, the thread that accepts, and two threads for each connection: one reads and one writes, so that a
+ServerApp which does not read holds nobody else up. Only the same user may connect. The arena is given as a file
+descriptor that cannot be written through, and nothing is opened by a path that a client names.
 """
 
 from __future__ import annotations
@@ -29,42 +29,56 @@ from lifl.tensor import Tensor, TensorSpec
 _names, _server = flower.part("rounds"), flower.part("server")
 
 SEND_TIMEOUT_S = 30
-"""A ServerApp that has taken nothing for so long is let go of."""
+"""A ServerApp that has read nothing for so long is disconnected."""
 
 RESULT_TIMEOUT_S = 600.0
-LAST_WORDS_S = 1.0
+FLUSH_TIMEOUT_S = 1.0
+"""Time for the last frames of a connection that is closed."""
 
 
-class Agency:
-    """One server's socket."""
+class AppSocket:
+    """The socket of one server.
+
+    Parameters
+    ----------
+    rounds : Rounds
+    arena_fd : int
+        Stays the caller's; the socket opens a read-only one of its own.
+    """
 
     def __init__(self, rounds: Rounds, arena_fd: int) -> None:
         self._rounds = rounds
         # A new description of the same memory, so that no ServerApp writes there by mistake. It is no wall: processes
-        # of one user can look into each other anyway, and this one could open it anew through /proc.
+        # of one user can look into each other anyway, and a ServerApp could open the memory anew through /proc.
         self._fd = os.open(f"/proc/self/fd/{arena_fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._listening: socket.socket | None = None
         self._path: Path | None = None
         self._connections: set[Connection] = set()
 
     def listen(self, path: Path) -> None:
-        """Makes the socket; raises ``OSError`` if another server has it."""
+        """Makes the socket at `path`; raises ``OSError`` if another server has it.
+
+        Starts the thread that accepts, which ends when :meth:`close` shuts the socket down.
+        """
         with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
                 raise OSError(f"{path}: another lifl-superlink listens there")
             path.unlink()
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        # The umask, because the file must not be open to others between `bind` and a chmod.
         before = os.umask(0o177)
         try:
             listening.bind(str(path))
         finally:
             os.umask(before)
         listening.listen(16)
+        # Before the thread starts, which reads it.
         self._listening, self._path = listening, path
-        threading.Thread(target=self._accept, name="lifl-agency", daemon=True).start()
+        threading.Thread(target=self._accept, name="lifl-app-socket", daemon=True).start()
 
     def close(self) -> None:
-        """Ends all connections; harmless when closed."""
+        """Ends the socket and all connections; harmless when closed."""
+        # None before the shutdown, so that the thread that accepts ends whatever `accept` does.
         listening, self._listening = self._listening, None
         if listening is not None:
             with contextlib.suppress(OSError):
@@ -73,7 +87,7 @@ class Agency:
             if self._path is not None:
                 self._path.unlink(missing_ok=True)
         for connection in list(self._connections):
-            # What is in a database outlives the server: the ServerApp pulls it when there is one again.
+            # Messages in a database outlive the server: the ServerApp pulls its replies when there is one again.
             connection.close(deletes=not self._rounds.store.is_durable)
         if self._fd >= 0:
             os.close(self._fd)
@@ -92,6 +106,7 @@ class Agency:
                 continue
             connection = Connection(peer, self._rounds, self._fd)
             self._connections.add(connection)
+            # Ends when the ServerApp is gone, or when `close` closes the connection.
             threading.Thread(target=self._serve, args=(connection,), name="lifl-serverapp", daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
@@ -103,45 +118,51 @@ class Agency:
 
 
 class Connection:
-    """One ServerApp. It has one round at a time; when it is gone its round is closed."""
+    """The connection of one ServerApp. It has one round at a time, which is closed with the connection.
+
+    Its reading thread is the caller of :meth:`serve`; its writing thread is started there and ended by :meth:`close`.
+    Other threads only put frames into the outbox, with replies that are settled.
+    """
 
     def __init__(self, peer: socket.socket, rounds: Rounds, fd: int) -> None:
-        self._peer, self._rounds, self._fd = peer, rounds, fd
+        self._peer = peer
+        self._rounds = rounds
+        self._fd = fd
         peer.settimeout(None)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._speaker = threading.Thread(target=self._speak, name="lifl-to-serverapp", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="lifl-to-serverapp", daemon=True)
         self._served: ServedRound | None = None
         self._result: Any = None
-        self._offered: set[str] = set()  # objects of the last mean
+        self._offered: set[str] = set()  # ids of objects of the last mean
 
     def serve(self) -> None:
-        """Answers until the other end is gone."""
+        """Answers requests until the ServerApp is gone."""
         reader = ipc.Reader()
         try:
             socket.send_fds(self._peer, [ipc.encode({"event": "welcome", "pid": os.getpid()})], [self._fd])
-            self._speaker.start()
+            self._writer.start()
             while data := self._peer.recv(2**16):
-                for said, _ in reader.feed(data):
-                    self._handle(said)
-        except Exception as error:  # whatever it says, it is this ServerApp that is let go of
-            _server.log(WARNING, "A ServerApp at lifl's socket is let go of: %r", error)
+                for request, _ in reader.feed(data):
+                    self._handle(request)
+        except Exception as error:  # whatever a ServerApp sends, only its own connection ends
+            _server.log(WARNING, "A ServerApp at lifl's socket is disconnected: %r", error)
 
     def close(self, *, deletes: bool = True) -> None:
-        """Lets go of its round, with its messages if it `deletes`, and of the connection."""
+        """Ends the round, deleting its messages if it `deletes`, and the connection."""
         self._end_round(deletes=deletes)
         self._withdraw()
         self._outbox.put(None)
-        if self._speaker.is_alive():
-            self._speaker.join(LAST_WORDS_S)
+        if self._writer.is_alive():
+            self._writer.join(FLUSH_TIMEOUT_S)
         with contextlib.suppress(OSError):
             self._peer.shutdown(socket.SHUT_RDWR)
         self._peer.close()
 
-    def _say(self, said: dict[str, Any], blobs: list[bytes] | None = None) -> None:
-        self._outbox.put(ipc.encode(said, blobs or []))
+    def _send(self, event: dict[str, Any], blobs: list[bytes] | None = None) -> None:
+        self._outbox.put(ipc.encode(event, blobs or []))
 
-    def _speak(self) -> None:
+    def _write(self) -> None:
         try:
             while (frame := self._outbox.get()) is not None:
                 self._peer.sendall(frame)
@@ -149,56 +170,57 @@ class Connection:
             if isinstance(error, BlockingIOError):
                 _server.log(WARNING, "A ServerApp at lifl's socket has read nothing for %d s", SEND_TIMEOUT_S)
             with contextlib.suppress(OSError):
-                self._peer.shutdown(socket.SHUT_RDWR)  # who listens sees it, and lets go
+                self._peer.shutdown(socket.SHUT_RDWR)  # the reading thread sees it, and ends the connection
 
-    def _handle(self, said: dict[str, Any]) -> None:
+    def _handle(self, request: dict[str, Any]) -> None:
         try:
-            getattr(self, f"_on_{said['do']}")(said)
+            getattr(self, f"_on_{request['do']}")(request)
         except LiflError as error:
-            self._say({"event": "failed", "kind": type(error).__name__, "reason": str(error)})
+            self._send({"event": "failed", "kind": type(error).__name__, "reason": str(error)})
 
-    def _on_open(self, said: dict[str, Any]) -> None:
+    def _on_open(self, request: dict[str, Any]) -> None:
         self._end_round()
         announced = Announced(
-            *(int(said["run_id"]), said["message_type"], said["group_id"]),
-            *([int(node) for node in said["nodes"]], said["weight_key"]),
+            *(int(request["run_id"]), request["message_type"], request["group_id"]),
+            *([int(node) for node in request["nodes"]], request["weight_key"]),
         )
         if not self._rounds.is_running(announced.run_id):
-            self._say({"event": "failed", "kind": "RoundError", "reason": f"no run {announced.run_id} here"})
+            self._send({"event": "failed", "kind": "RoundError", "reason": f"no run {announced.run_id} here"})
             return
-        spec = TensorSpec(tuple(Tensor(str(name), dtype, tuple(shape)) for name, dtype, shape in said["spec"]))
+        spec = TensorSpec(tuple(Tensor(str(name), dtype, tuple(shape)) for name, dtype, shape in request["spec"]))
         if len({*spec}) < len(spec) or any(n < 0 for tensor in spec.tensors for n in tensor.shape):
             raise ValueError("a spec with a tensor twice, or with one of less than nothing")
-        limits = Limits(**said["limits"])
-        self._served = self._rounds.open(announced, spec, said["timing"], said["order"], limits, self._settled)
-        self._say({"event": "opened", "round": self._served.round.number})
+        limits = Limits(**request["limits"])
+        self._served = self._rounds.open(announced, spec, request["timing"], request["order"], limits, self._settled)
+        self._send({"event": "opened", "round": self._served.round.number})
 
     def _settled(self, settled: Settled) -> None:
+        """Sends a reply that is settled. Any thread."""
         records: list[list[Any]] = []
         blobs = [_names.message_to_proto(settled.message).SerializeToString()]
         for name, record in settled.records.items():
-            if isinstance(record, bytes):  # what the client sent
+            if isinstance(record, bytes):  # a record as the client sent it
                 records.append([name, None])
                 blobs.append(record)
-            else:  # an ArrayRecord; its arrays have no data
+            else:  # an ArrayRecord, whose arrays have no data
                 arrays = {key: [a.dtype, list(a.shape), a.stype] for key, a in record.items()}
                 records.append([name, arrays])
         refusal = settled.refusal
         why = None if refusal is None else [refusal.client_id, refusal.rule, refusal.reason]
-        self._say({"event": "reply", "records": records, "refusal": why}, blobs)
+        self._send({"event": "reply", "records": records, "refusal": why}, blobs)
 
-    def _on_bound(self, said: dict[str, Any]) -> None:
-        """How many of the messages that were sent belong to the round."""
+    def _on_bound(self, request: dict[str, Any]) -> None:
+        """Answers with the number of the sent messages that belong to the round."""
         served = self._served
-        # The messages refer to what of the model before they still need.
+        # The messages refer to those objects of the model before that they still need, so the offers can go.
         self._withdraw()
-        count = 0 if served is None else sum(message_id in served.asked for message_id in said["messages"])
-        self._say({"event": "bound", "count": count})
+        count = 0 if served is None else sum(message_id in served.asked for message_id in request["messages"])
+        self._send({"event": "bound", "count": count})
 
     def _on_report(self, _: dict[str, Any]) -> None:
         if self._served is None:
             raise RoundError("no round is open")
-        self._say({"event": "report", "report": self._served.round.report().to_dict()})
+        self._send({"event": "report", "report": self._served.round.report().to_dict()})
 
     def _on_finish(self, _: dict[str, Any]) -> None:
         if self._served is None:
@@ -207,7 +229,7 @@ class Connection:
         round_.close_early()
         self._result = result = round_.result(RESULT_TIMEOUT_S)
         block = round_.mean
-        self._say(
+        self._send(
             {
                 "event": "result",
                 "block": [block.index, block.generation, block.nbytes],
@@ -216,17 +238,17 @@ class Connection:
                 "report": result.report.to_dict(),
             }
         )
-        # While the ServerApp looks at it: what it will most probably send next is made ready.
+        # While the ServerApp reads the mean: the objects of a model with it, which it will most probably send next.
         self._offered |= self._rounds.offer_model(self._served, round_.mean_buffer)
 
     def _on_close(self, _: dict[str, Any]) -> None:
         self._end_round()
-        self._say({"event": "closed"})
+        self._send({"event": "closed"})
 
     def _on_leave(self, _: dict[str, Any]) -> None:
-        """The round is given up, its messages are the ServerApp's own affair."""
+        """Gives the round up; its messages stay, for the ServerApp to deal with."""
         self._end_round(deletes=False)
-        self._say({"event": "closed"})
+        self._send({"event": "closed"})
 
     def _withdraw(self) -> None:
         offered, self._offered = self._offered, set()

@@ -1,7 +1,7 @@
 """``lifl-superlink``: Flower's command line, app and state, served through lifl's gateway.
 
-Wires the parts together and says what is in use. A part that cannot be had, because Flower has moved a name that it
-needs, is left to Flower, and that is said once.
+Owns the flags and the life of the server. It logs which parts are in use. A part that is missing, because Flower has
+moved a name that it needs, is left to Flower, which is logged once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lifl.node.node import Node
 from lifl.shm import arena as shm
 from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.superlink import flower
-from lifl.superlink.profiler import Sampler
+from lifl.superlink.profiler import Profiler
 
 TESTED = ("1.41", "1.42")
 DEFAULT_MEMORY = 2**32
 NODE_TIMEOUT_S = 5
-"""After which a SuperNode's HTTP client gives a request up."""
+"""Time after which a SuperNode's HTTP client gives a request up."""
 
 
 def own_arguments(parser: argparse.ArgumentParser) -> None:
-    """lifl's own flags."""
+    """Adds lifl's own flags to a parser."""
     group = parser.add_argument_group("lifl", "the data plane of lifl-superlink")
     group.add_argument(
         "--lifl-memory",
@@ -39,8 +39,8 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lifl-transport",
         choices=["rings", "ebpf", "auto"],
-        help="How workers are told of updates: through shared memory, or through sockets that an eBPF program routes "
-        "and counts (auto: where it can be had). Default: what LIFL_TRANSPORT says, else rings.",
+        help="The way in which workers learn of updates: through shared memory, or through sockets that an eBPF "
+        "program routes and counts (auto: if the machine allows it). Default: LIFL_TRANSPORT, else rings.",
     )
     group.add_argument(
         "--lifl-max-object",
@@ -53,23 +53,26 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         default=4.0,
-        help="How long a SuperNode's request for work is held open while there is none. Default: 4; 0: not at all.",
+        help="Time for which a SuperNode's request for work is held open while there is none. Default: 4; 0: none.",
     )
     group.add_argument(
         "--lifl-metrics-port",
         type=int,
         metavar="PORT",
-        help="Serve metrics to Prometheus at this port, at /metrics (0: any that is free, which the log tells). Needs "
+        help="Serve metrics to Prometheus at this port, at /metrics (0: any free port, which is in the log). Needs "
         "the extra lifl[metrics]. Default: none are served.",
     )
     group.add_argument(
-        "--lifl-metrics-host", metavar="ADDRESS", default="127.0.0.1", help="And at this address. Default: 127.0.0.1."
+        "--lifl-metrics-host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="Serve metrics at this address. Default: 127.0.0.1.",
     )
     group.add_argument("--lifl-profile", metavar="FILE", help="Write where the server's CPU time went, as JSON.")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """lifl's flags, and what is left for Flower; ends the process for ``--help`` and for nonsense."""
+    """lifl's flags, and the arguments for Flower; ends the process for ``--help`` and for wrong values."""
     if {"-h", "--help"} & set(arguments):
         whole = flower.part("server").parser()
         whole.prog = "lifl-superlink"
@@ -106,20 +109,20 @@ def main() -> None:
     if not str(names.version).startswith(tuple(f"{v}." for v in TESTED)):
         names.log(WARNING, "flwr %s is outside of what lifl is tested with (%s)", names.version, ", ".join(TESTED))
     names.log(INFO, "Starting lifl-superlink (flwr %s)", names.version)
-    _skip_unheard(names.logger)
-    _let_lifl_be_heard(names.logger)
+    _skip_hidden_lines(names.logger)
+    _show_log_of_lifl(names.logger)
     serve(config, own)
 
 
-def _let_lifl_be_heard(logger: logging.Logger) -> None:
-    """What lifl logs outside of Flower, such as which transport is used, is shown as Flower's lines are."""
+def _show_log_of_lifl(logger: logging.Logger) -> None:
+    """Shows lifl's own log lines, such as the choice of the transport, as Flower's lines are shown."""
     ours = logging.getLogger("lifl")
     ours.handlers[:] = logger.handlers
     ours.setLevel(logger.level)
 
 
-def _skip_unheard(logger: logging.Logger) -> None:
-    """Lines that no handler shows are not made: Flower's handlers make one for each object."""
+def _skip_hidden_lines(logger: logging.Logger) -> None:
+    """Has no line made that no handler shows: Flower's request handlers make one for each object."""
     logger.setLevel(max(logger.level, min((handler.level for handler in logger.handlers), default=0)))
 
 
@@ -127,17 +130,18 @@ def _node(own: argparse.Namespace) -> Node:
     memory = default_bytes(DEFAULT_MEMORY) if own.lifl_memory is None else own.lifl_memory
     try:
         return Node(
-            *(memory, own.lifl_workers),
+            memory,
+            own.lifl_workers,
             transport=own.lifl_transport,
             metrics_port=own.lifl_metrics_port,
             metrics_host=own.lifl_metrics_host,
         )
-    except ValueError as error:  # the flags have been looked at: it is a variable of the environment
+    except ValueError as error:  # the flags have been checked, so a variable of the environment is wrong
         sys.exit(f"lifl-superlink: {error}")
 
 
 def serve(config: Any, own: argparse.Namespace) -> None:
-    """Builds the app with whatever parts can be had, and runs it."""
+    """Builds the app with all parts that there are, and runs it until the server is stopped."""
     import uvicorn
 
     from lifl import __version__
@@ -148,25 +152,25 @@ def serve(config: Any, own: argparse.Namespace) -> None:
         from lifl.superlink.plane import Plane
 
         shm.require()
-        # Before anything that starts a thread.
+        # The Node is made before anything starts a thread.
         plane = Plane(config, _node(own), parse_bytes(own.lifl_max_object), own.lifl_hold)
     except (flower.MissingNameError, LiflError) as error:
-        # Who does not name eBPF, in the environment at least, is never told that it cannot be had.
+        # A missing part ends the server if it was asked for. eBPF raises only if a flag or the environment names it.
         is_asked_for = own.lifl_memory is not None or own.lifl_metrics_port is not None
         is_asked_for = is_asked_for or isinstance(error, EbpfUnavailableError)
-        if isinstance(error, LiflError) and is_asked_for:  # and cannot be had
+        if isinstance(error, LiflError) and is_asked_for:
             sys.exit(f"lifl-superlink: {error}")
         names.log(WARNING, "lifl's data plane is off, Flower's own is used: %s", error)
     except (ModuleNotFoundError, OSError) as error:
         if own.lifl_metrics_port is None:
             raise
         sys.exit(f"lifl-superlink: {error.strerror if isinstance(error, OSError) else error}")
-    sampler = None
+    profiler = None
     if own.lifl_profile is not None:
-        sampler = Sampler(Path(own.lifl_profile), dict if plane is None else plane.count_bytes)
+        profiler = Profiler(Path(own.lifl_profile), dict if plane is None else plane.count_bytes)
     try:
-        if sampler is not None:
-            sampler.start()
+        if profiler is not None:
+            profiler.start()
         if plane is None:
             app: Any = names.create_app(config, names.Lifespan)
         else:
@@ -180,7 +184,7 @@ def serve(config: Any, own: argparse.Namespace) -> None:
             host=config.host,
             port=config.port,
             http="auto" if plane is None else plane.protocol,
-            loop="asyncio",  # the socket writes into our buffers; on uvloop that hangs
+            loop="asyncio",  # not uvloop, on which buffered protocols hang
             access_log=True,
             log_config=names.get_log_config(names.console_handler.level),
             ssl_keyfile=config.ssl_keyfile,
@@ -188,7 +192,7 @@ def serve(config: Any, own: argparse.Namespace) -> None:
             workers=1,
         )
     finally:
-        if sampler is not None:
-            sampler.stop()
+        if profiler is not None:
+            profiler.stop()
         if plane is not None:
             plane.close()

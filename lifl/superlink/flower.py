@@ -1,7 +1,7 @@
-"""The names of Flower's that the server needs and Flower does not document, by the part that needs them.
+"""The undocumented names of Flower's that the server needs, by the part that needs them.
 
-A part whose names are not all there is left out, and that is said once: Flower's own path does the work then.
-Nothing else of ``lifl.superlink`` imports what is not in ``flwr.app``.
+A part with a missing name is left out, which is logged once: Flower's own path does the work then. Other modules of
+``lifl.superlink`` import from ``flwr.app`` only. Names that are replaced are in ``lifl.superlink.patches``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from types import SimpleNamespace
 
 NAMES: dict[str, dict[str, str]] = {
-    "server": {  # without these there is no server to change
+    "server": {  # without these names there is no server to change
         "parse_config": "flwr.superlink.cli.flower_superlink._parse_superlink_lifespan_config",
         "parser": "flwr.superlink.cli.flower_superlink._parse_args_run_superlink",
         "Lifespan": "flwr.superlink.cli.flower_superlink.SuperLinkLifespan",
@@ -75,15 +75,15 @@ NAMES: dict[str, dict[str, str]] = {
         "classes": "flwr.supercore.inflatable.inflatable_utils.inflatable_class_registry",
     },
 }
-"""Part -> our name for it -> Flower's."""
+"""Part -> lifl's name for an object -> Flower's."""
 
 
 class MissingNameError(ImportError):
-    """Flower (or uvicorn) has moved or dropped a name that a part needs; says which."""
+    """Flower (or uvicorn) has moved or dropped a name that a part needs. The message has the name."""
 
 
 def resolve(dotted: str) -> object:
-    """What a dotted name stands for: a module, or what is in one; raises :class:`MissingNameError`."""
+    """The module of a dotted name, or the object in a module; raises :class:`MissingNameError`."""
     try:
         return importlib.import_module(dotted)
     except ImportError:
@@ -95,5 +95,5 @@ def resolve(dotted: str) -> object:
 
 
 def part(name: str) -> SimpleNamespace:
-    """The names of one part; raises :class:`MissingNameError` with the first that is gone."""
+    """The objects of one part, by lifl's names; raises :class:`MissingNameError` with the first that is gone."""
     return SimpleNamespace(**{ours: resolve(dotted) for ours, dotted in NAMES[name].items()})

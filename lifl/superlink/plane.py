@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from lifl import ipc
 from lifl.monitor.stats import SuperlinkStats
 from lifl.node.node import Node
-from lifl.superlink import flower
+from lifl.superlink import flower, patches
 from lifl.superlink.flower import MissingNameError
-from lifl.superlink.http.long_poll import Holding
+from lifl.superlink.http.long_poll import LongPolls
 from lifl.superlink.resumption import resume
 from lifl.superlink.store.store import ArenaStore, DurableStore
 
 if TYPE_CHECKING:
-    from lifl.superlink.app_socket import Agency
+    from lifl.superlink.app_socket import AppSocket
     from lifl.superlink.rounds.rounds import Rounds
 
 
@@ -38,7 +38,7 @@ class Plane:
     max_object_bytes : int
         A larger object is refused.
     hold_s : float
-        See :class:`lifl.superlink.http.long_poll.Holding`.
+        See :class:`lifl.superlink.http.long_poll.LongPolls`.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Plane:
         self.node = node
         self.left_out: list[str] = []
         self.rounds: Rounds | None = None
-        self.agency: Agency | None = None
+        self.app_socket: AppSocket | None = None
         self.protocol: Any = "auto"
         self._connections: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -68,7 +68,7 @@ class Plane:
         try:
             is_durable = config.database != flower.part("store").IN_MEMORY
             self.store = DurableStore(config.database) if is_durable else ArenaStore()
-            self.holding = Holding(hold_s)
+            self.long_polls = LongPolls(hold_s)
             self.app = self._create_app(flower.part("server"), config)
             self._try(self._add_rounds)
             self._try(lambda: self._add_gateway(max_object_bytes))
@@ -97,36 +97,25 @@ class Plane:
 
             def shutdown(self) -> None:
                 super().shutdown()
-                if plane.agency is not None:
-                    plane.agency.close()
+                if plane.app_socket is not None:
+                    plane.app_socket.close()
 
-        # Flower's `create_app` takes no store: the function that makes its factories is replaced while the app is made.
-        module, original = names.main, names.main.get_objectstore_linkstate_factories
-
-        def with_our_store(*args: Any) -> Any:
-            objects, states = original(*args)
-            objects.store_instance = self.store
-            return objects, states
-
-        module.get_objectstore_linkstate_factories = with_our_store
-        try:
+        with patches.replaced_store(names.main, self.store):
             return names.create_app(config, Lifespan)
-        finally:
-            module.get_objectstore_linkstate_factories = original
 
     def _add_rounds(self) -> None:
-        from lifl.superlink.announcements import guard
-        from lifl.superlink.app_socket import Agency
+        from lifl.superlink.announcements import guarded
+        from lifl.superlink.app_socket import AppSocket
         from lifl.superlink.rounds.rounds import Rounds
 
-        guard(flower.part("gateway").fleet)
-        self.rounds = Rounds(self.node, self.store, self.holding)
+        patches.replace_push_messages(flower.part("gateway").fleet, guarded)
+        self.rounds = Rounds(self.node, self.store, self.long_polls)
         state = self.app.state.linkstate_factory.state()
         # Both change methods of the state. The rounds come last, so that they see what is really stored.
         if isinstance(self.store, DurableStore):
             resume(state, self.store)
         self.rounds.attach(state)
-        self.agency = Agency(self.rounds, self.node.arena.fd)
+        self.app_socket = AppSocket(self.rounds, self.node.arena.fd)
 
     def _add_gateway(self, max_object_bytes: int) -> None:
         from lifl.superlink.http.checks import why_not
@@ -137,8 +126,8 @@ class Plane:
         if (reason := why_not(self.app)) is not None:
             self.left_out.append(reason)
             return
-        self._verifier = hasten(flower.part("gateway").node_auth)
-        self.gateway = Gateway(self.app, self.store, self.node.arena, self.rounds, self.holding, max_object_bytes)
+        self._verifier = patches.replace_signature_checks(flower.part("gateway").node_auth, hasten)
+        self.gateway = Gateway(self.app, self.store, self.node.arena, self.rounds, self.long_polls, max_object_bytes)
         self.protocol = self._connections = protocol_of(self.gateway)
         self.gateway.relieve = self.relieve
         if self.rounds is not None:
@@ -147,11 +136,11 @@ class Plane:
     def startup(self) -> None:
         """Opens the socket and begins to look for slow peers; in the loop, before requests come."""
         loop = self._loop = asyncio.get_running_loop()
-        self.holding.loop = loop
-        if self.agency is not None:
+        self.long_polls.loop = loop
+        if self.app_socket is not None:
             try:
                 path = ipc.path_for(self._port)
-                self.agency.listen(path)
+                self.app_socket.listen(path)
                 os.environ[ipc.VARIABLE] = str(path)
             except OSError as error:
                 log = flower.part("server").log
@@ -200,15 +189,15 @@ class Plane:
             copied_bytes=counts.get("copied", 0),
             uploads=0 if self._connections is None else self.gateway.uploads,
             objects=None if self.store.is_durable else len(self.store),
-            held_requests=self.holding.held,
+            held_requests=self.long_polls.held,
             messages=0 if rounds is None else rounds.messages,
             replies=0 if rounds is None else rounds.replies,
         )
 
     def close(self) -> None:
         """Ends the workers and gives the memory back."""
-        if self.agency is not None:
-            self.agency.close()
+        if self.app_socket is not None:
+            self.app_socket.close()
         if self.rounds is not None:
             self.rounds.close()
         self.store.close()
@@ -225,6 +214,6 @@ class Plane:
             parts.append(f"signatures checked by {self._verifier}")
         if (address := self.node.metrics_address) is not None:
             parts.append(f"metrics at http://{address}/metrics")
-        if self.agency is not None:
+        if self.app_socket is not None:
             parts.append(f"ServerApps on this machine at {ipc.path_for(self._port)}")
         return ", ".join(parts)

@@ -1,7 +1,7 @@
-"""Where a server's CPU time goes: a look at what its loop is doing at every few milliseconds of it.
+"""A profile of a server's CPU time: a look at the main thread's frames every few milliseconds of it.
 
-Owns the profiling timer while it runs. Python sees the signal when a call into C has returned, so that such a call's
-time falls on who made it; what other threads take falls on them together.
+Owns the profiling timer while it runs. Python sees the signal when a call into C has returned, so the time of such a
+call counts for the function that called it. The time of all other threads counts together, as "other threads".
 """
 
 from __future__ import annotations
@@ -14,30 +14,29 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-EVERY_S = 0.001  # the kernel does it at its next tick, which may be later: what was seen are shares
-DEPTH = 40
+EVERY_S = 0.001  # the kernel's ticks may be longer, so looks are counted as shares of the CPU time
+MAX_DEPTH = 40
 
-# The innermost frame that is known says what the time was for: (end of the file's name, function or "" for any).
+# The innermost known frame decides the purpose: (part of the file's name, function or "" for any, purpose).
 KNOWN = (
     ("awscrt/crypto.py", "", "signatures"),
-    ("superlink/signatures.py", "", "signatures"),
+    ("superlink/http/signatures.py", "", "signatures"),
     ("routers/fleet/node_auth.py", "", "signatures"),
-    ("superlink/upload.py", "advance", "hash"),
+    ("superlink/http/upload.py", "advance", "hash"),
     ("asyncio/selector_events.py", "write", "socket out"),
     ("asyncio/selector_events.py", "_write_ready", "socket out"),
     ("asyncio/selector_events.py", "_read_ready__get_buffer", "socket in"),
     ("asyncio/sslproto.py", "", "TLS"),
     ("protocols/http/httptools_impl.py", "", "head parsing"),
-    ("superlink/protocol.py", "on_headers_complete", "head parsing"),
-    ("superlink/protocol.py", "answer", "head parsing"),
+    ("superlink/http/protocol.py", "on_headers_complete", "head parsing"),
+    ("superlink/http/protocol.py", "answer", "head parsing"),
     ("linkstate/in_memory_linkstate.py", "", "link state"),
     ("linkstate/sql_linkstate.py", "", "link state"),
     ("supercore/corestate/", "", "link state"),
     ("superlink/servicer/", "", "link state"),
     ("server/superlink/utils.py", "", "link state"),
-    ("superlink/store.py", "", "object store"),
-    ("superlink/rounds.py", "", "object store"),
-    ("superlink/content.py", "", "object store"),
+    ("superlink/store/", "", "object store"),
+    ("superlink/rounds/rounds.py", "", "object store"),
     ("superlink/", "", "gateway"),
     ("starlette/", "", "Flower's own routes"),
     ("fastapi/", "", "Flower's own routes"),
@@ -45,25 +44,31 @@ KNOWN = (
 )
 
 
-class Sampler:
-    """From :meth:`start` to :meth:`stop`. Main thread only.
+class Profiler:
+    """Profiles from :meth:`start` to :meth:`stop`. Main thread only, since Python's signal handlers run there.
 
-    Writes a JSON file with "seconds", by purpose, and "bytes", which are asked for each time.
+    Parameters
+    ----------
+    path : Path
+        The JSON file, with "seconds" by purpose and "bytes".
+    count_bytes : callable
+        Returns the bytes; called each time the file is written.
     """
 
     def __init__(self, path: Path, count_bytes: Callable[[], dict[str, int]]) -> None:
-        self._path, self._count_bytes = path, count_bytes
+        self._path = path
+        self._count_bytes = count_bytes
         self._counts: Counter[str] = Counter()
         self._begin_s = 0.0
 
     def start(self) -> None:
-        """Begins to look."""
+        """Starts the timer."""
         self._begin_s = time.process_time()
         signal.signal(signal.SIGPROF, self._look)
         signal.setitimer(signal.ITIMER_PROF, EVERY_S, EVERY_S)
 
     def stop(self) -> None:
-        """Ends and writes."""
+        """Stops the timer and writes the file."""
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, signal.SIG_IGN)
         self._write()
@@ -75,12 +80,12 @@ class Sampler:
 
     def _look(self, _: int, frame: FrameType | None) -> None:
         self._counts[_purpose(frame)] += 1
-        if sum(self._counts.values()) % 200 == 0:  # a server may be killed
+        if sum(self._counts.values()) % 200 == 0:  # now and then, since a server may be killed
             self._write()
 
 
 def _purpose(frame: FrameType | None) -> str:
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         if frame is None:
             break
         file, function = frame.f_code.co_filename, frame.f_code.co_name

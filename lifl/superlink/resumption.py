@@ -12,7 +12,7 @@ import time
 from logging import WARNING
 from typing import Any
 
-from lifl.superlink import flower
+from lifl.superlink import flower, patches
 from lifl.superlink.store.store import DurableStore
 
 _server = flower.part("server")
@@ -61,7 +61,7 @@ def _accept_again(state: Any, store: DurableStore) -> None:
     def store_object(run_id: int, session_id: str, object_id: str, object_content: Any) -> bool:
         return original(run_id, session_id, object_id, object_content) or bool(store.get(object_id))
 
-    state.store_object = store_object
+    patches.replace_store_object(state, store_object)
 
 
 def _deliver_again(state: Any, lost: dict[int, list[str]]) -> None:
@@ -76,7 +76,7 @@ def _deliver_again(state: Any, lost: dict[int, list[str]]) -> None:
             state.query(RELEASE, {"message_id": message_id})
         return original(node_id, *args, **kwargs)
 
-    state.get_message_ins = get_message_ins
+    patches.replace_get_message_ins(state, get_message_ins)
 
 
 def _withhold_halves(state: Any) -> None:
@@ -101,7 +101,7 @@ def _withhold_halves(state: Any) -> None:
                 since_s.pop(message_id, None)
             return original(message_ids=message_ids - withheld, run_id=run_id)
 
-    state.get_message_res = get_message_res
+    patches.replace_get_message_res(state, get_message_res)
 
 
 def _signed(number: int) -> int:

@@ -1,14 +1,17 @@
 """The parts of Flower's server on which lifl-superlink relies, one test each; a failure names the part.
 
-The names are in lifl/superlink/flower.py. The server starts without them, on Flower's own path; here they must be.
+The names are in lifl/superlink/flower.py, the replaced ones in lifl/superlink/patches.py.
+The server starts without them, on Flower's own path; here they must be.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,19 +98,55 @@ def test_handlers(handler: str, expected: list[str]) -> None:
     """Flower's handlers are called as its routes call them."""
     api, _, name = handler.partition(".")
     function = getattr(getattr(flower.part("gateway"), api), name)
-    assert parameters(function) == expected, broke(f"{handler} has parameters {parameters(function)}", "exchanges.py")
+    assert parameters(function) == expected, broke(f"{handler} has parameters {parameters(function)}", "requests.py")
 
 
 def test_what_a_push_needs_of_its_request() -> None:
-    """push_object uses of a request what exchanges.py gives it, and passes the content on untouched."""
+    """push_object uses of a request what requests.py gives it, and passes the content on untouched."""
     gateway = flower.part("gateway")
     for function in (gateway.fleet.push_object, gateway.runtime.push_object):
         source = inspect.getsource(function)
         used = {part.split(")")[0].split(",")[0].split("}")[0].strip() for part in source.split("request.")[1:]}
         known = {"node.node_id", "run_id", "object_id", "session_id", "object_content", "node.node_id !"}
         assert {u.split(" ")[0] for u in used} <= {k.split(" ")[0] for k in known}, broke(
-            f"it uses {used}", "exchanges.py"
+            f"it uses {used}", "requests.py"
         )
+
+
+REPLACED = {
+    "get_objectstore_linkstate_factories": "flwr.superlink.main",
+    "store_instance": None,  # of a factory, see test_the_factories
+    "push_messages": "flwr.superlink.servicer.fleet.fleet_handlers",
+    "bytes_to_public_key": "flwr.superlink.routers.fleet.node_auth",
+    "verify_signature": "flwr.superlink.routers.fleet.node_auth",
+    "store_message_and_object_tree": "flwr.server.superlink.linkstate.LinkState",
+    "store_object": "flwr.server.superlink.linkstate.LinkState",
+    "get_message_ins": "flwr.server.superlink.linkstate.LinkState",
+    "get_message_res": "flwr.server.superlink.linkstate.LinkState",
+}
+"""Names of Flower's that the server replaces, and the owner of each."""
+
+
+def assigned(path: Path) -> Iterator[str]:
+    """The attributes of other objects than `self` and `cls` to which a file assigns."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            for one in target.elts if isinstance(target, ast.Tuple) else [target]:
+                if isinstance(one, ast.Attribute) and getattr(one.value, "id", "") not in ("self", "cls"):
+                    yield one.attr
+
+
+def test_flower_is_patched_in_one_room() -> None:
+    """patches.py assigns to these names of Flower's, each of which is there, and no other file of the server does."""
+    room = Path(flower.__file__).parent
+    patches = room / "patches.py"
+    assert set(assigned(patches)) == REPLACED.keys()
+    for path in set(room.rglob("*.py")) - {patches}:
+        assert not REPLACED.keys() & set(assigned(path)), f"{path.name} replaces a name of Flower's"
+    for name, owner in REPLACED.items():
+        if owner is not None:
+            assert hasattr(flower.resolve(owner), name), broke(f"{owner} has no {name}", "patches.py")
 
 
 def test_the_link_states() -> None:
@@ -121,7 +160,7 @@ def test_the_link_states() -> None:
         assert found == ["self", "message", "object_tree", "session_id"], broke(str(found), where)
         assert parameters(state.get_message_res) == ["self", "message_ids", "run_id"], broke("get_message_res", where)
         assert parameters(state.delete_messages) == ["self", "message_ins_ids"], broke("delete_messages", where)
-        assert "object_content" in parameters(state.store_object), broke("store_object", "exchanges.py")
+        assert "object_content" in parameters(state.store_object), broke("store_object", "requests.py")
     name = InMemoryLinkState.__name__
     assert name.startswith("InMemory"), broke("the state in memory has another name", "gateway.py (is_quick)")
 
@@ -132,9 +171,9 @@ def test_the_factories() -> None:
 
     factory = ObjectStoreFactory()
     factory.store_instance = mine = object()  # type: ignore[assignment]
-    assert factory.store() is mine, broke("store_instance is not what store() gives", "plane.py")
+    assert factory.store() is mine, broke("store_instance is not what store() gives", "patches.py")
     source = inspect.getsource(flower.part("server").main.create_app)
-    assert "get_objectstore_linkstate_factories(" in source, broke("create_app makes its state elsewhere", "plane.py")
+    assert "get_objectstore_linkstate_factories(" in source, broke("create_app makes its state elsewhere", "patches.py")
 
 
 def test_an_objects_form() -> None:
@@ -142,7 +181,7 @@ def test_an_objects_form() -> None:
     from flwr.app import Array, ArrayRecord
     from flwr.app.message.arraychunk import ArrayChunk
 
-    where = "content.py, geometry.py and derived.py"
+    where = "content.py, chunk_map.py and model_objects.py"
     chunk = ArrayChunk(memoryview(b"abc"))
     assert chunk.deflate() == b"ArrayChunk  3\x00abc", broke("an ArrayChunk's form", where)
     assert chunk.object_id == hashlib.sha256(chunk.deflate()).hexdigest(), broke("an object's id", where)

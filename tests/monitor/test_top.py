@@ -197,7 +197,7 @@ def test_largest_snapshot() -> None:
             stack.enter_context(node.open_round(spec, 10**9, "lazy", order="flower"))
         stats = ask(places_of(os.getpid())[0])
         assert len(stats.workers) == 255
-        assert (stats.open_rounds, len(stats.rounds)) == (100, watch.MAX_ROUNDS)
+        assert (stats.open_rounds, len(stats.rounds)) == (100, watch.MAX_ROUNDS_SHOWN)
         assert len(node.stats().rounds) == 100
 
 

@@ -83,11 +83,10 @@ def main(kind: str) -> None:
 
         flower_superlink()
         return
-    from lifl.superlink import app_socket as agency
-    from lifl.superlink import command
+    from lifl.superlink import app_socket, command
 
     for name in ("open", "bound", "finish", "close"):
-        watch(agency.Connection, f"_on_{name}", name)
+        watch(app_socket.Connection, f"_on_{name}", name)
     command.main()
 
 

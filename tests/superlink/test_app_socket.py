@@ -27,7 +27,7 @@ from lifl.round.admission import Limits
 from lifl.shm.arena import Arena, Block
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
-from lifl.superlink.app_socket import Agency
+from lifl.superlink.app_socket import AppSocket
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -86,9 +86,9 @@ class Peer:
 
 
 @pytest.fixture
-def agency(rig: Rig) -> Iterator[Agency]:
+def app_socket(rig: Rig) -> Iterator[AppSocket]:
     """A second one over the same rounds, which listens nowhere yet."""
-    made = Agency(rig.plane.rounds, rig.plane.node.arena.fd)
+    made = AppSocket(rig.plane.rounds, rig.plane.node.arena.fd)
     yield made
     made.close()
 
@@ -136,10 +136,10 @@ def test_another_user_cannot_reach_it(rig: Rig) -> None:
 
 
 @needs_root
-def test_another_user_is_not_let_in(agency: Agency, rig: Rig, tmp_path: Path) -> None:
+def test_another_user_is_not_let_in(app_socket: AppSocket, rig: Rig, tmp_path: Path) -> None:
     """Who reaches it all the same gets neither word nor descriptor; who is let in is served as before."""
     path = tmp_path / "s"
-    agency.listen(path)
+    app_socket.listen(path)
     open_to_all(path)
 
     def refused() -> None:
@@ -199,16 +199,16 @@ def test_an_arena_is_attached_by_it_read_only(rig: Rig) -> None:
 # ---------------------------------------------------------------- where it listens
 
 
-def test_a_second_server_is_told_that_there_is_one(agency: Agency, rig: Rig) -> None:
+def test_a_second_server_is_told_that_there_is_one(app_socket: AppSocket, rig: Rig) -> None:
     """The first one's socket stays as it is."""
     with pytest.raises(OSError, match="another lifl-superlink listens there"):
-        agency.listen(path_of(rig))
+        app_socket.listen(path_of(rig))
     with Peer(path_of(rig)) as peer:
         assert peer.welcome is not None
 
 
 @pytest.mark.parametrize("left", ["a socket of a server that was killed", "a file"])
-def test_what_nobody_listens_at_is_replaced(agency: Agency, tmp_path: Path, left: str) -> None:
+def test_what_nobody_listens_at_is_replaced(app_socket: AppSocket, tmp_path: Path, left: str) -> None:
     """A server that was killed could not remove it."""
     path = tmp_path / "s"
     if left == "a file":
@@ -218,12 +218,12 @@ def test_what_nobody_listens_at_is_replaced(agency: Agency, tmp_path: Path, left
             killed.bind(str(path))
             killed.listen()
     assert path.exists()
-    agency.listen(path)
+    app_socket.listen(path)
     with Peer(path) as peer:
         assert peer.welcome is not None
-    agency.close()
+    app_socket.close()
     assert not path.exists()
-    agency.close()
+    app_socket.close()
 
 
 @pytest.mark.parametrize("wrong", ["mode", "file"])
@@ -321,10 +321,10 @@ def test_who_goes_before_a_word_is_said_is_forgotten(rig: Rig) -> None:
     for _ in range(50):
         with socket.socket(socket.AF_UNIX) as peer:
             peer.connect(str(path_of(rig)))  # which waits while more than a few are
-    wait_until(lambda: not rig.plane.agency._connections)
+    wait_until(lambda: not rig.plane.app_socket._connections)
     with Peer(path_of(rig)) as peer:
         assert peer.welcome is not None
-    wait_until(lambda: not rig.plane.agency._connections)
+    wait_until(lambda: not rig.plane.app_socket._connections)
 
 
 def test_what_needs_a_round_says_that_there_is_none(rig: Rig) -> None:
@@ -407,14 +407,14 @@ def test_a_round_that_is_left_leaves_its_messages_to_the_serverapp(rig: Rig) -> 
 def test_who_does_not_read_holds_nobody_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is told waits for it; others' replies are settled meanwhile, and at some time it is let go of."""
     monkeypatch.setattr("lifl.superlink.app_socket.SEND_TIMEOUT_S", 2)
-    wait_until(lambda: not rig.plane.agency._connections)
+    wait_until(lambda: not rig.plane.app_socket._connections)
     with Peer(path_of(rig)):
-        (connection,) = rig.plane.agency._connections
+        (connection,) = rig.plane.app_socket._connections
         for _ in range(16):  # more than a socket holds: this thread would not come back
-            connection._say({"event": "reply"}, [bytes(2**20)])
+            connection._send({"event": "reply"}, [bytes(2**20)])
         round_, _ = play(rig, MODEL, HONEST)
         check_mean(round_, HONEST)
-        wait_until(lambda: not rig.plane.agency._connections)
+        wait_until(lambda: not rig.plane.app_socket._connections)
 
 
 def test_a_server_that_ends_is_told() -> None:
@@ -424,7 +424,7 @@ def test_a_server_that_ends_is_told() -> None:
         with rig.grid(run_id, token) as grid:
             server = Server.find(grid)
             assert server is not None
-            rig.plane.agency.close()
+            rig.plane.app_socket.close()
             with pytest.raises(PeerGoneError, match=r"closed the connection|is gone"):
                 server.count_bound(["x"])
             server.close()

@@ -23,6 +23,7 @@ from raw_http import Headers, flowers_server, headers_of, replaced, soon, withou
 from rig import HOST, Node, Rig
 
 from lifl.superlink.http import protocol
+from lifl.superlink.http.connection import AWAITED
 
 QUIET_S = 0.25
 """After so long without a byte a server has said all."""
@@ -433,7 +434,7 @@ def nothing_left(server: tuple[Rig, int, Node]) -> Iterator[None]:
 
 def keepers(rig: Rig) -> Iterator[Any]:
     """Connections that are idle: those of the node itself."""
-    return (one for one in rig.plane.protocol.open if one._awaits is None and not one._bodies)
+    return (one for one in rig.plane.protocol.open if one._state not in AWAITED and not one._bodies)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -447,7 +448,7 @@ def test_a_request_behind_one_that_is_held_is_not_held_up(
     server: tuple[Rig, int, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is no message for the first: that is said at once, since the second waits for its turn."""
-    monkeypatch.setattr(server[0].plane.holding, "_hold_s", 60.0)
+    monkeypatch.setattr(server[0].plane.long_polls, "_hold_s", 60.0)
     rows: list[Make] = [
         lambda s: [s.poll() + s.push()],
         lambda s: [s.poll(), s.push()],

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from lifl.superlink.http.long_poll import HOLD_S, Holding
+from lifl.superlink.http.long_poll import HOLD_S, LongPolls
 
 Test = Callable[[], Coroutine[Any, Any, None]]
 
@@ -23,9 +23,9 @@ def on_loop(test: Test) -> Callable[[], None]:
     return run
 
 
-def holding(hold_s: float = 5.0) -> Holding:
+def long_polls(hold_s: float = 5.0) -> LongPolls:
     """One that belongs to the loop that runs."""
-    made = Holding(hold_s)
+    made = LongPolls(hold_s)
     made.loop = asyncio.get_running_loop()
     return made
 
@@ -41,7 +41,7 @@ async def soon(is_true: Callable[[], object]) -> None:
 @on_loop
 async def test_news_wakes_all_who_wait_for_it() -> None:
     """Every request of that node, once, and nobody else's."""
-    here, woken = holding(), list[str]()
+    here, woken = long_polls(), list[str]()
     for name, node in (("a", 1), ("b", 1), ("c", 2)):
         here.hold(here.note(node), lambda name=name: woken.append(name))
     threading.Thread(target=here.news, args=(1,)).start()
@@ -55,7 +55,7 @@ async def test_news_wakes_all_who_wait_for_it() -> None:
 @on_loop
 async def test_time_ends_the_wait() -> None:
     """Without news, and then nothing is left of it."""
-    here, woken = holding(0.02), list[int]()
+    here, woken = long_polls(0.02), list[int]()
     begin = time.monotonic()
     here.hold(here.note(1), lambda: woken.append(1))
     assert not woken
@@ -67,7 +67,7 @@ async def test_time_ends_the_wait() -> None:
 @on_loop
 async def test_what_comes_while_it_is_looked_for_is_not_missed() -> None:
     """Noted, then news, then held: it is woken at once."""
-    here, woken = holding(), list[int]()
+    here, woken = long_polls(), list[int]()
     held = here.note(1)
     here.news(1)
     await asyncio.sleep(0.01)
@@ -80,7 +80,7 @@ async def test_what_comes_while_it_is_looked_for_is_not_missed() -> None:
 @on_loop
 async def test_who_is_gone_is_not_woken() -> None:
     """Forgotten while it waits, while it looks, or twice."""
-    here, woken = holding(0.01), list[int]()
+    here, woken = long_polls(0.01), list[int]()
     held = here.note(1)
     here.hold(held, lambda: woken.append(1))
     here.forget(held)
@@ -96,7 +96,7 @@ async def test_who_is_gone_is_not_woken() -> None:
 @on_loop
 async def test_the_end_of_the_server_ends_the_wait() -> None:
     """Released, it is woken at once, and once."""
-    here, woken = holding(), list[int]()
+    here, woken = long_polls(), list[int]()
     held = here.note(1)
     here.hold(held, lambda: woken.append(1))
     here.release(held)
@@ -108,7 +108,7 @@ async def test_the_end_of_the_server_ends_the_wait() -> None:
 @on_loop
 async def test_nothing_is_held_if_it_is_off() -> None:
     """A time of nothing: the answer goes at once."""
-    here, woken = holding(0), list[int]()
+    here, woken = long_polls(0), list[int]()
     assert not here.is_on
     here.hold(here.note(1), lambda: woken.append(1))
     assert woken == [1]
@@ -116,7 +116,7 @@ async def test_nothing_is_held_if_it_is_off() -> None:
 
 def test_news_before_there_is_a_loop_is_only_noted() -> None:
     """The server has not started: nobody can be woken yet."""
-    here = Holding()
+    here = LongPolls()
     held = here.note(1)
     here.news(1)
     assert held.has_news
@@ -125,7 +125,7 @@ def test_news_before_there_is_a_loop_is_only_noted() -> None:
 @on_loop
 async def test_no_news_is_lost_among_many_threads() -> None:
     """Each of a thousand messages wakes its node, however note, news and hold interleave."""
-    here, woken = holding(2.0), list[int]()
+    here, woken = long_polls(2.0), list[int]()
     begun = threading.Barrier(2)
 
     def tell() -> None:
@@ -150,4 +150,4 @@ async def test_no_news_is_lost_among_many_threads() -> None:
 def test_it_is_over_before_a_supernode_gives_up() -> None:
     """The default leaves a second of the SuperNode's five for the way."""
     assert 0 < HOLD_S <= 4.0
-    assert Holding().is_on
+    assert LongPolls().is_on

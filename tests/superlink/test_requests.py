@@ -29,7 +29,7 @@ def node(rig: Rig) -> Iterator[Node]:
     made = rig.node()
     yield made
     made.close()
-    assert soon(lambda: not rig.plane.holding._by_node)
+    assert soon(lambda: not rig.plane.long_polls._by_node)
     assert soon(lambda: not rig.plane.protocol.busy)
 
 
@@ -58,7 +58,7 @@ def test_a_message_ends_the_wait(rig: Rig, node: Node) -> None:
     with Line(rig.port) as line, Line(rig.port) as other:
         ask(line, node)
         ask(other, node)
-        assert soon(lambda: len(rig.plane.holding._by_node.get(node.id, ())) == 2)
+        assert soon(lambda: len(rig.plane.long_polls._by_node.get(node.id, ())) == 2)
         tell(rig, node)
         assert sorted([count_of(line.answer()), count_of(other.answer())]) == [0, 1]
 
@@ -69,7 +69,7 @@ def test_a_message_that_is_there_is_not_waited_for(rig: Rig, node: Node) -> None
     with Line(rig.port) as line:
         ask(line, node)
         assert count_of(line.answer()) == 1
-    assert node.id not in rig.plane.holding._by_node
+    assert node.id not in rig.plane.long_polls._by_node
 
 
 def test_the_wait_ends_before_the_node_gives_up(rig: Rig, node: Node) -> None:
@@ -87,7 +87,7 @@ def test_who_is_not_let_in_is_not_held(rig: Rig, node: Node, wrong: str) -> None
     """It is told, and never waits."""
     body = fleet_pb2.PullMessagesRequest(node=node.proto).SerializeToString()
     with Line(rig.port) as line, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rig.plane.holding, "hold", lambda *_: pytest.fail("it is held"))
+        patch.setattr(rig.plane.long_polls, "hold", lambda *_: pytest.fail("it is held"))
         line.send(head(PULL, without(headers_of(node), wrong), len(body)) + body)
         assert line.answer()[0] == 401
 
@@ -96,8 +96,8 @@ def test_who_goes_while_it_waits_is_forgotten(rig: Rig, node: Node) -> None:
     """And a message that comes then is the next one's who asks."""
     with Line(rig.port) as line:
         ask(line, node)
-        assert soon(lambda: node.id in rig.plane.holding._by_node)
-    assert soon(lambda: node.id not in rig.plane.holding._by_node)
+        assert soon(lambda: node.id in rig.plane.long_polls._by_node)
+    assert soon(lambda: node.id not in rig.plane.long_polls._by_node)
     tell(rig, node)
     with Line(rig.port) as line:
         ask(line, node)
@@ -125,7 +125,7 @@ def test_a_server_that_ends_answers_who_waits() -> None:
         node = rig.node()
         line = Line(rig.port)
         ask(line, node)
-        assert soon(lambda: node.id in rig.plane.holding._by_node)
+        assert soon(lambda: node.id in rig.plane.long_polls._by_node)
         begin = time.monotonic()
     assert time.monotonic() - begin < 20
     assert count_of(line.answer()) == 0

@@ -18,8 +18,7 @@ from rig import Node, Rig
 from scripted_clients import Client, flowers, mean_of, says, wait_until
 
 from lifl.strategy import FedAvg, fedavg
-from lifl.superlink import app_socket as agency
-from lifl.superlink import resumption
+from lifl.superlink import app_socket, resumption
 
 MODEL = {"w": np.zeros((30, 40), np.float32), "b": np.zeros(3)}
 HONEST = [({"w": np.full((30, 40), n, np.float32), "b": np.full(3, float(n))}, float(n)) for n in (1, 3)]
@@ -212,16 +211,16 @@ def check_both(result: fedavg.Result, number: int) -> None:
 
 def test_a_server_that_is_lost_while_it_makes_the_mean(lost: Lost, monkeypatch: pytest.MonkeyPatch) -> None:
     """The replies are in its database, and are pulled and folded; the next round is folded by the server again."""
-    finish, finished = agency.Connection._on_finish, list[int]()
+    finish, finished = app_socket.Connection._on_finish, list[int]()
 
-    def killed(connection: agency.Connection, said: dict[str, Any]) -> None:
+    def killed(connection: app_socket.Connection, said: dict[str, Any]) -> None:
         finished.append(1)
         if len(finished) > 1:
             return finish(connection, said)
         connection._end_round(deletes=False)  # as by SIGKILL
         raise OSError("killed")
 
-    monkeypatch.setattr(agency.Connection, "_on_finish", killed)
+    monkeypatch.setattr(app_socket.Connection, "_on_finish", killed)
     result = lost.run(2)
     check_both(result, 1)
     check_both(result, 2)
@@ -231,15 +230,15 @@ def test_a_server_that_is_lost_while_it_makes_the_mean(lost: Lost, monkeypatch: 
 
 def test_a_server_that_is_lost_between_rounds(lost: Lost, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next round is folded by the one that is there by then."""
-    close = agency.Connection._on_close
+    close = app_socket.Connection._on_close
 
-    def killed(connection: agency.Connection, said: dict[str, Any]) -> None:
+    def killed(connection: app_socket.Connection, said: dict[str, Any]) -> None:
         if lost.rig.plane.rounds.served == 1:
             connection._end_round()
             raise OSError("killed")
         close(connection, said)
 
-    monkeypatch.setattr(agency.Connection, "_on_close", killed)
+    monkeypatch.setattr(app_socket.Connection, "_on_close", killed)
     result = lost.run(2)
     check_both(result, 1)
     check_both(result, 2)
@@ -253,7 +252,7 @@ def test_a_server_that_is_asked_to_end_leaves_the_round_in_its_database(lost: Lo
     thread = threading.Thread(target=lambda: results.append(lost.run()))
     thread.start()
     wait_until(lambda: all(client.asked for client in lost.clients))
-    lost.rig.plane.agency.close()
+    lost.rig.plane.app_socket.close()
     lost.may_answer.set()
     thread.join(30)
     (result,) = results
@@ -290,12 +289,12 @@ def test_what_is_left_of_the_deadline_is_waited_for(lost: Lost, monkeypatch: pyt
         given.append(args[2])
         return real(*args, **kwargs)
 
-    def killed(connection: agency.Connection, _: dict[str, Any]) -> None:
+    def killed(connection: app_socket.Connection, _: dict[str, Any]) -> None:
         connection._end_round(deletes=False)
         raise OSError("killed")
 
     monkeypatch.setattr(fedavg, "exchange", exchange)
-    monkeypatch.setattr(agency.Connection, "_on_finish", killed)
+    monkeypatch.setattr(app_socket.Connection, "_on_finish", killed)
     check_both(lost.run(deadline=15), 1)
     assert len(given) == 1
     assert 0 < given[0] < 15

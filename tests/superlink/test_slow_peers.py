@@ -20,7 +20,7 @@ from raw_http import Headers, Line, head, headers_of, soon, without
 from rig import HOST, Rig
 from scripted_clients import Arrays, check_mean, play
 
-from lifl.superlink.http import gateway, protocol
+from lifl.superlink.http import connection, gateway, protocol
 from lifl.superlink.http.rates import MIN_RATE, Rate, Rates, look_s
 from lifl.superlink.http.relief import PRIVATE_BYTES, relieve
 
@@ -85,7 +85,7 @@ class Here:
         async def do() -> Any:
             return work()
 
-        return asyncio.run_coroutine_threadsafe(do(), self.rig.plane.holding.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(do(), self.rig.plane.long_polls.loop).result(10)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def server() -> Iterator[Here]:
 @pytest.fixture
 def here(server: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     """The server; after the test it holds nothing. Each dropped peer is logged."""
-    monkeypatch.setattr(protocol, "SAID_S", 0.0)
+    monkeypatch.setattr(connection, "LOG_EVERY_S", 0.0)
     yield server
     server.rig.store.clear()
     server.node.caller.close()
@@ -229,7 +229,7 @@ def test_an_answer_that_is_not_read_is_dropped(here: Here, way: str) -> None:
         else:
             line.send(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n" + request)  # what is behind another is Flower's
         assert soon(
-            lambda: any(one._sending or one.transport.get_write_buffer_size() for one in here.rig.plane.protocol.open)
+            lambda: any(one._outgoing or one.transport.get_write_buffer_size() for one in here.rig.plane.protocol.open)
         )
         good.send(request)
         assert good.answer()[0] == 200
@@ -322,7 +322,7 @@ def test_a_reader_that_is_slow_gets_its_answer_from_a_copy(here: Here, monkeypat
     with here.reader() as line:
         got = bytearray()
         line.socket.settimeout(0.01)
-        (reader,) = (one for one in here.rig.plane.protocol.open if one._sending)
+        (reader,) = (one for one in here.rig.plane.protocol.open if one._outgoing)
         deadline = time.monotonic() + 20
         while here.rig.used_bytes or not reader.private_bytes:
             assert time.monotonic() < deadline

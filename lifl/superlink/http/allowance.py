@@ -1,7 +1,7 @@
-"""Memory that the bodies of requests may take while they come: so much for each sender, so much in all.
+"""Memory that the bodies of requests may take while they come: a limit for each sender, and one for all.
 
-Owns the counts and the order of those who wait. Knows no socket: a connection that has to wait stops reading, one that
-is given up is answered and ends. All of it belongs to the loop.
+Owns the counts and the order of the bodies that wait. Knows no socket: a connection that has to wait stops reading, one
+that is given up is answered and ends. Everything here belongs to the event loop.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ SENDER_BYTES = 2**26
 TOTAL_BYTES = 2**28
 
 PATIENCE_S = 1.0
-"""When a body has waited so long for others, the dearest of them is given up."""
+"""Time that a body waits for others; then the most expensive of them is given up, see :meth:`Allowance.look`."""
 
 
 class Share:
-    """The part of one body. Close it when the body is gone.
+    """The part of one body in an allowance. To be closed when the body is gone.
 
     Parameters
     ----------
@@ -30,42 +30,50 @@ class Share:
     """
 
     def __init__(self, allowance: Allowance, sender: Hashable, give_up: Callable[[], None]) -> None:
-        self._allowance, self.sender, self.give_up = allowance, sender, give_up
+        self._allowance = allowance
+        self.sender = sender
+        self.give_up = give_up
         self.began_s = time.monotonic()
         self.nbytes = 0
-        self.wanted_bytes = 0  # that it waits for
+        self.wanted_bytes = 0  # bytes that it waits for
         self.waits_since_s = 0.0
-        self.is_whole = False  # all of the body has come: it will be gone soon, and is not given up any more
+        self.is_whole = False  # the body has come whole: it will be gone soon, and is not given up any more
         self.is_closed = False
         self.then: Callable[[], None] = lambda: None
 
     def grow(self, nbytes: int, then: Callable[[], None]) -> bool:
-        """Takes more; False if it has to wait: `then` is called when it has got it."""
+        """Takes more memory. False if it has to wait for it: `then` is called when it has it."""
         return self._allowance.grow(self, nbytes, then)
 
     def close(self) -> None:
-        """Gives all of it back; harmless when closed."""
+        """Gives all of its memory back; harmless when closed."""
         self._allowance.close(self)
 
 
 class Allowance:
-    """All bodies of one kind.
+    """The memory for all bodies of one kind.
 
     Parameters
     ----------
     sender_bytes, total_bytes : int
-        The largest body has to fit into either.
+        Limits for one sender and for all. The largest body has to fit into either.
+
+    Attributes
+    ----------
+    nbytes : int
+        Bytes that all shares have taken.
     """
 
     def __init__(self, sender_bytes: int = SENDER_BYTES, total_bytes: int = TOTAL_BYTES) -> None:
-        self.sender_bytes, self.total_bytes = sender_bytes, total_bytes
+        self.sender_bytes = sender_bytes
+        self.total_bytes = total_bytes
         self.nbytes = 0
         self._by_sender: dict[Hashable, int] = defaultdict(int)
         self._shares: set[Share] = set()
         self._waiting: list[Share] = []
 
     def share(self, sender: Hashable, give_up: Callable[[], None]) -> Share:
-        """An empty one."""
+        """Makes an empty share; see :class:`Share`."""
         made = Share(self, sender, give_up)
         self._shares.add(made)
         return made
@@ -104,11 +112,11 @@ class Allowance:
                 one.then()
 
     def look(self, now_s: float) -> None:
-        """Gives up what has cost most, bytes times seconds, if somebody has waited too long; called now and then.
+        """Gives up the most expensive body, in bytes times seconds, if a body has waited too long; called now and then.
 
-        Of all senders if there is too little for all, else of the one who has too much under way. An honest body comes
-        quickly and costs little, however many come; one that is held back costs more each second. So nobody waits for
-        ever, nor two bodies for each other.
+        The body is chosen among those of all senders if the total is exhausted, else among those of the sender that
+        waits. An honest body comes quickly and costs little, however many there are; a body that is held back costs
+        more each second. So no body waits for ever, and no two bodies wait for each other.
         """
         waiting = [one for one in self._waiting if now_s - one.waits_since_s >= PATIENCE_S]
         if any(self.nbytes + one.wanted_bytes > self.total_bytes for one in waiting):

@@ -1,7 +1,7 @@
-"""The body of a push-object request, cut up without the object in it being copied. Pure.
+"""Parsing of request bodies without building them: a push-object request is cut, values and objects are counted. Pure.
 
-Flower's protobuf message has the node, the run and the object's id before the content (field 4) and the session's id
-behind it. Only those small fields are given to protobuf; the content stays where it comes to lie.
+Flower's PushObjectRequest has the node, the run and the object's id before the content (field 4) and the session's id
+behind it. Only those small fields are given to protobuf; the content is not copied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ MAX_TAIL_BYTES = 4096
 
 @attrs.frozen
 class Cut:
-    """Where the content is in a body of ``length`` bytes: [begin, end). Other fields: before `field_at`, behind it."""
+    """The position of the content in a body of ``length`` bytes: [begin, end).
+
+    The other fields lie before ``field_at``, where the content's field begins, and from ``end`` on.
+    """
 
     field_at: int
     begin: int
@@ -26,23 +29,23 @@ class Cut:
 
     @property
     def nbytes(self) -> int:
-        """Of the content."""
+        """Bytes of the content."""
         return self.end - self.begin
 
     @property
     def tail_bytes(self) -> int:
-        """Behind the content."""
+        """Bytes behind the content."""
         return self.length - self.end
 
 
 def cut(prefix: bytes | bytearray, length: int) -> Cut | None:
-    """Finds the content in a body of which `prefix` has come; None if too little of it has.
+    """Finds the content in a body whose first bytes are `prefix`; None if the prefix is too short for that.
 
     Raises
     ------
     ValueError
-        If it is no protobuf message, its content is longer than the body, or there is more around the content than
-        any request has.
+        If it is no protobuf message, its content is longer than the body, or there are more than ``MAX_PREFIX_BYTES``
+        before the content or ``MAX_TAIL_BYTES`` behind it.
     """
     at = 0
     while at < length:
@@ -57,10 +60,10 @@ def cut(prefix: bytes | bytearray, length: int) -> Cut | None:
                 break
             at = skipped[1]
         elif kind == 2:
-            said = _varint(prefix, at)
-            if said is None:
+            length_field = _varint(prefix, at)
+            if length_field is None:
                 break
-            nbytes, at = said
+            nbytes, at = length_field
             if at + nbytes > length:
                 raise ValueError(f"a field of {nbytes:,} bytes in a body of {length:,}")
             if field == CONTENT_FIELD:
@@ -75,7 +78,7 @@ def cut(prefix: bytes | bytearray, length: int) -> Cut | None:
             raise ValueError(f"more than {MAX_PREFIX_BYTES:,} bytes before the object's content")
     else:
         if len(prefix) >= length:
-            return Cut(length, length, length, length)  # no content: protobuf leaves an empty one out
+            return Cut(length, length, length, length)  # no content: protobuf leaves an empty field out
         return None
     if len(prefix) >= min(length, MAX_PREFIX_BYTES):
         raise ValueError("the body ends in the middle of a field, or its content begins too late")
@@ -83,8 +86,8 @@ def cut(prefix: bytes | bytearray, length: int) -> Cut | None:
 
 
 def _varint(data: bytes | bytearray, at: int) -> tuple[int, int] | None:
-    """A number and where it ends; None if it is not all there."""
-    if at < len(data) and (value := data[at]) < 0x80:  # most have one byte
+    """A number and the position behind it; None if the number is not all there."""
+    if at < len(data) and (value := data[at]) < 0x80:  # most numbers have one byte
         return value, at + 1
     value = shift = 0
     while at < len(data):
@@ -104,10 +107,10 @@ WHOLE_LISTS, DOUBLE_LISTS, TEXT_LISTS = (22, 23, 24), (21,), (25, 26)
 
 
 def count_values(data: bytes, most: int) -> int:
-    """How many values Python will make of a serialized MetricRecord or ConfigRecord; counted up to `most` + 1.
+    """The number of values that Python will make of a serialized MetricRecord or ConfigRecord, at most `most` + 1.
 
-    A name, a value and a text are one each, whatever their length. Of numbers in a list, which take less, sixteen are
-    one. Nothing is built.
+    A name, a value and a text count as one each, whatever their length. Sixteen numbers in a list, which take less
+    memory, count as one. Nothing is built.
 
     Raises
     ------
@@ -131,10 +134,10 @@ def count_values(data: bytes, most: int) -> int:
 
 
 def count_objects(data: bytes, most: int) -> int:
-    """How many messages, and objects in their trees, a serialized PushMessagesRequest has; counted up to `most` + 1.
+    """The number of messages, and of objects in their trees, in a serialized PushMessagesRequest, at most `most` + 1.
 
-    An object has two fields, its id and its place in the tree: what has more fields than that has more objects, too.
-    Nothing is built.
+    An object has two fields, its id and its place in the tree. A request with more fields than twice `most` is taken
+    to have too many objects. Nothing is built.
 
     Raises
     ------
@@ -156,11 +159,11 @@ def count_objects(data: bytes, most: int) -> int:
 
 
 TREES_FIELD, CHILDREN_FIELD = 3, 2
-"""Of a PushMessagesRequest the objects' trees, of a tree the trees below."""
+"""The fields of the objects' trees in a PushMessagesRequest, and of the trees below in a tree."""
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of a message in ``data[at:end]``: number, and where the content begins and ends, lengths left out."""
+    """The fields of a message in ``data[at:end]``: number, begin and end of the content, without its length."""
     while at < end:
         key, begin = _whole_varint(data, at, end)
         kind = key & 7

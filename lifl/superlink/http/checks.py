@@ -1,4 +1,7 @@
-"""What Flower's middlewares and dependencies check of a request, made by Flower's own functions on its head."""
+"""The checks of Flower's middlewares and dependencies, made by Flower's own functions on the head of a request.
+
+Owns no rule: every decision is Flower's. Belongs to no thread; nothing here is shared but caches.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,14 @@ KNOWN_MIDDLEWARE = {
     "ProtobufTranslationMiddleware": "the media type is checked, and what is no protobuf refused, here too",
     "RuntimeTracingMiddleware": "of flwr 1.41: a trace of each request, which the gateway's do not leave",
 }
-"""What Flower puts around its routes, and why a request that goes past it is checked as one that does not."""
+"""Flower's middlewares, each with the reason why a request that goes past it is checked all the same."""
 
-LATE_S = 0.1
+RUN_CHECK_S = 0.1
+"""Time for which a run that was found to be running is taken to be running."""
 
 
 def why_not(app: Any) -> str | None:
-    """Why requests to this app must not be taken past ASGI, if they must not."""
+    """The reason why requests to this app must not be taken past ASGI, or None."""
     unknown = sorted({one.cls.__name__ for one in app.user_middleware} - KNOWN_MIDDLEWARE.keys())
     if unknown:
         return f"Flower has middleware that lifl does not know: {', '.join(unknown)}"
@@ -44,7 +48,10 @@ def why_not(app: Any) -> str | None:
 
 
 class _Headers(Mapping[str, str]):
-    """Of several of one name, the first counts; `getlist` has all. Decoded when they are asked for: most never are."""
+    """Headers of a request. The first header of a name wins; ``getlist`` has all of them.
+
+    They are decoded when they are asked for: most never are.
+    """
 
     __slots__ = ("_first", "_raw")
 
@@ -62,13 +69,13 @@ class _Headers(Mapping[str, str]):
         return len(self._first)
 
     def getlist(self, name: str) -> list[str]:
-        """All values, in order."""
+        """All values of a name, in order."""
         wanted = name.lower().encode("latin-1")
         return [value.decode("latin-1") for found, value in self._raw if found == wanted]
 
 
 class _Request:
-    """What Flower's checks ask of a request, and no more: a whole one for each object costs more than the check."""
+    """A request with no more than Flower's checks look at: a whole one for each object costs more than the check."""
 
     __slots__ = ("app", "headers", "state")
 
@@ -77,7 +84,12 @@ class _Request:
 
 
 class _AnyNode:
-    """A message of whichever node has the key: Flower's check compares its id with that of the key's node."""
+    """A message in the name of any node, which learns the node that has the key.
+
+    Flower's check compares the message's ``node.node_id`` with the id of the node that has the key. The body of this
+    request has not come, so there is no id yet: this object stands in for the message, its node and the id, is equal
+    to every id, and keeps the one that it was compared with in ``found``.
+    """
 
     found = 0
 
@@ -86,7 +98,7 @@ class _AnyNode:
         return self
 
     def __eq__(self, node_id: object) -> bool:
-        if isinstance(node_id, int):  # None if no node has the key
+        if isinstance(node_id, int):  # it is None if no node has the key
             self.found = node_id
         return isinstance(node_id, int)
 
@@ -94,16 +106,16 @@ class _AnyNode:
 
 
 class Checks:
-    """For one app."""
+    """The checks for one app."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
         self._version = _names.VersionDependency(
             component_name="SuperLink", connection_name="Caller <-> SuperLink Runtime API"
         )
-        self._running: dict[int, float] = {}  # run -> until when it is taken to be running
+        self._running: dict[int, float] = {}  # run -> time until which it is taken to be running
         self._statuses = [getattr(_names.Status, name) for name in ENDED]
-        # Which version a caller said is the same for all of its requests; what was refused is not kept.
+        # A caller names the same version in all of its requests. The cache keeps no refusal, which is an exception.
         self._accept_version = lru_cache(maxsize=256)(self._check_version)
 
     @property
@@ -115,25 +127,25 @@ class Checks:
         return Request({**scope, "app": self._app, "state": {}})
 
     def fleet(self, headers: Any, message: Any) -> None:
-        """The SuperNode is who it says: NodeAuthMiddleware's check."""
+        """Checks a SuperNode's signature: NodeAuthMiddleware's check. Raises Flower's error."""
         _names.authenticate_node(_Request(headers, self._app, message))
 
     def sender(self, headers: Any) -> int:
-        """The node whose key has signed a head, before its body has come; whom it speaks for is checked later."""
-        said = _AnyNode()
-        _names.authenticate_node(_Request(headers, self._app, said))
-        return said.found
+        """The node whose key has signed a head; the node that its body names is checked when that has come."""
+        any_node = _AnyNode()
+        _names.authenticate_node(_Request(headers, self._app, any_node))
+        return any_node.found
 
     def run_of_late(self, message: Any) -> None:
-        """The same as :meth:`run`, by what was found in the last moments."""
-        until = self._running.get(message.run_id, 0.0)
-        if until < (now := time.monotonic()):
+        """Checks the run as :meth:`run` does, at most once in ``RUN_CHECK_S``."""
+        until_s = self._running.get(message.run_id, 0.0)
+        if until_s < (now_s := time.monotonic()):
             self.run(message)
             self._running.clear()
-            self._running[message.run_id] = now + LATE_S
+            self._running[message.run_id] = now_s + RUN_CHECK_S
 
     def run(self, message: Any) -> None:
-        """The run takes objects: the check of Flower's object handlers, before the object is accepted."""
+        """Checks that the run takes objects, as Flower's object handlers do. Raises Flower's error."""
         reason = _names.check_abort(message.run_id, self._statuses, self._state)
         if reason:
             about = f"SuperNode {message.node.node_id}, run_id={message.run_id}, exception: {reason}"
@@ -141,23 +153,23 @@ class Checks:
             raise _names.FlowerError(_names.ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, about, public_details=details)
 
     def runtime(self, headers: Any, message: Any) -> Any:
-        """The caller's version fits and its token is a task's: the Runtime router's dependencies. The task."""
+        """Checks a ServerApp's version and token, as Flower's Runtime router does; returns its task."""
         name_of_token = _names.TASK_TOKEN_HEADER.lower().encode()
         self._accept_version(tuple(p for p in headers if p[0].startswith(b"flwr-") and p[0] != name_of_token))
         token = [value for name, value in headers if name == name_of_token]
-        said = token[0].decode("latin-1") if token else None
-        return _names.authenticate_task(_Request(headers, self._app, message), said, self._state)
+        text = token[0].decode("latin-1") if token else None
+        return _names.authenticate_task(_Request(headers, self._app, message), text, self._state)
 
     def _check_version(self, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self._version(self._request(list(headers)))
 
     def is_superlink(self, message: Any) -> None:
-        """A ServerApp pushes as the SuperLink's node: the check of Flower's Runtime handlers."""
+        """Checks that a ServerApp pushes as the SuperLink's node, as Flower's Runtime handlers do."""
         if message.node.node_id != _names.SUPERLINK_NODE_ID:
             raise _names.FlowerError(_names.ApiErrorCode.RUNTIME_UNEXPECTED_NODE_ID, "Unexpected node ID.")
 
     def answer_error(self, error: BaseException, path: str, headers: Any, answer: Callable[..., None]) -> None:
-        """Answers as Flower's outermost middleware does: with a body, a status and headers."""
+        """Calls `answer` in the event loop with the body, status and headers of Flower's outermost middleware."""
 
         async def raise_it(_: Request) -> Any:
             raise error
@@ -167,6 +179,7 @@ class Checks:
             kept = [(name, value) for name, value in response.raw_headers if name != b"content-length"]
             answer(bytes(response.body), response.status_code, kept)
 
+        # The loop itself keeps only weak references to its tasks.
         task = asyncio.get_running_loop().create_task(translate())
         _pending.add(task)
         task.add_done_callback(_pending.discard)

@@ -1,8 +1,8 @@
-"""The routes of the data plane: what is checked, where bytes go, and what answers.
+"""The routes of the data plane, and the targets of the objects that come there.
 
-Owns which requests are taken past ASGI. Every check that Flower's middlewares and routes make is made here by
-Flower's own functions, before a byte of a body is accepted; what happens to a message or a session is decided by
-Flower's own handlers. Only the bytes go another way.
+Owns the choice of the requests that go past ASGI. Every check that Flower's middlewares and routes make is made here by
+Flower's own functions, before a byte of a body is accepted; Flower's own handlers decide about messages and sessions.
+Only the bytes go another way. Everything here belongs to the event loop, except where a docstring names threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lifl.shm.arena import available_bytes
 from lifl.superlink import flower
 from lifl.superlink.http.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
 from lifl.superlink.http.checks import Checks
-from lifl.superlink.http.long_poll import Holding
+from lifl.superlink.http.long_poll import LongPolls
 from lifl.superlink.http.protocol import GatewayProtocol
 from lifl.superlink.http.requests import (
     LONG_TREE_BYTES,
@@ -37,33 +37,34 @@ from lifl.superlink.store.store import ArenaStore, DurableStore
 _names, _server = flower.part("gateway"), flower.part("server")
 
 RETRY_S = 0.005
-"""While somebody waits for room in the arena it is looked for so often."""
+"""Time between two looks for room in the arena, while an object waits for it."""
 
 RELIEF_S = 0.25
-"""And so often among what slow readers hold."""
+"""Time between two looks for memory that slow readers hold, while an object waits for room."""
 
 MAX_BODY_BYTES = 2**26
 FIELDS_BYTES = 2**13
-"""A body has at most so much beside an object; see ``lifl.superlink.http.body``."""
+"""Longest rest of a push-object body beside the object; see ``lifl.superlink.http.body``."""
 
 FULL_S = 4.0
-"""When there was none for so long, half of many messages may hold it all: then objects are kept as Flower keeps them.
+"""Time without room after which objects are kept beside the arena, as Flower keeps them.
 
-More than the pause after which a ServerApp pulls what is complete, less than the time-out of a client.
+Halves of many messages may hold all of the arena then, and none of them could go on. The time is longer than the pause
+after which a ServerApp pulls complete replies, and shorter than the time-out of a client.
 """
 
 SPARE_BYTES = 2**28
-"""So much of the machine's memory is left alone then."""
+"""Memory of the machine that is left alone then."""
 
 NODE_BYTES = 2**27
-"""So much a SuperNode may be sending at once, or one object: they send eight of 5 MiB."""
+"""Bytes that a SuperNode may be sending at once, unless it sends one object only. Flower's send eight of 5 MiB."""
 
 
 class Placer(Protocol):
-    """Knows where an object belongs that is a part of an update."""
+    """Knows the place of each object that is a part of an update. All methods: any thread."""
 
     def place(self, object_id: str, node_id: int, nbytes: int) -> Target | None:
-        """A target in the update's block; None if it has none there.
+        """A target in the update's block; None if the object has no place there.
 
         Raises :class:`BlockingIOError` without room, and ``ValueError`` if the reply has grown too large.
         """
@@ -72,17 +73,20 @@ class Placer(Protocol):
         """True for an object of a reply that the node is sending into a round."""
 
     def session_of(self, object_id: str, node_id: int) -> str | None:
-        """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
+        """The session of a node's push that names none.
+
+        "" if nobody awaits the object, None if only other nodes' sessions await it.
+        """
 
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""
 
     def relieve_arena(self) -> None:
-        """Somebody waits for room: replies that hold a block and hardly come give it back."""
+        """Takes blocks back from replies that hardly come; called while an object waits for room."""
 
 
 class Gateway:
-    """The desk at which the protocol asks.
+    """The protocol's ``Router``, and the ``Server`` of its exchanges.
 
     Parameters
     ----------
@@ -92,10 +96,21 @@ class Gateway:
     arena : lifl.shm.Arena
     placer : Placer or None
         None if this server folds no rounds.
-    holding : Holding
-        Which pull-messages requests wait.
+    long_polls : LongPolls
+        The pull-messages requests that are held open.
     max_object_bytes : int
         A larger object is refused.
+
+    Attributes
+    ----------
+    is_quick : bool
+        True if the LinkState is in memory: then it is asked in the event loop, else in a thread.
+    uploads : int
+        Objects that are coming in.
+    received_bytes, copied_bytes, sent_bytes : int
+        Bytes so far of bodies with objects, of those bytes that were copied once more here, and of objects sent.
+    relieve : callable
+        Frees memory that slow readers hold; set by the plane.
     """
 
     def __init__(
@@ -104,22 +119,25 @@ class Gateway:
         store: ArenaStore | DurableStore,
         arena: Any,
         placer: Placer | None,
-        holding: Holding,
+        long_polls: LongPolls,
         max_object_bytes: int,
     ) -> None:
-        self.store, self._arena, self._placer, self.holding = store, arena, placer, holding
+        self.store = store
+        self._arena = arena
+        self._placer = placer
+        self.long_polls = long_polls
         self._max_object_bytes = max_object_bytes
         self.checks = Checks(app)
         self._factory = app.state.linkstate_factory
-        # A database must not stop the loop; what is in memory answers at once.
+        # A database must not stop the loop; a state in memory answers at once.
         self.is_quick = type(self.state).__name__.startswith("InMemory")
-        self.uploads = 0  # that are coming in
+        self.uploads = 0
         self.received_bytes = 0
         self.copied_bytes = 0
         self.sent_bytes = 0
         self._budget = SpoolBudget(max(available_bytes() // 2, SPARE_BYTES), NODE_BYTES)
         self._waiting: deque[Callable[[], bool]] = deque()
-        self._full_since_s = 0.0  # while somebody waits
+        self._full_since_s = 0.0  # valid while somebody waits
         self._has_warned = False
         self._routes: dict[bytes, Callable[..., Any]] = {}
         for name in ("fleet", "runtime"):
@@ -130,15 +148,15 @@ class Gateway:
         self._routes[b"/v1/fleet/confirm-message-received"] = ConfirmMessage
         self.max_body_bytes = max(MAX_BODY_BYTES, max_object_bytes + FIELDS_BYTES)
         self._limits = {path.decode(): MAX_REQUEST_BYTES for path in self._routes}
-        # SuperNodes do not send it in chunks; Flower parses it before anybody counts what is in it.
+        # Only a request in chunks, which SuperNodes do not send, is left to Flower, and Flower parses before it counts.
         self._limits["/v1/fleet/push-messages"] = LONG_TREE_BYTES
         for name in ("fleet", "runtime"):
             self._limits[f"/v1/{name}/push-object"] = max_object_bytes + FIELDS_BYTES
         total_bytes = max(TOTAL_BYTES, 4 * self.max_body_bytes)
-        # Strangers have an allowance of their own: they take nothing away from those who are known.
+        # Strangers have an allowance of their own, so that they take nothing away from known senders.
         self.allowance = Allowance(max(SENDER_BYTES, self.max_body_bytes), total_bytes)
         self.strangers = Allowance(max(SENDER_BYTES, self.max_body_bytes), total_bytes // 2)
-        self.relieve: Callable[[], bool] = lambda: False  # frees what slow readers hold; set by the plane
+        self.relieve: Callable[[], bool] = lambda: False
         self._relieved_s = 0.0
 
     @property
@@ -158,7 +176,7 @@ class Gateway:
         return None
 
     def limit_of(self, path: str) -> int:
-        """How long the body of a request that is left to Flower may be."""
+        """The limit in bytes of a body that is left to Flower."""
         return self._limits.get(path, self.max_body_bytes)
 
     def admit(
@@ -170,7 +188,7 @@ class Gateway:
         then: Callable[[Share], None],
         fail: Callable[[BaseException], None],
     ) -> None:
-        """Looks who sends a long body: a SuperNode by its signature, a ServerApp by its token, others by address."""
+        """Identifies the sender of a long body: a SuperNode by signature, a ServerApp by token, others by address."""
         if path.startswith("/v1/fleet/"):
             self.run(lambda: self.checks.sender(headers), lambda node: then(self.allowance.share(node, give_up)), fail)
         elif path.startswith("/v1/runtime/"):
@@ -183,16 +201,16 @@ class Gateway:
             then(self.strangers.share(client[0] if client else "", give_up))
 
     def answer_error(self, error: BaseException, path: str, headers: Any, answer: Callable[..., None]) -> None:
-        """Calls `answer` with what Flower answers to an error."""
+        """Calls `answer` with Flower's answer to an error."""
         self.checks.answer_error(error, path, headers, answer)
 
     def look(self, now_s: float) -> None:
-        """Called now and then: bodies that hold memory which others need are given up."""
+        """Gives up bodies that hold memory which others need; called now and then."""
         self.allowance.look(now_s)
         self.strangers.look(now_s)
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None], fail: Callable[[BaseException], None]) -> None:
-        """Does what asks the LinkState: here if it is in memory, else in a thread."""
+        """Does `work`, which asks the LinkState: here if that is in memory, else in a thread of the loop's executor."""
         if self.is_quick:
             try:
                 done = work()
@@ -206,7 +224,7 @@ class Gateway:
     def run_aside(
         self, work: Callable[[], Any], then: Callable[[Any], None], fail: Callable[[BaseException], None]
     ) -> None:
-        """Does what takes long in a thread; `then` or `fail` is called in the loop."""
+        """Does `work`, which takes long, in a thread of the loop's executor; `then` or `fail` is called in the loop."""
 
         def done(future: asyncio.Future[Any]) -> None:
             if future.cancelled():
@@ -220,11 +238,11 @@ class Gateway:
         asyncio.get_running_loop().run_in_executor(None, work).add_done_callback(done)
 
     def target_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
-        """Where an object that is wanted belongs.
+        """The target of an object that is wanted.
 
-        Memory is taken for what a SuperNode sends, not for what it says that it will send; only a ServerApp, which is
-        trusted, gets a block of the announced size at once. What of a reply into a round has no place in the update's
-        block lies beside the arena: in it a reply would take the room of others' updates.
+        Memory is taken for the bytes that a SuperNode has sent, not for those that it announces. Only a ServerApp,
+        which is trusted, gets a block of the announced size at once. An object of a reply into a round that has no
+        place in the update's block lies beside the arena, where it takes no room of others' updates.
 
         Raises
         ------
@@ -249,18 +267,18 @@ class Gateway:
         return self.spool_for(request, nbytes, is_trusted=is_trusted)
 
     def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool, is_beside: bool = False) -> Target:
-        """Memory beside the arena for an object while it comes and, if `is_beside`, afterwards.
+        """A target beside the arena for an object while it comes and, if `is_beside`, afterwards.
 
         Raises :class:`MemoryError` if its sender sends too much at once.
         """
-        # All ServerApps are one node: each has its run's share.
+        # All ServerApps push as one node, so each run counts as a sender.
         sender = f"run {request.run_id}" if is_trusted else f"node {request.node.node_id}"
         if (refusal := self._budget.announce(sender, nbytes)) is not None:
             raise MemoryError(refusal)
         return Spool(None if is_beside else self._arena, self._budget, sender, nbytes, self._warn_that_full)
 
     def _check_room(self, nbytes: int) -> None:
-        """A large object is coming: raises :class:`BlockingIOError` unless it can be kept."""
+        """Raises :class:`BlockingIOError` unless a large object can be kept: in the arena, or beside a stuck one."""
         if self._arena.free_bytes >= nbytes:
             self._full_since_s = time.monotonic()
             return
@@ -285,7 +303,7 @@ class Gateway:
         return bool(self._waiting) and time.monotonic() - self._full_since_s > FULL_S
 
     def wait_for_room(self, ask: Callable[[], bool]) -> None:
-        """Asks for the one who has waited longest, until there is no room again; see ``exchanges.Server``."""
+        """Has `ask` called until it returns True, the one that has waited longest first; see ``Server``."""
         self._waiting.append(ask)
         if len(self._waiting) == 1:
             self._full_since_s = time.monotonic()
@@ -298,7 +316,7 @@ class Gateway:
             self.relieve()
             if self._placer is not None:
                 self._placer.relieve_arena()
-        if self._is_stuck:  # the first may wait for what the others hold
+        if self._is_stuck:  # the first may wait for memory that the others hold, so all are asked
             self._waiting = deque([ask for ask in self._waiting if not ask()])
         while self._waiting and self._waiting[0]():
             self._waiting.popleft()
@@ -306,17 +324,17 @@ class Gateway:
             asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
 
     def is_incoming(self, node_id: int) -> bool:
-        """True if it is worth to wait for a message that is on its way."""
-        return self.holding.is_on and self._placer is not None and self._placer.is_incoming(node_id)
+        """True if a request for work should wait for a message that is on its way."""
+        return self.long_polls.is_on and self._placer is not None and self._placer.is_incoming(node_id)
 
     def session_of(self, request: Any) -> str | None:
-        """A push's session. Of a SuperNode from before there were sessions its own; None: others await the object."""
+        """The session of a push, also if an old SuperNode names none; None if only others await the object."""
         if request.session_id or self._placer is None:
             return str(request.session_id)
         return self._placer.session_of(request.object_id, request.node.node_id)
 
     def check_size(self, nbytes: int) -> str | None:
-        """Why an object of this size is refused, if it is."""
+        """The reason why an object of this size is refused, or None."""
         if nbytes > self._max_object_bytes:
             return (
                 f"an object of {nbytes:,} bytes was announced, this server takes {self._max_object_bytes:,}: give it "
@@ -330,6 +348,6 @@ def _of(kind: Callable[..., Any], api: str) -> Callable[..., Any]:
 
 
 def _is_protobuf(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Else Flower's middleware says what it thinks of it."""
+    """True if the request has one content type, protobuf's. Others are refused by Flower's middleware."""
     kinds = [value for name, value in headers if name == b"content-type"]
     return len(kinds) == 1 and kinds[0].partition(b";")[0].strip().lower() == _names.MEDIA_TYPE.encode()

@@ -1,7 +1,7 @@
-"""Requests for messages that are held open while there is none: no thread, one timer each.
+"""Requests for messages that are held open while there is no message: no thread, one timer each.
 
-Owns who waits and for how long. A SuperNode that finds no message sleeps three seconds; its HTTP client gives up
-after five.
+Owns the requests that wait, and their time. A SuperNode that finds no message sleeps three seconds before it asks
+again; its HTTP client gives a request up after five.
 """
 
 from __future__ import annotations
@@ -13,12 +13,22 @@ from collections.abc import Callable
 import attrs
 
 HOLD_S = 4.0
-"""How long an empty answer is held back: less than the SuperNode's time-out, with a second for the way."""
+"""Time for which an empty answer is held back: the SuperNode's time-out, less a second for the way."""
 
 
 @attrs.define(eq=False)
-class Held:
-    """One request. `has_news` is set by a message that comes after it was noted."""
+class LongPoll:
+    """A request for messages, from the moment before it looks for one.
+
+    Attributes
+    ----------
+    node_id : int
+    has_news : bool
+        True if a message has come since. Set in any thread.
+    wake : callable or None
+        Answers the request; None while it looks for a message, and when it has been answered or forgotten.
+    timer : asyncio.TimerHandle or None
+    """
 
     node_id: int
     has_news: bool = False
@@ -26,71 +36,89 @@ class Held:
     timer: asyncio.TimerHandle | None = None
 
 
-class Holding:
-    """Who waits at this server. All methods but :meth:`note`, :meth:`news` and ``held`` belong to the loop."""
+class LongPolls:
+    """The requests for messages at one server.
+
+    All methods but :meth:`note`, :meth:`news` and ``held`` belong to the event loop.
+
+    Parameters
+    ----------
+    hold_s : float
+        Time for which a request is held open; 0: not at all.
+
+    Attributes
+    ----------
+    loop : asyncio.AbstractEventLoop or None
+        Set by the plane when the server starts.
+    """
 
     def __init__(self, hold_s: float = HOLD_S) -> None:
         self._hold_s = hold_s
-        self._by_node: dict[int, set[Held]] = {}
+        self._by_node: dict[int, set[LongPoll]] = {}
+        # Guards `_by_node`: requests are noted in threads of the executor, and news comes from any thread.
         self._lock = threading.Lock()
         self.loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_on(self) -> bool:
-        """False if nothing is held."""
+        """False if no request is held open."""
         return self._hold_s > 0
 
     @property
     def held(self) -> int:
         """Requests that are held open now. Any thread."""
         with self._lock:
-            return sum(held.wake is not None for waiting in self._by_node.values() for held in waiting)
+            return sum(poll.wake is not None for waiting in self._by_node.values() for poll in waiting)
 
-    def note(self, node_id: int) -> Held:
-        """Before it is looked whether there is a message: one that comes from now on is news. Any thread."""
-        held = Held(node_id)
+    def note(self, node_id: int) -> LongPoll:
+        """Notes a request, before it looks for a message: one that comes from now on is news. Any thread.
+
+        The other order would lose a message that comes between the look and the note.
+        """
+        poll = LongPoll(node_id)
         with self._lock:
-            self._by_node.setdefault(node_id, set()).add(held)
-        return held
+            self._by_node.setdefault(node_id, set()).add(poll)
+        return poll
 
     def news(self, node_id: int) -> None:
-        """There is a message for a node. Any thread."""
+        """Wakes the requests of a node: there is a message for it. Any thread."""
         with self._lock:
             waiting = list(self._by_node.get(node_id, ()))
-        for held in waiting:
-            held.has_news = True
+        for poll in waiting:
+            # Before the loop is called: a request that is not held yet finds the news in `hold`.
+            poll.has_news = True
             if self.loop is not None:
-                self.loop.call_soon_threadsafe(self._wake, held)
+                self.loop.call_soon_threadsafe(self._wake, poll)
 
-    def hold(self, held: Held, wake: Callable[[], None]) -> None:
+    def hold(self, poll: LongPoll, wake: Callable[[], None]) -> None:
         """Calls `wake` when there is news or the time is over."""
-        held.wake = wake
-        if held.has_news or self._hold_s <= 0:
-            self._wake(held)
+        poll.wake = wake
+        if poll.has_news or self._hold_s <= 0:
+            self._wake(poll)
         else:
-            held.timer = asyncio.get_running_loop().call_later(self._hold_s, self._wake, held)
+            poll.timer = asyncio.get_running_loop().call_later(self._hold_s, self._wake, poll)
 
-    def release(self, held: Held | None) -> None:
-        """Its time is over."""
-        if held is not None:
-            self._wake(held)
+    def release(self, poll: LongPoll | None) -> None:
+        """Wakes a request before its time."""
+        if poll is not None:
+            self._wake(poll)
 
-    def forget(self, held: Held | None) -> None:
-        """Nobody waits for it any more."""
-        if held is None:
+    def forget(self, poll: LongPoll | None) -> None:
+        """Forgets a request: nobody waits for its answer any more."""
+        if poll is None:
             return
-        if held.timer is not None:
-            held.timer.cancel()
-        held.wake = None
+        if poll.timer is not None:
+            poll.timer.cancel()
+        poll.wake = None
         with self._lock:
-            waiting = self._by_node.get(held.node_id)
+            waiting = self._by_node.get(poll.node_id)
             if waiting is not None:
-                waiting.discard(held)
+                waiting.discard(poll)
                 if not waiting:
-                    del self._by_node[held.node_id]
+                    del self._by_node[poll.node_id]
 
-    def _wake(self, held: Held) -> None:
-        wake = held.wake
-        if wake is not None:  # else it is being looked for, and `hold` will find the news
-            self.forget(held)
+    def _wake(self, poll: LongPoll) -> None:
+        wake = poll.wake
+        if wake is not None:  # else the request still looks for a message, and `hold` will find the news
+            self.forget(poll)
             wake()

@@ -1,6 +1,7 @@
-"""Memory of the arena that slow readers hold, given to those who wait for room.
+"""Relief for a full arena: memory that slow readers hold is freed for requests that wait for room.
 
-Owns the choice of who is dropped and whose answer is copied. A reader that is quick keeps its view of the arena.
+Owns the choice of the readers that are dropped and of the answers that are copied. A quick reader keeps its view of the
+arena.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from typing import Any, Protocol
 from lifl.superlink.http.rates import MIN_RATE
 
 PRIVATE_BYTES = 2**28
-"""So much of what slow readers have not had may be copied out of the arena."""
+"""Bytes of answers to slow readers that may be copied out of the arena, in all."""
 
 QUICK_S = 1.0
-"""Who has all in so long is quick."""
+"""A reader that needs no longer for the rest of its answer is quick."""
 
 PATIENCE_S = 10.0
-"""Of those that cannot be copied, readers that need longer are dropped."""
+"""A reader that needs longer for the rest of its answer is dropped if that cannot be copied."""
 
 
 class Connection(Protocol):
-    """A connection, as far as it sends."""
+    """The sending side of a connection."""
 
     @property
     def rates(self) -> Any:
-        """How fast it goes, see ``lifl.superlink.http.rates``."""
+        """Its ``Rates``, see ``lifl.superlink.http.rates``."""
 
     @property
     def pinned_bytes(self) -> int:
@@ -33,20 +34,21 @@ class Connection(Protocol):
 
     @property
     def private_bytes(self) -> int:
-        """Bytes still to be sent that were copied out of it."""
+        """Bytes still to be sent that were copied out of the arena."""
 
     def unpin(self) -> None:
-        """Copies what is still to be sent."""
+        """Copies the bytes that are still to be sent out of the arena."""
 
     def drop(self, reason: str) -> None:
-        """Ends it at once."""
+        """Ends the connection at once."""
 
 
 def relieve(connections: Iterable[Connection]) -> bool:
-    """Frees memory of the arena that slow readers hold; True if there was some. Belongs to the loop.
+    """Frees memory of the arena that slow readers hold; True if there was some. Belongs to the event loop.
 
-    Those who took less than ``MIN_RATE`` of late are dropped. Others who are not quick get what is left as a copy, the
-    slowest first; beyond ``PRIVATE_BYTES`` of copies, those who need more than ``PATIENCE_S`` are dropped.
+    Readers that took less than ``MIN_RATE`` of late are dropped. For others that are not quick the rest of the answer
+    is copied, the slowest first; beyond ``PRIVATE_BYTES`` of copies, readers that need more than ``PATIENCE_S`` are
+    dropped.
     """
     all_of_them = list(connections)
     pinning = [one for one in all_of_them if one.rates.sending is not None and one.pinned_bytes]

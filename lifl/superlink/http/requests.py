@@ -1,7 +1,8 @@
-"""The requests of the data plane, one class each: checked by the head, answered from where bytes lie.
+"""The requests of the data plane, one class each: checked by the head, answered from where the bytes lie.
 
-Each is the protocol's ``Exchange``. What happens to a message or a session is decided by Flower's own handlers; the
-bytes of objects go another way.
+Each is the protocol's ``Exchange``. Flower's own handlers decide about messages and sessions; only the bytes of objects
+go another way. Everything belongs to the event loop, except the `work` that is handed to ``Server.run`` or
+``Server.run_aside``, which may be done in a thread.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lifl.superlink import flower
 from lifl.superlink.http.allowance import Share
 from lifl.superlink.http.body import count_objects
 from lifl.superlink.http.checks import Checks
-from lifl.superlink.http.long_poll import Holding
+from lifl.superlink.http.long_poll import LongPoll, LongPolls
 from lifl.superlink.http.protocol import FREE_BYTES, GatewayProtocol
 from lifl.superlink.http.targets import Sink
 from lifl.superlink.http.upload import Target, Upload
@@ -24,26 +25,26 @@ from lifl.superlink.store.store import MAX_OBJECTS, ArenaStore, DurableStore
 _names = flower.part("gateway")
 
 MAX_REQUEST_BYTES = 2**16
-"""Of a request without an object or its tree: a node, a run and an id."""
+"""Longest request without an object or a tree: a node, a run and an id."""
 
 MAX_TREE_BYTES = 2**25
-"""Of one that announces a message: ids of its objects, 70 to 140 bytes each."""
+"""Longest request that announces a message: the ids of its objects, 70 to 140 bytes each."""
 
 LONG_TREE_BYTES = 2**20
-"""Up to so much is parsed without a look: it may take 25 times as much for a moment."""
+"""A longer announcement is counted before it is parsed: parsing may take 25 times its length for a moment."""
 
 ID_BYTES, MAX_OTHER_FIELDS = 64, 1000
-"""An object takes at least its id's bytes of an announcement; other fields are few."""
+"""Fewest bytes of an object in an announcement, those of its id, and the most fields beside objects."""
 
 _STORED = {flag: _names.PushObjectResponse(stored=flag).SerializeToString() for flag in (True, False)}
 
 
 class Server(Protocol):
-    """What an exchange needs of the gateway."""
+    """The gateway, as a request sees it."""
 
     store: ArenaStore | DurableStore
     checks: Checks
-    holding: Holding
+    long_polls: LongPolls
     is_quick: bool
     uploads: int
     received_bytes: int
@@ -55,33 +56,33 @@ class Server(Protocol):
         """Flower's LinkState."""
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None], fail: Callable[[BaseException], None]) -> None:
-        """Does what asks the LinkState."""
+        """Does `work`, which asks the LinkState; calls `then` or `fail` in the loop."""
 
     def run_aside(
         self, work: Callable[[], Any], then: Callable[[Any], None], fail: Callable[[BaseException], None]
     ) -> None:
-        """Does what takes long in a thread."""
+        """Does `work`, which takes long, in a thread; calls `then` or `fail` in the loop."""
 
     def target_for(self, request: Any, nbytes: int, *, is_trusted: bool) -> Target:
-        """Where a wanted object belongs; raises :class:`BlockingIOError` if there is no room now.
+        """The target of a wanted object; raises :class:`BlockingIOError` if there is no room now.
 
         ``MemoryError`` if its sender sends too much at once, ``ValueError`` if its reply has grown too large.
         """
 
     def spool_for(self, request: Any, nbytes: int, *, is_trusted: bool, is_beside: bool = False) -> Target:
-        """Memory beside the arena for an object; ``MemoryError`` if its sender sends too much at once."""
+        """A target beside the arena for an object; ``MemoryError`` if its sender sends too much at once."""
 
     def is_incoming(self, node_id: int) -> bool:
-        """True if it is worth to wait for a message that is on its way."""
+        """True if a request for work should wait for a message that is on its way."""
 
     def session_of(self, request: Any) -> str | None:
-        """A push's session; None: it is not the node's to push."""
+        """The session of a push; None if the object is not the node's to push."""
 
     def check_size(self, nbytes: int) -> str | None:
-        """Why an object of this size is refused, if it is."""
+        """The reason why an object of this size is refused, or None."""
 
     def wait_for_room(self, ask: Callable[[], bool]) -> None:
-        """Asks again, in turn with others, until it is told that there was room."""
+        """Has `ask` called, in turn with others, until it returns True: there was room, or none is needed."""
 
     def admit(
         self,
@@ -92,29 +93,39 @@ class Server(Protocol):
         then: Callable[[Share], None],
         fail: Callable[[BaseException], None],
     ) -> None:
-        """Looks who sends a body of more than ``FREE_BYTES``; see ``protocol.Desk``."""
+        """Identifies the sender of a body of more than ``FREE_BYTES``; see ``Router``."""
 
 
-class Exchange:
-    """One request to one of the routes below; the protocol's ``Exchange``."""
+class DataRequest:
+    """A request to one of the routes below; the protocol's ``Exchange``.
+
+    Attributes
+    ----------
+    length : int
+        Bytes of the body.
+    is_gone : bool
+        True when it has failed, was refused, or its connection is gone: it is not answered any more.
+    """
 
     is_aimed = False
 
     def __init__(self, gateway: Server, protocol: GatewayProtocol, headers: Any, length: int) -> None:
-        self.gateway, self.protocol, self.headers = gateway, protocol, headers
+        self.gateway = gateway
+        self.protocol = protocol
+        self.headers = headers
         self.length = length
         self.is_gone = False
 
     @property
     def is_welcome(self) -> bool:
-        """False leaves it to Flower."""
+        """False if the request is to be left to Flower."""
         return True
 
     def begin(self) -> None:
-        """Taken by the protocol."""
+        """Begins; the protocol has taken the request."""
 
     def fail(self, error: BaseException) -> None:
-        """Answers as Flower answers what its handlers and middlewares raise."""
+        """Answers with Flower's answer to an error of its handlers and middlewares."""
         if self.is_gone:
             return
         self.protocol.discard()
@@ -122,45 +133,58 @@ class Exchange:
         self.gateway.checks.answer_error(error, self.protocol.path, self.headers, self.protocol.answer)
 
     def drop(self) -> None:
-        """Nothing comes of it any more."""
+        """Gives the request up."""
         self.is_gone = True
 
     def hurry(self) -> None:
-        """Only what is held open has to."""
+        """Does nothing, unless the request can be held open."""
 
     def room(self) -> Any:
-        """Not asked for before it is aimed."""
+        """Not called before the request is aimed."""
 
     def advance(self, nbytes: int) -> None:
-        """Not called before it is aimed."""
+        """Not called before the request is aimed."""
 
 
-class Unary(Exchange):
-    """A request without an object: its body is collected, then checked and handed to Flower's handler."""
+class Unary(DataRequest):
+    """A request without an object: its body is collected, then checked and handed to Flower's handler.
 
-    kind: Any  # the protobuf message
+    Attributes
+    ----------
+    kind : type
+        The protobuf message.
+    max_bytes : int
+        A longer body is refused.
+    is_long : bool
+        True if the work takes long, and is always done in a thread.
+    request : kind or None
+        The parsed body.
+    """
+
+    kind: Any
     max_bytes = MAX_REQUEST_BYTES
-    is_long = True  # it is done in a thread
+    is_long = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._body = bytearray()
         self._share: Share | None = None
-        self._is_asked_for = self._waits = False
+        self._is_asked_for = False  # the share
+        self._waits = False  # for the share, or for more memory
         self.request: Any = None
 
     @property
     def is_complete(self) -> bool:
-        """True when the body has come, and may be here."""
+        """True when the body has come whole, and its memory has been granted."""
         return len(self._body) == self.length and not self._waits
 
     def begin(self) -> None:
-        """Refuses what is too long, by what is declared."""
+        """Refuses a request whose declared length is too large."""
         if self.length > self.max_bytes:
             self.protocol.refuse(413, f"a request of {self.length:,} bytes, which may have {self.max_bytes:,}")
 
     def feed(self, data: bytes) -> None:
-        """More of the body; beyond ``FREE_BYTES`` only of a sender who is known, and within its share."""
+        """Takes more of the body. Beyond ``FREE_BYTES`` the sender has to be known, and needs a share of the memory."""
         self._body += data
         if len(self._body) <= FREE_BYTES:
             return
@@ -200,7 +224,7 @@ class Unary(Exchange):
         self.protocol.refuse(503, "the server has no memory for this request now: try again")
 
     def complete(self) -> None:
-        """Parses it and has it done."""
+        """Parses the request and has its work done."""
         if self._share is not None:
             self._share.is_whole = True
         body, self._body = bytes(self._body), bytearray()
@@ -213,7 +237,7 @@ class Unary(Exchange):
         run(work, self.then, self.fail)
 
     def parse(self, body: bytes) -> Any:
-        """The request in a body; raises Flower's error if there is none."""
+        """The request in a body; raises Flower's error if the body is no such message."""
         try:
             return self.kind.FromString(body)
         except Exception as error:
@@ -221,41 +245,42 @@ class Unary(Exchange):
             raise _names.FlowerError(_names.ApiErrorCode.INVALID_PROTOBUF_PAYLOAD, about) from None
 
     def work(self) -> Any:
-        """Checks and handles it."""
+        """Checks and handles the request. Any thread."""
         self.gateway.checks.fleet(self.headers, self.request)
         return self.handle()
 
     def handle(self) -> Any:
-        """Flower's handler's answer."""
+        """The answer of Flower's handler."""
         raise NotImplementedError
 
     def then(self, response: Any) -> None:
-        """Answers."""
+        """Answers with the result of the work."""
         self._close_share()
         if not self.is_gone:
             self.protocol.answer(response.SerializeToString())
 
     def drop(self) -> None:
-        """Nothing more is needed of the body."""
+        """Gives the request up, and the memory of its body back."""
         super().drop()
         self._body = bytearray()
         self._close_share()
 
     def _close_share(self) -> None:
-        # Let go of too: it knows this request, which would wait for the garbage collector with all that it has.
+        # The reference goes too: the share refers back to this request, and a circle would keep both, with all that
+        # the request holds, until the garbage collector runs.
         share, self._share = self._share, None
         if share is not None:
             share.close()
 
 
 class PushMessages(Unary):
-    """A reply is announced: its objects are registered."""
+    """A SuperNode announces a reply, whose objects are registered."""
 
     kind = _names.PushMessagesRequest
     max_bytes = MAX_TREE_BYTES
 
     def parse(self, body: bytes) -> Any:
-        """The request; of a long one the objects are counted first, for each of which protobuf takes memory."""
+        """The request in a body. In a long one the objects are counted first, since protobuf takes memory for each."""
         try:
             most = min(MAX_OBJECTS, len(body) // ID_BYTES + MAX_OTHER_FIELDS)
             if len(body) > LONG_TREE_BYTES and count_objects(body, most) > most:
@@ -266,73 +291,76 @@ class PushMessages(Unary):
         return super().parse(body)
 
     def handle(self) -> Any:
-        """Flower's."""
+        """The answer of Flower's handler."""
         return _names.fleet.push_messages(request=self.request, state=self.gateway.state)
 
 
 class ConfirmMessage(Unary):
-    """A message has been received: its objects go, unless others refer to them."""
+    """A SuperNode confirms a message: its objects go, unless others refer to them."""
 
     kind = _names.ConfirmMessageReceivedRequest
 
     def handle(self) -> Any:
-        """Flower's."""
+        """The answer of Flower's handler."""
         state = self.gateway.state
         return _names.fleet.confirm_message_received(request=self.request, state=state, store=state.object_store)
 
 
 class PullMessages(Unary):
-    """A SuperNode asks for work: if there is none it is held open until there is, or just before its time-out."""
+    """A SuperNode asks for work; while there is none, the request is held open, until just before its time-out."""
 
     kind = _names.PullMessagesRequest
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._held: Any = None
+        self._poll: LongPoll | None = None
         self._is_hurried = False
 
     def handle(self) -> Any:
-        """Flower's."""
+        """The answer of Flower's handler."""
         state = self.gateway.state
         return _names.fleet.pull_messages(request=self.request, state=state, store=state.object_store)
 
     def work(self) -> Any:
-        """Checks it, and looks; noted before, so that a message that comes meanwhile is not missed."""
+        """Checks the request and looks for a message. Any thread."""
         self.gateway.checks.fleet(self.headers, self.request)
         node_id = self.request.node.node_id
-        self._held = self.gateway.holding.note(node_id)
-        # Who gets a message whose objects are still on their way sleeps a second before it asks for them again.
+        # Before the look, so that a message that comes meanwhile is not missed.
+        self._poll = self.gateway.long_polls.note(node_id)
+        # A SuperNode that gets a message whose objects are still on their way sleeps a second before it asks for them
+        # again, so it gets the message when they are there.
         return None if self.gateway.is_incoming(node_id) else self.handle()
 
     def then(self, response: Any) -> None:
         """Answers if there is a message, else waits."""
+        assert self._poll is not None, "noted by `work`"
         if self.is_gone or (response is not None and response.messages_list):
-            self.gateway.holding.forget(self._held)
+            self.gateway.long_polls.forget(self._poll)
             if not self.is_gone:
                 super().then(response)
         elif self._is_hurried:
-            self.gateway.holding.forget(self._held)
+            self.gateway.long_polls.forget(self._poll)
             self._again()
         else:
-            self.gateway.holding.hold(self._held, self._again)
+            self.gateway.long_polls.hold(self._poll, self._again)
 
     def _again(self) -> None:
         if not self.is_gone:
             self.gateway.run_aside(self.handle, super().then, self.fail)
 
     def hurry(self) -> None:
-        """It is not held any longer."""
+        """Answers the request if it is held open, and does not hold it later."""
         self._is_hurried = True
-        self.gateway.holding.release(self._held)
+        self.gateway.long_polls.release(self._poll)
 
     def drop(self) -> None:
-        """Nobody waits any more."""
+        """Gives the request up."""
         super().drop()
-        self.gateway.holding.forget(self._held)
+        self.gateway.long_polls.forget(self._poll)
 
 
 class PullObject(Unary):
-    """An object is asked for: it is sent from where it lies."""
+    """A SuperNode or a ServerApp asks for an object, which is sent from where it lies."""
 
     kind = _names.PullObjectRequest
     is_long = False
@@ -343,14 +371,14 @@ class PullObject(Unary):
         self._task: Any = None
 
     def work(self) -> Any:
-        """Checks it; what is there, or else Flower's answer."""
+        """Checks the request; returns the object in parts, or Flower's answer if it is not there. Any thread."""
         checks, state = self.gateway.checks, self.gateway.state
         if self._api == "fleet":
             checks.fleet(self.headers, self.request)
             checks.run(self.request)
         else:
             self._task = checks.runtime(self.headers, self.request)
-        # The parts are taken while the store holds the object, and stay what they are while they are held here.
+        # The store holds the object while it makes the parts, and the bytes stay while the parts are held here.
         found = self.gateway.store.answer(self.request.object_id)
         if found is None:
             handle = getattr(_names, self._api).pull_object
@@ -362,14 +390,14 @@ class PullObject(Unary):
         return parts
 
     def then(self, response: Any) -> None:
-        """Sends it."""
+        """Sends the object."""
         if not self.is_gone:
             self.gateway.sent_bytes += sum(map(len, response)) if isinstance(response, tuple) else len(response)
             self.protocol.answer(response)
 
 
-class PushObject(Exchange):
-    """An object comes: checked by its head, then landed where it belongs, then stored by Flower's handler."""
+class PushObject(DataRequest):
+    """A SuperNode or a ServerApp sends an object: checked by its head, then landed, then stored by Flower's handler."""
 
     def __init__(self, gateway: Server, protocol: GatewayProtocol, headers: Any, length: int, api: str) -> None:
         super().__init__(gateway, protocol, headers, length)
@@ -383,36 +411,36 @@ class PushObject(Exchange):
 
     @property
     def is_welcome(self) -> bool:
-        """An empty body is Flower's business."""
+        """False for an empty body, which is left to Flower."""
         return self.length > 0
 
     @property
     def is_aimed(self) -> bool:  # type: ignore[override]
-        """True when the content has a place."""
+        """True when the content has a target."""
         return self._upload.is_aimed
 
     @property
     def is_complete(self) -> bool:
-        """True when it is all there."""
+        """True when all of the body is where it belongs."""
         return self._upload.is_complete
 
     def feed(self, data: bytes) -> None:
-        """More of the body."""
+        """Takes more of the body."""
         try:
             self._upload.feed(data)
         except ValueError as error:
             self._fail_to_read(error)
 
     def room(self) -> Any:
-        """Where the next bytes go."""
+        """A writable buffer for the next bytes of the body."""
         return self._upload.room()
 
     def advance(self, nbytes: int) -> None:
-        """So many have come."""
+        """Takes the next bytes of the body, which have been written to :meth:`room`."""
         self._upload.advance(nbytes)
 
     def _begin(self, fields: bytes, nbytes: int) -> None:
-        """The fields before the content are there: decides whether it is accepted."""
+        """Begins the checks: the fields before the content have come."""
         try:
             self._request, self._nbytes = _names.PushObjectRequest.FromString(fields), nbytes
         except Exception as error:
@@ -430,14 +458,14 @@ class PushObject(Exchange):
         checks = self.gateway.checks
         if self._api == "fleet":
             checks.fleet(self.headers, self._request)
-            checks.run_of_late(self._request)  # and again, by Flower's handler, when it is complete
+            checks.run_of_late(self._request)  # checked again, by Flower's handler, when the body is complete
         else:
             self._task = checks.runtime(self.headers, self._request)
             checks.is_superlink(self._request)
         return self.gateway.store.is_wanted(self._request.object_id)
 
     def _aim(self, is_wanted: bool) -> None:
-        """Finds it a place, waiting while there is none."""
+        """Finds a target for the content, and waits while there is none."""
         if not is_wanted:
             self._upload.aim(Sink(self._nbytes))
             self.protocol.proceed()
@@ -446,7 +474,7 @@ class PushObject(Exchange):
             self.gateway.wait_for_room(self._has_found_room)
 
     def _has_found_room(self) -> bool:
-        """Takes a place if there is one; true as well if none is needed any more."""
+        """Takes a target if there is room for one. True as well if none is needed any more."""
         if self.is_gone:
             return True
         try:
@@ -468,12 +496,12 @@ class PushObject(Exchange):
         return True
 
     def _revoked(self, keeps: bool) -> None:
-        """From any thread."""
-        with contextlib.suppress(RuntimeError):  # the server has ended
+        """Moves the upload; called from any thread."""
+        with contextlib.suppress(RuntimeError):  # raised if the server has ended
             self.protocol.loop.call_soon_threadsafe(self._move, keeps)
 
     def _move(self, keeps: bool) -> None:
-        """The block that it comes into is given up: it goes on beside the arena, or it is only read."""
+        """Goes on beside the arena, or only reads: the block that the content comes into is needed elsewhere."""
         if self.is_gone or not self._upload.is_aimed:
             return
         target: Target = Sink(self._nbytes)
@@ -485,7 +513,7 @@ class PushObject(Exchange):
         self._upload.move(target)
 
     def complete(self) -> None:
-        """All of it has come and been hashed: Flower's handler decides what becomes of it."""
+        """Has the object stored by Flower's handler: the body has come whole and is hashed."""
         gateway = self.gateway
         gateway.received_bytes += self.length
         gateway.copied_bytes += self._upload.copied_bytes
@@ -499,7 +527,7 @@ class PushObject(Exchange):
             landed.drop()
             self._fail_to_read(error)
             return
-        # Protobuf takes the last of several: what was checked must be what is done.
+        # Protobuf takes the last of two equal fields, so fields behind the content could replace the checked ones.
         if any(getattr(request, name) != getattr(self._request, name) for name in ("node", "run_id", "object_id")):
             landed.drop()
             self._fail_to_read("the fields behind the object are not those that were checked")
@@ -509,7 +537,8 @@ class PushObject(Exchange):
             landed.drop()
             self._answer(False)
             return
-        said = SimpleNamespace(
+        # Flower's handler uses no more of a request than this, and passes the content on to the store untouched.
+        stand_in = SimpleNamespace(
             node=request.node,
             run_id=request.run_id,
             object_id=request.object_id,
@@ -522,7 +551,7 @@ class PushObject(Exchange):
             rest = () if self._api == "fleet" else (self._task,)
             stored = False
             try:
-                stored = bool(handle(said, gateway.state, *rest).stored)
+                stored = bool(handle(stand_in, gateway.state, *rest).stored)
             finally:
                 if not stored:
                     landed.drop()
@@ -539,7 +568,7 @@ class PushObject(Exchange):
             self.protocol.answer(_STORED[stored])
 
     def drop(self) -> None:
-        """Gives back what it holds."""
+        """Gives the request up, and the memory of its object back."""
         super().drop()
         self._upload.drop()
         self._uncount()

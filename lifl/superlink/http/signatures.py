@@ -1,40 +1,41 @@
-"""SuperNodes' signatures, checked faster: keys are parsed once, and AWS-LC checks them where it is installed.
+"""Faster checks of SuperNodes' signatures: keys are parsed once, and AWS-LC checks where it is installed.
 
-A SuperNode signs each request, and OpenSSL needs half a millisecond for a signature on P-384. What AWS-LC finds good
-is good; whatever else it finds, Flower's own check decides. Who is refused does not change.
+A SuperNode signs each request, and OpenSSL needs half a millisecond for a signature on P-384. A signature that AWS-LC
+finds good is good; in every other case Flower's own check decides. So the same requests are refused as by Flower.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-KEYS = 4096
+MAX_KEYS = 4096
 
 
-def hasten(node_auth: Any) -> str:
-    """Puts the faster functions into Flower's module; the name of what checks signatures."""
-    parse, verify = node_auth.bytes_to_public_key, node_auth.verify_signature
-    if hasattr(parse, "cache_info"):  # it has been done: a process may serve twice
-        return str(node_auth.lifl_verifier)
-    node_auth.bytes_to_public_key = lru_cache(maxsize=KEYS)(parse)
-    node_auth.lifl_verifier = "OpenSSL"
+def hasten(parse: Callable[..., Any], verify: Callable[..., Any]) -> tuple[Any, Any, str]:
+    """Faster functions in the place of Flower's ``bytes_to_public_key`` and ``verify_signature``.
+
+    Also returns the name of the library that checks signatures: "AWS-LC" or "OpenSSL".
+    """
+    parse_once = lru_cache(maxsize=MAX_KEYS)(parse)
     try:
         from awscrt.crypto import EC
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     except ImportError:
-        return "OpenSSL"
+        return parse_once, verify, "OpenSSL"
 
-    fast: dict[int, tuple[Any, Any]] = {}  # by identity: Flower's keys cannot be hashed; kept, so that none is reused
+    # By identity, since Flower's keys cannot be hashed. Each key is kept beside, so that no other gets its identity.
+    fast: dict[int, tuple[Any, Any]] = {}
 
     def fast_key(public_key: Any) -> Any:
         known = fast.get(id(public_key))
         if known is None:
-            if len(fast) >= KEYS:
+            if len(fast) >= MAX_KEYS:
                 fast.clear()
-            made = None  # for a curve that it does not have
+            made = None  # stays None for a curve that AWS-LC does not have
             with contextlib.suppress(Exception):
                 made = EC.new_key_from_der_data(
                     public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -50,6 +51,4 @@ def hasten(node_auth: Any) -> str:
                     return True
         return bool(verify(public_key, message, signature))
 
-    node_auth.verify_signature = verify_fast
-    node_auth.lifl_verifier = "AWS-LC"
-    return "AWS-LC"
+    return parse_once, verify_fast, "AWS-LC"

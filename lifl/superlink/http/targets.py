@@ -1,6 +1,7 @@
-"""Where an object goes while it comes: nowhere, into memory that grows with it, or into a block of its own.
+"""Targets for an object while it comes: none, memory that grows with it, or a block of its own.
 
-Owns that memory until the object has landed. A part of an update has a place of another kind, see ``reception``.
+Owns that memory until the object has landed. A part of an update has a target of another kind, its place in the
+update's block; see ``lifl.superlink.rounds.incoming_reply``.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from lifl.shm.arena import Arena
 from lifl.superlink.store.content import SMALL_BYTES, BlockContent, Content, Landed
 
 SINK_BYTES = 2**16
-_sink = memoryview(bytearray(SINK_BYTES))  # what nobody wants is written over itself
+_sink = memoryview(bytearray(SINK_BYTES))  # shared: bytes that nobody wants overwrite each other
 
 FIRST_BYTES, MAX_GROWTH_BYTES = 2**14, 2**20
-"""A spool begins with so much, and each of its pieces is as long as all before it, up to a limit."""
+"""Length of a spool's first piece, and limit for the later ones: each is as long as all pieces before it."""
 
 
 @attrs.define(eq=False)
 class Sink:
-    """For content that is not wanted: it is read and hashed, and forgotten."""
+    """A target for content that is not wanted: it is read and hashed, and forgotten."""
 
     nbytes: int
 
@@ -36,24 +37,31 @@ class Sink:
             yield _sink[:rest]
 
     def came(self, nbytes: int) -> None:
-        """Nobody counts it."""
+        """Does nothing: the bytes take no memory."""
 
     def watch(self, on_revoked: Callable[[bool], None]) -> None:
-        """Nobody needs it elsewhere."""
+        """Does nothing: nobody else needs the memory."""
 
     def landed(self, digest: str) -> Landed:
-        """Nothing, with the hash of what came."""
+        """No content, with the hash of the bytes that came."""
         return Landed(b"", self.nbytes, digest)
 
     def drop(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no memory is held."""
 
 
 class SpoolBudget:
-    """How much may be coming into spools at once: what has come of all of them, and what a node may announce.
+    """The limits for objects that come into spools at once. Belongs to the event loop.
 
-    Of a node the announced bytes count, of which it decides itself; of all together only what has really come, so
-    that nobody is kept waiting by what others only announce. Not for several threads: the loop's.
+    For one sender the announced bytes count, since the sender decides about those. For all senders together only the
+    bytes that have come count, so that nobody waits for bytes that others only announce.
+
+    Parameters
+    ----------
+    most_bytes : int
+        Limit of the memory of all spools.
+    most_of_a_node : int
+        Limit of the bytes that one sender has announced. A single object may be larger.
 
     Attributes
     ----------
@@ -62,12 +70,13 @@ class SpoolBudget:
     """
 
     def __init__(self, most_bytes: int, most_of_a_node: int) -> None:
-        self._most, self.taken_bytes = most_bytes, 0
+        self._most = most_bytes
+        self.taken_bytes = 0
         self._most_of_a_node = most_of_a_node
         self._announced: Counter[str] = Counter()
 
     def announce(self, sender: str, nbytes: int) -> str | None:
-        """Why a sender may not begin with so many bytes now; None: they are counted, until they are forgotten."""
+        """Counts an object of a sender until it is forgotten; returns why the sender may not send it now, or None."""
         under_way = self._announced[sender]
         if under_way and under_way + nbytes > self._most_of_a_node:
             return (
@@ -78,47 +87,53 @@ class SpoolBudget:
         return None
 
     def forget(self, sender: str, nbytes: int) -> None:
-        """An object has come, or will not come."""
+        """Ends the count of an object, which has come, or will not come."""
         self._announced[sender] -= nbytes
         if self._announced[sender] <= 0:
             del self._announced[sender]
 
     def take(self, nbytes: int) -> bool:
-        """Takes memory for what comes; false if too much has come already."""
+        """Takes memory for bytes that come; False if there is none left."""
         if self.taken_bytes + nbytes > self._most:
             return False
         self.taken_bytes += nbytes
         return True
 
     def give_back(self, nbytes: int) -> None:
-        """That memory is free, or is the store's now."""
+        """Gives memory back, which is free, or belongs to the store now."""
         self.taken_bytes -= nbytes
 
 
 class Spool:
-    """Memory that grows with what has come; then one block of the arena, or bytes if that has no room or is None.
+    """A target whose memory grows with the bytes that have come; the object lands in a block of the arena or as bytes.
 
     Parameters
     ----------
     arena : lifl.shm.Arena or None
+        None: the object lands as bytes.
+    budget : SpoolBudget
+        Has counted the object as announced.
     sender : str
     nbytes : int
-        Who sends how much, which the budget has counted as announced.
+        Length of the object.
     on_full : callable
-        Called if a large object is kept as bytes.
+        Called if a large object lands as bytes, because the arena has no room.
     """
 
     def __init__(
         self, arena: Arena | None, budget: SpoolBudget, sender: str, nbytes: int, on_full: Callable[[], None]
     ) -> None:
-        self._arena, self._budget, self._sender, self._nbytes = arena, budget, sender, nbytes
+        self._arena = arena
+        self._budget = budget
+        self._sender = sender
+        self._nbytes = nbytes
         self._on_full = on_full
         self._pieces: list[bytearray] = []
         self._taken = 0
         self._is_open = True
 
     def pieces(self) -> Iterator[Any]:
-        """The next one is made when the one before is full; raises :class:`MemoryError` beyond the budget."""
+        """Pieces, each made when the one before is full; raises :class:`MemoryError` beyond the budget."""
         while self._taken < self._nbytes:
             nbytes = min(max(FIRST_BYTES, min(self._taken, MAX_GROWTH_BYTES)), self._nbytes - self._taken)
             if not self._budget.take(nbytes):
@@ -128,13 +143,13 @@ class Spool:
             yield memoryview(self._pieces[-1])
 
     def came(self, nbytes: int) -> None:
-        """Pieces are counted as they are made."""
+        """Does nothing: pieces are counted as they are made."""
 
     def watch(self, on_revoked: Callable[[bool], None]) -> None:
-        """It is the upload's own."""
+        """Does nothing: the memory is the upload's own."""
 
     def landed(self, digest: str) -> Landed:
-        """A block of its own if it is large and the arena has room, else bytes."""
+        """The object in a block of its own if it is large and the arena has room, else as bytes."""
         is_large = self._arena is not None and self._nbytes > SMALL_BYTES
         content: Content | bytes | None = None
         if self._arena and is_large and (block := BlockContent.make(self._arena, self._nbytes)) is not None:
@@ -169,17 +184,17 @@ class Large:
         self._content = content
 
     def pieces(self) -> list[Any]:
-        """One."""
+        """The whole block, as one piece."""
         return [self._content.view]
 
     def came(self, nbytes: int) -> None:
-        """The block is there whatever comes."""
+        """Does nothing: the block is taken already."""
 
     def watch(self, on_revoked: Callable[[bool], None]) -> None:
-        """It is the upload's own."""
+        """Does nothing: the memory is the upload's own."""
 
     def landed(self, digest: str) -> Landed:
-        """The block."""
+        """The object in its block."""
         return Landed(self._content, len(self._content), digest)
 
     def drop(self) -> None:

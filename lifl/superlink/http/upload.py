@@ -1,6 +1,7 @@
-"""One object on its way from a socket to where it will lie, hashed while it comes.
+"""An object on its way from a socket to its target, hashed while it comes.
 
-Owns the bytes until they have landed. Touches no socket: who reads one asks for room and says how much came.
+Owns the bytes until they have landed. Touches no socket: the reader of the socket asks for room, and reports the bytes
+that it has written there.
 """
 
 from __future__ import annotations
@@ -15,54 +16,66 @@ from lifl.superlink.store.content import Landed
 
 
 class Target(Protocol):
-    """Where an object's content goes: pieces of memory, one after another, of its whole length."""
+    """The target of an object's content: pieces of memory, one after another, of its whole length."""
 
     def pieces(self) -> Iterable[Any]:
         """Writable memoryviews, each asked for when the one before is full."""
 
     def came(self, nbytes: int) -> None:
-        """So many bytes more have been written."""
+        """Notes that `nbytes` more have been written."""
 
     def watch(self, on_revoked: Callable[[bool], None]) -> None:
-        """Calls it, from any thread, if the memory is needed elsewhere: with True if what has come is to be kept."""
+        """Has `on_revoked` called if the memory is needed elsewhere: with True if the bytes so far are to be kept.
+
+        It may be called from any thread.
+        """
 
     def landed(self, digest: str) -> Landed:
-        """All of it has come."""
+        """The content, which has come whole and is the caller's from here on."""
 
     def drop(self) -> None:
-        """It will not."""
+        """Gives the memory back: the content will not come whole."""
 
 
 class Upload:
-    """A push-object body.
+    """The body of a push-object request.
 
-    Its prefix is fed; then `on_prefix` is called with the bytes of the small fields, and somebody has to :meth:`aim`
-    it at a target or :meth:`refuse` it. What came meanwhile waits, at most what one read from the socket gives.
+    Its first bytes are fed, until `on_prefix` is called with the fields before the content and the content's length.
+    Then its owner has to :meth:`aim` it at a target or to :meth:`drop` it. Bytes that have come meanwhile wait here, at
+    most one read from the socket.
+
+    Attributes
+    ----------
+    failure : MemoryError or None
+        The reason why the content was let go of while it came; the rest of it is still read.
+    copied_bytes : int
+        Bytes that came with the first ones and had to be moved to the target.
     """
 
     def __init__(self, length: int, on_prefix: Callable[[bytes, int], None]) -> None:
-        self._length, self._on_prefix = length, on_prefix
+        self._length = length
+        self._on_prefix = on_prefix
         self._cut: Cut | None = None
-        self._prefix = bytearray()  # then: what waits for a target
+        self._prefix = bytearray()  # the first bytes, and later the bytes that wait for a target
         self._pieces: Iterator[Any] = iter(())
-        self._piece: Any = b""  # of them the one that is being filled
+        self._piece: Any = b""  # the piece that is being filled
         self._at = 0
-        self._seen = 0  # bytes of the body that have gone where they belong
+        self._seen = 0  # bytes of the body that lie where they belong
         self._content_left = 0
         self._hash = hashlib.sha256()
         self._tail = bytearray()
         self._target: Target | None = None
-        self.failure: MemoryError | None = None  # why what has come was let go of
-        self.copied_bytes = 0  # that came with the prefix and had to be moved
+        self.failure: MemoryError | None = None
+        self.copied_bytes = 0
 
     @property
     def is_aimed(self) -> bool:
-        """True when what comes may be written where it belongs."""
+        """True when bytes may be written to :meth:`room`."""
         return self._target is not None
 
     @property
     def is_complete(self) -> bool:
-        """True when the last byte has come to where it belongs."""
+        """True when the last byte lies where it belongs."""
         return self.is_aimed and self._seen == self._length
 
     @property
@@ -82,7 +95,7 @@ class Upload:
             self._on_prefix(self._fields, found.nbytes)
 
     def aim(self, target: Target) -> None:
-        """From here on the content goes there."""
+        """Sends the content to `target` from here on, and moves the bytes there that have come."""
         assert self._cut is not None, "aimed after on_prefix"
         self._target = target
         self._tail = bytearray(self._cut.tail_bytes)
@@ -103,7 +116,7 @@ class Upload:
             data = data[n:]
 
     def room(self) -> Any:
-        """Where the next bytes go; never empty before it is complete."""
+        """A writable buffer for the next bytes; never empty before the body is complete."""
         while self._at == len(self._piece):
             self._piece, self._at = self._next_piece(), 0
         return self._piece[self._at :]
@@ -113,7 +126,8 @@ class Upload:
             return memoryview(self._tail)
         try:
             return next(self._pieces)
-        except MemoryError as error:  # the rest is read and forgotten, so that the client reads the answer
+        except MemoryError as error:
+            # The rest is read and forgotten: a client reads the answer when it has sent all of its body.
             assert self._target is not None, "it is aimed"
             self.failure = error
             self._target.drop()
@@ -122,7 +136,7 @@ class Upload:
             return next(self._pieces)
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes have been written to :meth:`room`."""
+        """Notes that `nbytes` have been written to :meth:`room`."""
         if self._content_left:
             self._hash.update(self._piece[self._at : self._at + nbytes])
             self._content_left -= nbytes
@@ -132,7 +146,7 @@ class Upload:
         self._seen += nbytes
 
     def move(self, target: Target) -> None:
-        """Goes on elsewhere: what has come of the content is copied there, and the place before is given up."""
+        """Goes on at another target: the content so far is copied there, and the target before is given up."""
         assert self._target is not None, "it is aimed"
         assert self._cut is not None, "it is aimed"
         before, came = self._target, self._cut.nbytes - self._content_left
@@ -155,14 +169,15 @@ class Upload:
         before.drop()
 
     def take(self) -> Landed:
-        """The content, once it is complete; it is the caller's then."""
+        """The content of a complete body; it is the caller's from here on."""
         assert self._target is not None, "it is complete"
-        self._pieces, self._piece = iter(()), b""  # the memory is the content's, which may go before this does
+        # No view is kept: the memory belongs to the content, which may go before this upload does.
+        self._pieces, self._piece = iter(()), b""
         target, self._target = self._target, None
         return target.landed(self._hash.hexdigest())
 
     def drop(self) -> None:
-        """Nothing more will come, or nobody wants it: what it holds is given back."""
+        """Gives back all that it holds: nothing more will come, or nobody wants it."""
         self._pieces, self._piece, self._prefix = iter(()), b"", bytearray()
         target, self._target = self._target, None
         if target is not None:

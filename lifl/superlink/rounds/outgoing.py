@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from lifl.superlink.http.long_poll import Holding
+from lifl.superlink.http.long_poll import LongPolls
 
 STALE_S = 200.0
 """Longer than a push session: a message that has no objects by then has been given up by its ServerApp."""
@@ -30,8 +30,8 @@ class _Message:
 class Outgoing:
     """The incomplete messages of one server, of rounds or not. Any thread."""
 
-    def __init__(self, holding: Holding) -> None:
-        self._holding = holding
+    def __init__(self, long_polls: LongPolls) -> None:
+        self._long_polls = long_polls
         # Guards everything below. Single look-ups without it are safe: each is one step for Python.
         self._lock = threading.Lock()
         self._messages: dict[str, _Message] = {}
@@ -66,7 +66,7 @@ class Outgoing:
                 for object_id in missing:
                     self._by_object.setdefault(object_id, []).append(message_id)
                 return
-        self._holding.news(node_id)
+        self._long_polls.news(node_id)
 
     def available(self, object_id: str) -> None:
         """Notes that an object is there, whoever brought it. The store calls this without its lock."""
@@ -84,7 +84,7 @@ class Outgoing:
                     self._per_node[message.node_id] -= 1
                     complete.append(message.node_id)
         for node_id in complete:
-            self._holding.news(node_id)
+            self._long_polls.news(node_id)
 
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""

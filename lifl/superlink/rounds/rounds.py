@@ -21,8 +21,8 @@ from lifl.report.entries import Rejection
 from lifl.round.admission import Limits
 from lifl.round.round import Round
 from lifl.round.settings import Order, Timing
-from lifl.superlink import flower
-from lifl.superlink.http.long_poll import Holding
+from lifl.superlink import flower, patches
+from lifl.superlink.http.long_poll import LongPolls
 from lifl.superlink.rounds.chunk_map import Geometry
 from lifl.superlink.rounds.incoming_reply import Place, Reception, Settled
 from lifl.superlink.rounds.model_objects import objects_of_model, recognise
@@ -59,7 +59,7 @@ class Rounds:
         The rounds are opened there.
     store : ArenaStore or DurableStore
         The objects of messages and replies.
-    holding : Holding
+    long_polls : LongPolls
         The SuperNodes that wait for messages.
 
     Attributes
@@ -76,10 +76,10 @@ class Rounds:
         Bytes of replies that did not land where they belong.
     """
 
-    def __init__(self, node: Node, store: Store, holding: Holding) -> None:
+    def __init__(self, node: Node, store: Store, long_polls: LongPolls) -> None:
         self._node, self.store = node, store
         self.registry = Registry(self._assemble)
-        self._outgoing = Outgoing(holding)
+        self._outgoing = Outgoing(long_polls)
         self._geometries: dict[TensorSpec, Geometry] = {}
         self._state: Any = None
         self._watcher: Watcher | None = None
@@ -116,8 +116,8 @@ class Rounds:
                 self.registry.pushed(session_id, object_id)
             return stored
 
-        state.store_message_and_object_tree = store_and_note
-        state.store_object = put_and_note
+        patches.replace_store_message(state, store_and_note)
+        patches.replace_store_object(state, put_and_note)
         self._watcher = Watcher(self.registry, self._outgoing, self.store, state, self._give_up)
         self._watcher.start()
 

@@ -1,11 +1,11 @@
-"""Where the bytes of an object are: in a block of their own, in an update's block, or as Python's bytes.
+"""The bytes of an object: in a block of their own, in an update's block, or as Python's bytes.
 
-Owns those blocks until they are released. What is in a block of its own is kept as the body of the answer that
+Owns those blocks until they are released. An object in a block of its own is kept as the body of the answer that
 clients get, so that it is encoded once.
 
-The content invariant: whatever can be read under an object's id is, at every moment, what was hashed to that id. So
-memory that a content shows is written by nobody before the content is released. Tests switch on a check of it, see
-``lifl.superlink.store.store``.
+The content invariant: the bytes that can be read under an object's id are, at every moment, those that were hashed to
+that id. So nobody writes to memory that a content shows before the content is released. Tests switch on a check of it,
+see ``lifl.superlink.store.store``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lifl.superlink import flower
 _names = flower.part("store")
 
 SMALL_BYTES = 2**16
-"""Up to this an object is kept as bytes: a block takes at least as much of the arena."""
+"""Longest object that is kept as bytes: a block takes at least as much of the arena."""
 
 _ROOM = 16
-"""Bytes before an object in its block, for what precedes it in an answer."""
+"""Bytes before an object in its block, for the fields before it in an answer."""
 
 CHUNK_HEAD = re.compile(rb"ArrayChunk  (0|[1-9][0-9]{0,15})\x00")
 
@@ -39,12 +39,12 @@ def varint(n: int) -> bytes:
 
 
 def answer_head(nbytes: int) -> bytes:
-    """What precedes an object in a PullObjectResponse: object_found, object_available, object_content's length."""
+    """The bytes before an object in a PullObjectResponse: object_found, object_available, object_content's length."""
     return b"\x08\x01\x10\x01\x1a" + varint(nbytes)
 
 
 class Content:
-    """An object in a block of its own, or a part of it in an update's.
+    """The content of an object: in a block of its own, or, at least a part of it, in an update's block.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Content:
         raise NotImplementedError
 
     def answer(self) -> tuple[Any, ...]:
-        """A PullObjectResponse with it, in parts one after another, which stay as they are while they are held."""
+        """A PullObjectResponse with the object, in parts one after another, which stay as they are while held."""
         return answer_head(len(self)), bytes(self)
 
     def release(self) -> None:
@@ -76,7 +76,8 @@ class BlockContent(Content):
     """A whole object in a block of its own."""
 
     def __init__(self, arena: Arena, block: Block, nbytes: int) -> None:
-        self._arena, self._block = arena, block
+        self._arena = arena
+        self._block = block
         head = answer_head(nbytes)
         whole = memoryview(arena.buffer(block))
         whole[_ROOM - len(head) : _ROOM] = head
@@ -85,7 +86,7 @@ class BlockContent(Content):
 
     @classmethod
     def make(cls, arena: Arena, nbytes: int) -> BlockContent | None:
-        """Room for an object, or None if the arena has none now."""
+        """A block with room for an object of `nbytes`, or None if the arena has none now."""
         block = arena.alloc(_ROOM + nbytes)
         return None if block is None else cls(arena, block, nbytes)
 
@@ -100,7 +101,7 @@ class BlockContent(Content):
         return bytes(self.view[:nbytes])
 
     def answer(self) -> tuple[Any, ...]:
-        """One part: the block, which its head is in."""
+        """The block, as one part; it has the fields before the object too."""
         answer: tuple[Any, ...] = self._answer
         return answer
 
@@ -111,10 +112,11 @@ class BlockContent(Content):
 
 
 class PartContent(Content):
-    """A chunk whose numbers are a part of something larger in the arena: a model, which keeps them there."""
+    """A chunk whose numbers are a part of a model in the arena. The model keeps them there."""
 
     def __init__(self, head: bytes, numbers: Any) -> None:
-        self.head, self._numbers = head, numbers
+        self.head = head
+        self._numbers = numbers
 
     def __len__(self) -> int:
         return len(self.head) + len(self._numbers)
@@ -127,35 +129,44 @@ class PartContent(Content):
         return self.head[:nbytes] + bytes(self._numbers[: max(nbytes - len(self.head), 0)])
 
     def answer(self) -> tuple[Any, ...]:
-        """Two parts: both heads, and the numbers where they lie."""
+        """Two parts: the heads of answer and chunk, and the numbers where they lie."""
         return answer_head(len(self)) + self.head, self._numbers
 
     def release(self) -> None:
-        """Lets go of what it is a part of."""
+        """Lets go of its view of the model."""
         self._numbers = b""
 
 
 class Landed:
-    """An object's content that has come whole, on its way into the store.
+    """An object that has come whole, on its way into the store. ``len`` is the object's length.
 
-    ``digest`` is the SHA-256 of what came, taken while it came; it stands for the bytes from then on. ``len`` is that
-    of the object.
+    Parameters
+    ----------
+    content : Content or bytes
+        Empty if the object was not kept, because it is in the store already.
+    nbytes : int
+    digest : str
+        SHA-256 of the bytes, taken while they came; it stands for them from then on.
+    head : bytes or None
+        Head of an ArrayChunk, if it is known already.
     """
 
     def __init__(self, content: Content | bytes, nbytes: int, digest: str, head: bytes | None = None) -> None:
-        self.content, self._nbytes, self._digest = content, nbytes, digest
-        self._head = head  # of an ArrayChunk, if it is known already
+        self.content = content
+        self._nbytes = nbytes
+        self._digest = digest
+        self._head = head
 
     @classmethod
     def of(cls, content: bytes) -> Landed:
-        """Bytes that came another way."""
+        """An object whose bytes came another way, and are hashed here."""
         return cls(content, len(content), hashlib.sha256(content).hexdigest())
 
     def check(self, object_id: str) -> None:
-        """Raises ``ValueError`` unless it is the object of that id, and formed as Flower's objects are."""
+        """Raises ``ValueError`` unless this is the object of that id, and formed as Flower's objects are."""
         if self._digest != object_id:
             raise ValueError(f"Object ID {object_id} does not match content hash")
-        if self.is_sunk:  # who has it has checked it
+        if self.is_sunk:  # the store has checked the object that it has
             return
         content = self.content
         if isinstance(content, bytes):
@@ -169,7 +180,7 @@ class Landed:
 
     @property
     def is_sunk(self) -> bool:
-        """True if it was not kept, because it was there already."""
+        """True if the content was not kept, because the store had it already."""
         return not self.content and self._nbytes > 0
 
     def take(self) -> Content | bytes:
@@ -178,7 +189,7 @@ class Landed:
         return content
 
     def drop(self) -> None:
-        """Lets go of what will not be stored; harmless when it is somebody else's."""
+        """Releases content that will not be stored; harmless when it has been taken."""
         content = self.take()
         if isinstance(content, Content):
             content.release()

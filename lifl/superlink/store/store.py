@@ -1,7 +1,7 @@
-"""Flower's ObjectStore over the arena: what is large lies in blocks, what is small in bytes.
+"""Flower's ObjectStore over the arena: large objects lie in blocks, small ones in bytes.
 
-Owns which objects there are, who refers to them and where their bytes are. Hashing, copying and checking of what
-came over the network is done before :meth:`ArenaStore.put`, outside its lock.
+Owns the objects, the references to them and the place of their bytes. Objects from the network are hashed, copied and
+checked before :meth:`ArenaStore.put`, outside its lock.
 """
 
 from __future__ import annotations
@@ -24,31 +24,50 @@ IS_CHECKING = bool(os.environ.get("LIFL_CHECK_CONTENT"))
 """Hash contents again when they are read and when they go, and raise if they have changed; for tests, it is slow."""
 
 MAX_OBJECTS = 2**16
-"""In one announced tree: three for each array of a model, and more if arrays are large."""
+"""Most objects in one announced tree. A model has three for each array, and more if arrays are large."""
 
 MAX_IDS = 1000
-"""In one statement: databases limit them."""
+"""Most ids in one SQL statement: databases limit them."""
 
 broken: list[str] = []
-"""What that check has found: who reads may swallow the error."""
+"""Errors that the check has found; kept here, since a caller may swallow the exception."""
 
 
 @attrs.define(eq=False)
 class _Entry:
-    content: Content | bytes | None = None  # None: not there, or not there any more
-    tree: bytes = b""  # as it was announced, if it is the root of an announced tree
-    runs: set[int] = attrs.field(factory=set)  # that have announced it as a root
-    references: int = 0  # of announced trees that it is in, its own too
+    """An object. It goes when it has no references and no offers.
+
+    Attributes
+    ----------
+    content : Content, bytes or None
+        None if the object has not come, or was given up.
+    tree : bytes
+        The tree as it was announced, if this object is the root of one.
+    runs : set of int
+        The runs that have announced it as a root.
+    references : int
+        The number of announced trees that it is in, its own too.
+    offers : int
+        The number of offers that have not been withdrawn.
+    """
+
+    content: Content | bytes | None = None
+    tree: bytes = b""
+    runs: set[int] = attrs.field(factory=set)
+    references: int = 0
     offers: int = 0
 
 
 class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a base that is found at run time
     """Flower's in-memory store, except that content may be a block of the arena and may be given up while registered.
 
-    An announced tree holds every object in it until its root is deleted, whatever other trees say of the same objects:
-    it is one client's word, so it decides about nobody else's objects.
+    An announced tree holds every object in it until its root is deleted, whatever other trees have of the same objects:
+    a tree is one client's word, so it decides about nobody else's objects. All methods: any thread.
 
-    `on_available` is called, without the lock, with the id of each object that has come.
+    Attributes
+    ----------
+    on_available : callable
+        Called, without the lock, with the id of each object that has come.
     """
 
     is_durable = False
@@ -56,15 +75,17 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._roots: dict[int, set[str]] = {}  # by run
+        # Guards the entries, the roots and each content's place: an entry's bytes are not released while they are read.
+        # Taken again by methods that call others.
         self._lock = threading.RLock()
         self.on_available: Callable[[str], None] = lambda _: None
 
     # ------------------------------------------------------------ Flower's methods
 
     def preregister(self, run_id: int, object_tree: Any) -> list[str]:
-        """Notes a tree's objects; the ids of those that have to be pushed, each once."""
+        """Registers a tree's objects; returns the ids of those that have to be pushed, each once."""
         object_ids, root_id = _checked(_ids_of(object_tree)), object_tree.object_id
-        said, missing = object_tree.SerializeToString(), list[str]()
+        tree, missing = object_tree.SerializeToString(), list[str]()
         with self._lock:
             for object_id in object_ids:
                 entry = self._entries.get(object_id)
@@ -75,21 +96,22 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             root = self._entries[root_id]
             root.runs.add(run_id)
             self._roots.setdefault(run_id, set()).add(root_id)
-            if root.tree != said:
-                before, root.tree = root.tree, said
+            if root.tree != tree:
+                before, root.tree = root.tree, tree
+                # The new tree takes its references first, so that an object in both trees does not go.
                 for object_id in object_ids:
                     self._entries[object_id].references += 1
                 self._let_go(before)
         return missing
 
     def _let_go(self, tree: bytes) -> None:
-        """A tree holds its objects no longer."""
+        """Takes a tree's references to its objects back."""
         for object_id in _ids_of(_names.ObjectTree.FromString(tree)) if tree else ():
             self._entries[object_id].references -= 1
             self._remove(object_id)
 
     def _remove(self, object_id: str) -> None:
-        """Forgets an object that nobody holds."""
+        """Forgets an object, if nothing holds it."""
         entry = self._entries[object_id]
         if not entry.references and not entry.offers:
             del self._entries[object_id]
@@ -110,7 +132,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             return _names.ObjectTree(object_id=object_id)
 
     def put(self, object_id: str, object_content: bytes | Landed) -> None:
-        """Takes an object's content: bytes, which are checked here, or what landed and was checked on the way."""
+        """Takes an object: bytes, which are hashed here, or an object that landed and was hashed on its way."""
         landed = object_content if isinstance(object_content, Landed) else Landed.of(object_content)
         landed.check(object_id)
         with self._lock:
@@ -137,7 +159,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             return bytes(entry.content)
 
     def delete(self, object_id: str) -> None:
-        """Forgets an announced tree by its root, and of its objects those that no other tree has."""
+        """Forgets an announced tree by its root, and those of its objects that no other tree has."""
         with self._lock:
             entry = self._entries.get(object_id)
             if entry is not None:
@@ -148,7 +170,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                 self._let_go(tree)
 
     def delete_objects_in_run(self, run_id: int) -> None:
-        """Forgets the trees that this run has announced."""
+        """Forgets the trees that a run has announced."""
         with self._lock:
             for object_id in list(self._roots.get(run_id, ())):
                 self.delete(object_id)
@@ -173,14 +195,14 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
     # ------------------------------------------------------------ beside them
 
     def close(self) -> None:
-        """Lets go of everything that is held."""
+        """Releases the contents of all objects."""
         self.clear()
 
     def offer(self, contents: Mapping[str, Content | bytes]) -> set[str]:
-        """Has objects here before anybody registers them, so that nobody has to push them.
+        """Stores objects before they are registered, so that nobody has to push them.
 
-        Their ids must be their hashes. They stay until they are withdrawn, also if all who refer to them are gone.
-        Returns those that are held for the caller: what is here already with its content is not.
+        Their ids must be their hashes. They stay until they are withdrawn, also when no tree refers to them any more.
+        Returns the ids that are held for the caller; an object whose content is here already is not held.
         """
         taken = set()
         with self._lock:
@@ -197,7 +219,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
         return taken
 
     def withdraw(self, object_ids: Iterable[str]) -> None:
-        """What was offered is not held any more: it goes, unless somebody refers to it."""
+        """Withdraws offers: an offered object goes, unless a tree refers to it."""
         with self._lock:
             for object_id in object_ids:
                 entry = self._entries.get(object_id)
@@ -206,7 +228,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
                     self._remove(object_id)
 
     def answer(self, object_id: str) -> tuple[int, tuple[Any, ...]] | None:
-        """An object's length, and a PullObjectResponse with it in parts one after another; None if it is not there.
+        """An object's length, and a PullObjectResponse with the object in parts; None if it is not there.
 
         The parts may be memory of the arena; while they are held, the memory stays as it is.
         """
@@ -230,7 +252,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             return length, b"" if length > most_bytes else self.get(object_id) or b""
 
     def begin(self, object_id: str, nbytes: int) -> tuple[int, bytes] | None:
-        """An object's length and its first bytes, at most so many; None if it is not there."""
+        """An object's length and its first bytes, at most `nbytes`; None if it is not there."""
         with self._lock:
             entry = self._entries.get(object_id)
             if entry is None or entry.content is None:
@@ -239,7 +261,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             return len(content), content[:nbytes] if isinstance(content, bytes) else content.begin(nbytes)
 
     def peek_at(self, object_id: str) -> Content | bytes | None:
-        """What holds an object's content, to be told from another; its bytes may go at any time."""
+        """The content of an object, to be compared with another by identity; its bytes may go at any time."""
         with self._lock:
             entry = self._entries.get(object_id)
             return None if entry is None else entry.content
@@ -251,7 +273,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
             return entry is not None and entry.content is None
 
     def keep(self, object_ids: Iterable[str]) -> None:
-        """Copies contents that are about to go with the block they are in, for others who need them too."""
+        """Copies contents that are about to go with the block they are in, for other trees that hold them too."""
         with self._lock:
             for object_id in object_ids:
                 entry = self._entries.get(object_id)
@@ -262,7 +284,7 @@ class ArenaStore(_names.ObjectStore):  # type: ignore[misc,name-defined] # a bas
 
 
 def count_of(object_tree: Any, most: int) -> int:
-    """How many objects a tree has, each as often as it is named; counted up to a little more than `most`."""
+    """The number of objects in a tree, each as often as it is named; counted up to a little more than `most`."""
     count, waiting = 1, [object_tree]
     while waiting and count <= most:
         node = waiting.pop()
@@ -279,7 +301,7 @@ def _ids_of(object_tree: Any) -> list[str]:
 
 
 def _checked(object_ids: list[str]) -> list[str]:
-    """Raises ``ValueError`` for what is no id."""
+    """The same ids; raises ``ValueError`` if one is no id."""
     for object_id in object_ids:
         if not _names.is_valid_id(object_id):
             raise ValueError(f"Invalid object ID format: {object_id}")
@@ -306,21 +328,21 @@ def _gone(object_id: str) -> Exception:
 
 
 INDEXES = {"lifl_children": "object_children (child_id)", "lifl_runs": "run_objects (object_id)"}
-"""SQLite looks there for each object that is deleted, and would read the whole table."""
+"""Indexes: SQLite looks into both tables for each object that is deleted, and would read all of them."""
 
 
 class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
-    """Flower's store in a database: what was acknowledged is there after a crash too.
+    """Flower's store in a database: acknowledged objects are there after a crash too.
 
     An object is landed and checked as with :class:`ArenaStore`, then written to the database, from which it is read.
-    Trees hold objects as there. In Flower's tables all objects of a tree are children of its root, the root too: by
-    that it is told from what Flower's server has left there, which is read and deleted as Flower does it.
+    Trees hold objects as there. In Flower's tables all objects of a tree are children of its root, the root too. A tree
+    that Flower's server has left there has no such root; it is read and deleted as Flower does it.
     """
 
     is_durable = True
 
     def __init__(self, database: str) -> None:
-        super().__init__(database, verify=False)  # that is done in `put`, once
+        super().__init__(database, verify=False)  # `put` verifies
         self.initialize()
         with self.session() as session:
             for name, index in INDEXES.items():
@@ -328,7 +350,7 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         self.on_available: Callable[[str], None] = lambda _: None
 
     def preregister(self, run_id: int, object_tree: Any) -> list[str]:
-        """Notes a tree's objects; the ids of those that have to be pushed, each once."""
+        """Registers a tree's objects; returns the ids of those that have to be pushed, each once."""
         object_ids, root_id = _checked(_ids_of(object_tree)), object_tree.object_id
         objects, children, run = _names.StoredObject, _names.ObjectChild, _names.signed(run_id)
         with self._mutation_session() as session:
@@ -348,7 +370,7 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         return [one for one in object_ids if one in missing]
 
     def get_object_tree(self, object_id: str) -> Any:
-        """A root, and right below it all others in its tree: a tree is read for which objects to pull."""
+        """A root, and right below it all others in its tree: a tree is read only for the objects to pull."""
         with self.session() as session:
             held = dict.fromkeys(session.scalars(_held_by(object_id)))
         if object_id not in held:
@@ -357,7 +379,7 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         return _names.ObjectTree(object_id=object_id, children=[_names.ObjectTree(object_id=one) for one in held])
 
     def delete(self, object_id: str) -> None:
-        """Forgets an announced tree by its root, and of its objects those that no other tree has."""
+        """Forgets an announced tree by its root, and those of its objects that no other tree has."""
         with self._mutation_session() as session:
             held = list(session.scalars(_held_by(object_id)))
             if object_id in held:
@@ -366,7 +388,7 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
                 super().delete(object_id)
 
     def _let_go(self, session: Any, root_id: str, object_ids: list[str]) -> None:
-        """A tree holds these of its objects no longer."""
+        """Takes a tree's references to some of its objects back."""
         objects, children = _names.StoredObject, _names.ObjectChild
         self._count(session, object_ids, -1)
         for at in range(0, len(object_ids), MAX_IDS):
@@ -381,19 +403,19 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
             session.execute(those.values(ref_count=objects.ref_count + change))
 
     def put(self, object_id: str, object_content: bytes | Landed) -> None:
-        """Takes an object's content: bytes, or what landed."""
+        """Takes an object: bytes, or an object that landed."""
         landed = object_content if isinstance(object_content, Landed) else Landed.of(object_content)
         landed.check(object_id)
         if landed.is_sunk and self.is_wanted(object_id):
             raise _gone(object_id)
         with self.session() as session:
             super().put(object_id, bytes(landed.content))
-            # The LinkState stores objects within a transaction of its own: till that ends nobody else sees them.
+            # The LinkState stores objects within a transaction of its own, and nobody else sees them before it ends.
             event.listen(session, "after_commit", lambda _: self.on_available(object_id), once=True)
         landed.drop()
 
     def answer(self, object_id: str) -> tuple[int, tuple[Any, ...]] | None:
-        """An object's length, and a PullObjectResponse with it in parts; None if it is not there."""
+        """An object's length, and a PullObjectResponse with the object in parts; None if it is not there."""
         content = self.get(object_id)
         return (len(content), (answer_head(len(content)), content)) if content else None
 
@@ -403,7 +425,7 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         return len(content), b"" if len(content) > most_bytes else content
 
     def begin(self, object_id: str, nbytes: int) -> tuple[int, bytes] | None:
-        """An object's length and its first bytes, at most so many; None if it is not there."""
+        """An object's length and its first bytes, at most `nbytes`; None if it is not there."""
         content = self.get(object_id)
         return (len(content), content[:nbytes]) if content else None
 
@@ -416,23 +438,23 @@ class DurableStore(_names.SqlObjectStore):  # type: ignore[misc,name-defined]
         return bool(self.get(object_id) == b"")
 
     def keep(self, object_ids: Iterable[str]) -> None:
-        """Nothing: the database has a copy."""
+        """Does nothing: the database has a copy."""
 
     def offer(self, contents: Mapping[str, Content | bytes]) -> set[str]:
-        """Nothing: what a client did not push would not be in the database."""
+        """Holds nothing: an object that no client pushed would not be in the database after a crash."""
         return set()
 
     def withdraw(self, object_ids: Iterable[str]) -> None:
-        """Nothing was offered."""
+        """Does nothing: nothing was offered."""
 
     def close(self) -> None:
-        """Lets go of the database."""
+        """Closes the database."""
         if self._engine is not None:
             self._engine.dispose()
 
 
 def _held_by(object_id: str) -> Any:
-    """The query for what a root in the database holds."""
+    """The query for the objects that a root in the database holds."""
     return select(_names.ObjectChild.child_id).where(_names.ObjectChild.parent_id == object_id)
 
 
