@@ -177,7 +177,7 @@ def _round_stats(round_: Round) -> RoundStats:
     books = lifecycle.books
     return RoundStats(
         number=round_.number,
-        phase=lifecycle.phase,
+        phase=lifecycle.phase.shown,
         timing=round_.timing,
         expected=round_.expected,
         accepted=len(books.updates),

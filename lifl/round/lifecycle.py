@@ -1,7 +1,7 @@
-"""How a round goes: what is accepted is folded ahead or held, the mean is made, and what workers say is taken in.
+"""The course of a round, from its first update to its mean, and the phases that it goes through.
 
-Decides who counts and when the round is over, and survives workers that die. It starts no process and reads no ring;
-its host (a Node) carries descriptors to and from it, with the host's lock held.
+Decides which updates count and when the round is over, and survives workers that die. Starts no process and reads no
+ring: its host (a Node) carries descriptors to and from it, with the host's lock held.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import errno
 import math
 from collections.abc import Iterator
-from typing import Literal
+from enum import StrEnum
 
 import attrs
 
@@ -33,15 +33,49 @@ MAX_DEATHS_IN_VAIN = 8
 """Workers that may die one after another without anything being folded between: then the round fails."""
 
 
+class Phase(StrEnum):
+    """The phase of a round: OPEN takes updates; FOLDING has all of them, and no mean yet.
+
+    MADE has its mean, and waits until each leaf has reported all that it folded. DONE has its result, FAILED an error.
+    CLOSED has given everything back.
+    """
+
+    OPEN = "open"
+    FOLDING = "folding"
+    MADE = "made"
+    DONE = "done"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+    @property
+    def is_running(self) -> bool:
+        """True while there is neither a result nor an error."""
+        return self in (Phase.OPEN, Phase.FOLDING, Phase.MADE)
+
+    @property
+    def shown(self) -> str:
+        """The phase as statistics and messages name it: MADE is a part of "folding"."""
+        return str(Phase.FOLDING if self is Phase.MADE else self)
+
+
+NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.OPEN: frozenset({Phase.FOLDING, Phase.FAILED}),
+    Phase.FOLDING: frozenset({Phase.MADE, Phase.FAILED}),
+    Phase.MADE: frozenset({Phase.DONE, Phase.FAILED}),
+    Phase.DONE: frozenset({Phase.CLOSED}),
+    Phase.FAILED: frozenset({Phase.CLOSED}),
+    Phase.CLOSED: frozenset(),
+}
+"""Phase -> the phases that may follow it."""
+
+
 class Lifecycle:
-    """One round, as its host and its workers move it.
+    """The state of one round, moved by its host and by what its workers report.
 
     Attributes
     ----------
-    phase : str
-        "open" (takes updates), "folding" (all are in), "done", "failed" or "closed".
     error : Exception or None
-        Why it failed.
+        The reason why the round failed.
     result : RoundResult or None
     """
 
@@ -52,14 +86,24 @@ class Lifecycle:
         self._terms, self._roster = terms, roster
         self._finish = Finish(host, number, assignment, terms.order == "flower")
         self.books = Books(host.tally, terms.spec.nbytes, cold_starts=host.pool.cold_starts)
-        self.phase: Literal["open", "folding", "done", "failed", "closed"] = "open"
+        self._phase = Phase.OPEN
         self.error: Exception | None = None
         self.result: RoundResult | None = None
         self.acks: set[int] = set()  # workers that have let go
-        self._is_ended = False  # the mean is there; every leaf may not have been heard yet
         self._is_predicted = False
         self._predicted: dict[str, float] | None = None
         self._deaths_in_vain = 0
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the round is in."""
+        return self._phase
+
+    def _move(self, to: Phase) -> None:
+        """The one place where the phase changes; raises RoundError for a transition that is not in ``NEXT``."""
+        if to not in NEXT[self._phase]:
+            raise RoundError(f"round {self.number} cannot go from {self._phase} to {to}: this is a bug in lifl")
+        self._phase = to
 
     # ------------------------------------------------------------ updates come in
 
@@ -97,7 +141,8 @@ class Lifecycle:
     @property
     def is_moving(self) -> bool:
         """True if blocks of this round will come free while this thread waits. The host holds the lock."""
-        return self.phase == "folding" or self._assignment.is_busy or self._roster.others_hold_loans
+        is_ending = self._phase in (Phase.FOLDING, Phase.MADE)
+        return is_ending or self._assignment.is_busy or self._roster.others_hold_loans
 
     def enlist(self, leaves: int) -> None:
         """Takes on so many leaves now, if there is room for their sums; others join when there is work for them."""
@@ -109,7 +154,7 @@ class Lifecycle:
     @property
     def engaged(self) -> set[int]:
         """The workers that have a part in it now. The host holds the lock."""
-        if self.phase in ("done", "closed"):
+        if self._phase in (Phase.DONE, Phase.CLOSED):
             return set()
         return self._assignment.working | self._finish.makers
 
@@ -121,18 +166,18 @@ class Lifecycle:
     @property
     def waits_for_workers(self) -> bool:
         """True while a worker owes this round something. The host holds the lock."""
-        return self.phase in ("folding", "failed") or self._assignment.is_busy
+        return self._phase in (Phase.FOLDING, Phase.MADE, Phase.FAILED) or self._assignment.is_busy
 
     def flush(self) -> None:
         """Everything that will come has come: commit, then make the mean."""
-        self.phase = "folding"
+        self._move(Phase.FOLDING)
         with self._ended_without_workers():
             self._assignment.flush()
             self._make_mean()
 
     def _make_mean(self) -> None:
         """Orders the mean as soon as every sum of which it is made is there; a tree's top needs no order."""
-        is_due = self.phase == "folding" and not self._is_ended and not self._finish.is_running
+        is_due = self._phase is Phase.FOLDING and not self._finish.is_running
         if is_due and self._assignment.is_committed:
             if self._assignment.held or self._assignment.sums():
                 self._finish.begin()
@@ -171,7 +216,8 @@ class Lifecycle:
                 self._all_made()
         elif d.kind == Kind.RESULT:
             self._note_top(sender)
-            self._is_ended = True
+            if self._phase is Phase.FOLDING:
+                self._move(Phase.MADE)
         elif d.kind == Kind.ABORTED:
             self.acks.add(sender)
         elif d.kind == Kind.FAILED:
@@ -182,27 +228,27 @@ class Lifecycle:
             )
         if d.kind in (Kind.FOLDED, Kind.SUM, Kind.RESULT):
             self._deaths_in_vain = 0
-        self._finish_if_ended()
+        self._end_if_settled()
 
     def _all_made(self) -> None:
         """Every range of an order is made, or was given up."""
-        if self.phase == "folding" and self._finish.is_done():
+        if self._phase is Phase.FOLDING and self._finish.is_done():
             held, times = self._assignment.held, self._finish.times()
             for worker, begin_ns, end_ns in times:
                 self.books.add_span(worker, "shard", begin_ns, end_ns, len(held))
             for update in held:
                 # All of them folded it, each in its range.
                 update.runtime, update.folded_s = times[0][0], self.books.now_s()
-            self._is_ended = True
+            self._move(Phase.MADE)
         self._make_mean()
 
     def _note_top(self, top: int) -> None:
         note = self._host.arena.note(self._assignment.mean.index)
         self.books.add_span(top, "top", note.begin_ns, note.end_ns, len(self._assignment.leaves))
 
-    def _finish_if_ended(self) -> None:
-        # The top may be heard before another leaf has told all that it folded.
-        if self._is_ended and not self._assignment.is_busy and self.phase == "folding":
+    def _end_if_settled(self) -> None:
+        # The top's report can come before another leaf has reported all that it folded.
+        if self._phase is Phase.MADE and not self._assignment.is_busy:
             self._finished()
 
     def _folded(self, sender: int, d: Descriptor) -> None:
@@ -232,7 +278,7 @@ class Lifecycle:
         for sent in self._assignment.sent():
             self.books.add_sent(*sent)
         self.books.done_s = self.books.now_s()
-        self.phase = "done"
+        self._move(Phase.DONE)
         self.books.tally.done += 1
         buffer = self._host.arena.buffer(self._assignment.mean)
         views = self._terms.spec.flower_views if self._terms.order == "flower" else self._terms.spec.views
@@ -252,9 +298,9 @@ class Lifecycle:
         holds the lock and has heard all that the dead one had said.
         """
         work = self._assignment
-        if me not in self.workers or self.phase in ("done", "closed"):
+        if me not in self.workers or self._phase in (Phase.DONE, Phase.CLOSED):
             return []
-        if self.phase == "failed":
+        if self._phase is Phase.FAILED:
             # Its successor says when it has let go: a leaf's sum may be on its way to it.
             self.books.deaths += 1
             work.free(me)
@@ -265,8 +311,9 @@ class Lifecycle:
             work.free(me)
             for update in work.held_by(me):
                 self._settle(update)
-            self._is_ended = True
-            self._finish_if_ended()
+            if self._phase is Phase.FOLDING:
+                self._move(Phase.MADE)
+            self._end_if_settled()
             return []
         if me not in work.working and me not in self._finish.makers:
             return []
@@ -278,7 +325,7 @@ class Lifecycle:
             work.free(me)
             return [work.aborted]
         told = self._recover_leaf(me, of_work) if me in work.working else []
-        if self.phase == "folding" and me in self._finish.makers:
+        if self._phase is Phase.FOLDING and me in self._finish.makers:
             told += self._recover_shard(me) if of_work else self._finish.tell_again(me)
         self._make_mean()
         return told
@@ -290,7 +337,7 @@ class Lifecycle:
             self._settle(update)
         for update in [update for update in work.held_by(me) if update.deaths >= MAX_DEATHS]:
             self._refuse_poison(update)
-        if not self.books.updates and self.phase == "folding":
+        if not self.books.updates and self._phase in (Phase.FOLDING, Phase.MADE):
             self.fail(RoundError(f"round {self.number}: no update is left{self.books.refusals()}"))
             work.free(me)
             return []
@@ -329,8 +376,9 @@ class Lifecycle:
 
     def fail(self, error: Exception) -> None:
         """Ends the round without a result. The host holds the lock."""
-        if self.phase in ("open", "folding"):
-            self.phase, self.error = "failed", error
+        if self._phase.is_running:
+            self._move(Phase.FAILED)
+            self.error = error
             self.books.tally.failed += 1
             self.books.done_s = self.books.now_s()
 
@@ -348,3 +396,9 @@ class Lifecycle:
     def take_all(self) -> list[Block]:
         """Every block that may still be the round's, for good."""
         return self._assignment.take_all()
+
+    def close(self) -> None:
+        """Ends a round that is done or failed; harmless when closed. The host holds the lock."""
+        if self._phase is not Phase.CLOSED:
+            self._move(Phase.CLOSED)
+        self.result = None  # whoever asked for the result has it; a kept Round must not pin its memory

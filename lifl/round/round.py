@@ -20,7 +20,7 @@ from lifl.round.blocks import Assignment
 from lifl.round.clients import Roster
 from lifl.round.host import WAIT_CAP_S, Host
 from lifl.round.intake import copy_in, look_for_nonfinite
-from lifl.round.lifecycle import Lifecycle
+from lifl.round.lifecycle import Lifecycle, Phase
 from lifl.round.loan import Loan
 from lifl.round.pacing import Pace
 from lifl.round.quota import Quota
@@ -151,8 +151,8 @@ class Round:
 
     def _check_phase(self, who: str) -> None:
         self._host.check_workers()
-        if self.lifecycle.phase != "open":
-            state = "complete" if self.lifecycle.phase in ("folding", "done") else self.lifecycle.phase
+        if (phase := self.lifecycle.phase) is not Phase.OPEN:
+            state = "complete" if phase in (Phase.FOLDING, Phase.MADE, Phase.DONE) else phase
             raise AdmissionError(who, "closed", f"round {self.number} is {state}: open another one")
 
     def returned(self, loan: Loan) -> None:
@@ -193,7 +193,7 @@ class Round:
     def close_early(self) -> None:
         """Takes no more updates: the result is made of those that are in. Harmless when complete."""
         with self._locked():
-            if self.lifecycle.phase == "open":
+            if self.lifecycle.phase is Phase.OPEN:
                 if self.lifecycle.books.updates:
                     self.lifecycle.flush()
                 else:
@@ -220,7 +220,7 @@ class Round:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._locked():
-            while self.lifecycle.phase in ("open", "folding"):
+            while self.lifecycle.phase.is_running:
                 self._host.check_workers()
                 left = WAIT_CAP_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
@@ -261,9 +261,9 @@ class Round:
         if host.is_foreign:
             return
         with self._locked():
-            if self.lifecycle.phase == "closed":
+            if self.lifecycle.phase is Phase.CLOSED:
                 return
-            is_done = self.lifecycle.phase == "done"
+            is_done = self.lifecycle.phase is Phase.DONE
             if not is_done:
                 self.lifecycle.fail(RoundError(f"round {self.number} was closed before its result"))
                 self.lifecycle.abort()
@@ -271,8 +271,7 @@ class Round:
             host.pump()
             self._take_back()
         with self._locked():
-            self.lifecycle.phase = "closed"
-            self.lifecycle.result = None  # who asked for it has it; a kept Round must not pin its memory
+            self.lifecycle.close()
             host.forget(self.number)
             host.changed.notify_all()
 
@@ -303,4 +302,4 @@ class Round:
 
     def __repr__(self) -> str:
         count = len(self.lifecycle.books.updates)
-        return f"<Round {self.number}: {count} of {self.expected} updates, {self.lifecycle.phase}>"
+        return f"<Round {self.number}: {count} of {self.expected} updates, {self.lifecycle.phase.shown}>"
