@@ -62,7 +62,6 @@ PURE = {
     "round.pacing": {"collections", "math"},
     "report.report": {"attrs", "matplotlib", "os", "typing"},  # the last three for types
     "monitor.stats": {"attrs", "collections", "typing"},
-    "round.tally": {"attrs", "collections"},
     "report.scene": {"attrs", "collections", "math", "typing"},
     "errors": set(),
     "planner.load": {"attrs", "math"},

@@ -29,7 +29,7 @@ from lifl.planner.shape import Shape
 from lifl.planner.simulate import Part, Policy, doors_of
 from lifl.planner.traces import Trace
 from lifl.report.result import RoundResult
-from lifl.round.round import Round
+from lifl.round.round import Round, core_of
 from lifl.round.settings import Timing
 from lifl.shm import kernels
 from lifl.shm.sizes import round_bytes, units_of
@@ -259,7 +259,7 @@ class Cluster:
         self._errors.append(error)
         for name, round_ in list(self._rounds.items()):
             with self._nodes[name].changed:
-                round_.lifecycle.fail(LiflError(f"a round on another node failed: {error}"))
+                core_of(round_).lifecycle.fail(LiflError(f"a round on another node failed: {error}"))
                 self._nodes[name].changed.notify_all()
 
     def _follow(self, job: Callable[[], object]) -> None:
@@ -310,7 +310,7 @@ class Cluster:
         if self._nodes[node].is_held and self._arrived[node] == part.expected:
             with self._nodes[node].changed:
                 self._nodes[node].is_held = False
-                self._rounds[node].lifecycle.enlist(self.shape_of(part).leaves)
+                core_of(self._rounds[node]).lifecycle.enlist(self.shape_of(part).leaves)
 
     # ------------------------------------------------------------ in the senders' threads
 

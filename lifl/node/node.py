@@ -21,10 +21,10 @@ from lifl.node.forecast import Forecast
 from lifl.node.telemetry import Watch
 from lifl.planner.shape import Shape
 from lifl.round.admission import Limits
-from lifl.round.blocks import Assignment
+from lifl.round.core import RoundCore
+from lifl.round.record import Tally
 from lifl.round.round import Round
 from lifl.round.settings import Order, Terms, Timing
-from lifl.round.tally import Tally
 from lifl.shm import arena as shm
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Descriptor, Kind
@@ -113,7 +113,7 @@ class Node:
         self._pid = os.getpid()
         self.workers = workers
         self.changed = threading.Condition(threading.RLock())
-        self._rounds: dict[int, Round] = {}
+        self._rounds: dict[int, RoundCore] = {}
         self._number = 0
         self._is_closed = False
         self._closing = threading.Lock()
@@ -266,6 +266,18 @@ class Node:
         """Bytes of the arena that a client holds, in all open rounds. The caller holds the lock."""
         return sum(round_.quota.held_by(client_id) for round_ in self._rounds.values())
 
+    @property
+    def largest_update_bytes(self) -> int:
+        """Bytes of the largest update of the open rounds; 0 if none is open. The caller holds the lock."""
+        return max((round_.spec.layout.update_bytes for round_ in self._rounds.values()), default=0)
+
+    def next_number(self) -> int:
+        """The number of a round that is being opened. The caller holds the lock."""
+        if not self._rounds:
+            self.traffic.begin()
+        self._number += 1
+        return self._number
+
     def forget(self, number: int) -> None:
         """Takes a closed round out of the books."""
         self._rounds.pop(number, None)
@@ -323,16 +335,9 @@ class Node:
         self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
         with self.changed:
             self.check_workers()
-            largest = max((r.spec.layout.update_bytes for r in self._rounds.values()), default=0)
-            Assignment.wait_for_room(self, terms, largest)
-            if not self._rounds:
-                self.traffic.begin()
-            self._number = number = self._number + 1
-            work = Assignment.reserve(self, number, terms.layout, terms.flags, terms.expected)
-            round_ = Round(self, number, terms, work, self.forecast.pace(terms))
-            self._rounds[number] = round_
-            round_.lifecycle.enlist(0 if shape is None else shape.leaves)
-        return round_
+            core = RoundCore(self, terms)
+            self._rounds[core.number] = core
+        return Round(core)
 
     # ------------------------------------------------------------ the end
 

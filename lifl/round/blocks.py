@@ -30,17 +30,25 @@ ROOM_FOR_UPDATES = 4
 class Assignment:
     """A round's blocks and their keepers.
 
-    Parameters
+    The constructor allocates what the round needs beside its updates; the arena must have the room.
+
+    Attributes
     ----------
     mean, control : Block
-        The agent's: what takes the mean, and the description of the round.
-    pair : list of Block
-        Room for the sums of the first leaf (empty in Flower's order, which has none).
+        The agent's: room for the mean, and the description of the round.
     """
 
-    def __init__(self, host: Host, number: int, layout: Layout, mean: Block, control: Block, pair: list[Block]) -> None:
-        self._host, self._number, self.layout, self._has_leaves = host, number, layout, bool(pair)
-        self.mean, self.control, self._pair = mean, control, pair
+    def __init__(self, host: Host, number: int, terms: Terms) -> None:
+        self._host, self._number, self.layout = host, number, terms.layout
+        encoded, control_bytes = self.layout.encode(terms.flags), self.control_bytes(host, self.layout, terms.expected)
+        self.control = wait_for_block(host, control_bytes, 0, "a round's control block")
+        host.arena.buffer(self.control)[: len(encoded)] = encoded
+        self.mean = wait_for_block(host, self.layout.mean_bytes, 0, "a round's mean")
+        self._pair: list[Block] = []  # room for the sums of the first leaf; Flower's order has no leaves
+        self._has_leaves = terms.order != "flower"
+        if self._has_leaves:
+            nbytes = sum_bytes_of(self.layout)
+            self._pair = [wait_for_block(host, nbytes, 0, "a leaf's sum", apart=True) for _ in range(2)]
         self.shape = Shape(1, 0)
         self._sums: dict[int, list[Block]] = {}  # leaf -> the two blocks for its partial sum
         self.working: set[int] = set()  # leaves that have not sent their sum
@@ -58,14 +66,14 @@ class Assignment:
         return order.control_bytes(layout, min(expected, room) + host.pool.most)
 
     @classmethod
-    def wait_for_room(cls, host: Host, terms: Terms, largest_update: int) -> None:
+    def wait_for_room(cls, host: Host, terms: Terms) -> None:
         """Waits until memory is free for what a round needs beside all but one of its updates.
 
-        `largest_update` is bytes, of the rounds that are open. Raises :class:`ShmError` if nothing will come free.
+        Raises :class:`ShmError` if nothing will come free.
         """
         layout, arena = terms.layout, host.arena
         needed = units_of(cls.control_bytes(host, layout, terms.expected))
-        needed += units_of(layout.mean_bytes) + units_of(max(layout.update_bytes, largest_update))
+        needed += units_of(layout.mean_bytes) + units_of(max(layout.update_bytes, host.largest_update_bytes))
         needed += 0 if terms.order == "flower" else 2 * units_of(sum_bytes_of(layout))
         while arena.free_bytes < needed:
             if not host.relieve():
@@ -76,18 +84,6 @@ class Assignment:
                     f"give the Node at least memory={needed}, close rounds, or drop old results",
                 )
             host.changed.wait(WAIT_CAP_S)
-
-    @classmethod
-    def reserve(cls, host: Host, number: int, layout: Layout, flags: int, expected: int) -> Assignment:
-        """Allocates what a round needs beside its updates; the arena must have the room."""
-        encoded = layout.encode(flags)
-        control = wait_for_block(host, cls.control_bytes(host, layout, expected), 0, "a round's control block")
-        host.arena.buffer(control)[: len(encoded)] = encoded
-        mean = wait_for_block(host, layout.mean_bytes, 0, "a round's mean")
-        pair = []
-        if not flags & order.FLOWER:
-            pair = [wait_for_block(host, sum_bytes_of(layout), 0, "a leaf's sum", apart=True) for _ in range(2)]
-        return cls(host, number, layout, mean, control, pair)
 
     @property
     def leaves(self) -> tuple[int, ...]:

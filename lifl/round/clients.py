@@ -1,4 +1,4 @@
-"""Who takes part in a round: the clients that have an update in it or a loan out. No arena, no lock."""
+"""The clients that take part in a round: each has an update in it, or a loan. No arena, no lock."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class _Loan:
     is_copy: bool
 
 
-class Roster:
-    """Not locked: that is the round's business; only :meth:`drop` may be called at any moment."""
+class Clients:
+    """The clients of one round. The caller holds the Node's lock; only :meth:`drop` may be called at any moment."""
 
     def __init__(self) -> None:
         self._clients: set[str] = set()  # accepted, or with a loan out

@@ -11,8 +11,9 @@ from typing import Protocol
 from lifl.errors import ShmError
 from lifl.planner.shape import Shape
 from lifl.report.report import RoundReport
+from lifl.round.pacing import Pace
+from lifl.round.record import Tally
 from lifl.round.settings import Terms
-from lifl.round.tally import Tally
 from lifl.shm.arena import Arena, Block
 from lifl.shm.ring import Outbox
 
@@ -54,6 +55,9 @@ class Router(Protocol):
 
 class Predictor(Protocol):
     """The cost model, as a round uses it."""
+
+    def pace(self, terms: Terms) -> Pace:
+        """The plan of a round with these terms."""
 
     def predict(self, terms: Terms, shape: Shape, arrivals: Sequence[float]) -> dict[str, float] | None:
         """Seconds that each phase of a round is expected to take; None if the model does not apply."""
@@ -99,8 +103,15 @@ class Host(Protocol):
     def held_by(self, client_id: str) -> int:
         """Bytes of the arena that a client holds, in all open rounds."""
 
+    @property
+    def largest_update_bytes(self) -> int:
+        """Bytes of the largest update of the open rounds; 0 if none is open."""
+
+    def next_number(self) -> int:
+        """The number of a round that is being opened."""
+
     def forget(self, number: int) -> None:
-        """The round has been closed."""
+        """Takes note that a round has been closed."""
 
 
 def wait_for_block(host: Host, nbytes: int, timeout: float | None, purpose: str, *, apart: bool = False) -> Block:

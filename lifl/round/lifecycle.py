@@ -19,10 +19,9 @@ from lifl.report.entries import Rejection
 from lifl.report.report import RoundReport
 from lifl.report.result import RoundResult
 from lifl.round.blocks import Assignment
-from lifl.round.clients import Roster
+from lifl.round.clients import Clients
 from lifl.round.host import Host
 from lifl.round.mean import Finish
-from lifl.round.pacing import Pace
 from lifl.round.record import Books, Update
 from lifl.round.settings import Terms
 from lifl.shm.arena import Block
@@ -79,11 +78,10 @@ class Lifecycle:
     result : RoundResult or None
     """
 
-    def __init__(
-        self, host: Host, number: int, terms: Terms, assignment: Assignment, pace: Pace, roster: Roster
-    ) -> None:
-        self._host, self.number, self._assignment, self._pace = host, number, assignment, pace
-        self._terms, self._roster = terms, roster
+    def __init__(self, host: Host, number: int, terms: Terms, assignment: Assignment, clients: Clients) -> None:
+        self._host, self.number, self._assignment = host, number, assignment
+        self._terms, self._clients = terms, clients
+        self._pace = host.forecast.pace(terms)
         self._finish = Finish(host, number, assignment, terms.order == "flower")
         self.books = Books(host.tally, terms.spec.nbytes, cold_starts=host.pool.cold_starts)
         self._phase = Phase.OPEN
@@ -142,7 +140,7 @@ class Lifecycle:
     def is_moving(self) -> bool:
         """True if blocks of this round will come free while this thread waits. The host holds the lock."""
         is_ending = self._phase in (Phase.FOLDING, Phase.MADE)
-        return is_ending or self._assignment.is_busy or self._roster.others_hold_loans
+        return is_ending or self._assignment.is_busy or self._clients.others_hold_loans
 
     def enlist(self, leaves: int) -> None:
         """Takes on so many leaves now, if there is room for their sums; others join when there is work for them."""
@@ -360,7 +358,7 @@ class Lifecycle:
         reason = f"{update.deaths} workers died while they folded it"
         self.books.reject(Rejection(update.client_id, "poison", reason))
         self.books.updates.remove(update)
-        self._roster.leave(update.client_id)
+        self._clients.leave(update.client_id)
         self._assignment.refuse(update)
         self._deaths_in_vain = 0
 

@@ -1,6 +1,6 @@
-"""A round's books: who was accepted, who was refused, and when what happened.
+"""The books: of a round, which updates were accepted or refused, and when; of a Node, its counters since its start.
 
-What is told to them is told to the Node's tally as well.
+A round's books add to its Node's tally. Called with the Node's lock held.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import attrs
 
 from lifl.report.entries import Contribution, Rejection, Span
 from lifl.report.report import RoundReport
-from lifl.round.tally import Tally
 from lifl.shm.arena import Block
 
 
@@ -32,11 +31,26 @@ class Update:
 
 
 @attrs.define(eq=False)
-class Books:
-    """Mutable while the round is open; not locked: that is the round's business.
+class Tally:
+    """The counters of a Node since its start; nothing is ever taken off, so the difference of two looks is a rate.
 
-    ``refused`` counts ``rejected`` by rule.
+    ``accepted`` and ``accepted_bytes`` count updates at the door: an update that workers died of later stays
+    in them, and is in ``refused``, by rule, too. ``folded``, ``busy_ns`` and ``deaths`` are by worker.
     """
+
+    done: int = 0
+    failed: int = 0
+    accepted: int = 0
+    accepted_bytes: int = 0
+    refused: Counter[str] = attrs.field(factory=Counter)
+    folded: Counter[int] = attrs.field(factory=Counter)
+    busy_ns: Counter[int] = attrs.field(factory=Counter)
+    deaths: Counter[int] = attrs.field(factory=Counter)
+
+
+@attrs.define(eq=False)
+class Books:
+    """The books of one round. ``refused`` counts ``rejected`` by rule."""
 
     tally: Tally
     update_bytes: int

@@ -11,7 +11,7 @@ import attrs
 from lifl.planner.shape import Shape
 from lifl.round.admission import Limits
 from lifl.round.clip import Clip
-from lifl.round.intake import as_numpy
+from lifl.round.loan import as_numpy
 from lifl.shm.arena import lib
 from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.tensor import Layout, TensorSpec

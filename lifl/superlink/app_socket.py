@@ -20,6 +20,7 @@ from typing import Any
 from lifl import ipc
 from lifl.errors import LiflError, RoundError
 from lifl.round.admission import Limits
+from lifl.round.round import core_of
 from lifl.superlink import flower
 from lifl.superlink.rounds.incoming_reply import Settled
 from lifl.superlink.rounds.rounds import Rounds
@@ -206,7 +207,8 @@ class Connection:
         round_ = self._served.round
         round_.close_early()
         self._result = result = round_.result(RESULT_TIMEOUT_S)
-        block = round_.mean
+        core = core_of(round_)
+        block = core.mean
         self._say(
             {
                 "event": "result",
@@ -217,7 +219,7 @@ class Connection:
             }
         )
         # While the ServerApp looks at it: what it will most probably send next is made ready.
-        self._offered |= self._rounds.offer_model(self._served, round_.mean_buffer)
+        self._offered |= self._rounds.offer_model(self._served, core.mean_buffer)
 
     def _on_close(self, _: dict[str, Any]) -> None:
         self._end_round()

@@ -303,7 +303,7 @@ def test_what_is_left_of_the_deadline_is_waited_for(lost: Lost, monkeypatch: pyt
 
 def test_a_mean_that_the_server_cannot_make_is_reported(lost: Lost, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refusal of the server's is no loss of the server: its reason is in the report, and nothing is folded anew."""
-    monkeypatch.setattr("lifl.round.Round.result", refuse)
+    monkeypatch.setattr("lifl.round.round.Round.result", refuse)
     report = lost.run().reports[1]
     assert report.error == "no mean today"
     assert lost.rig.plane.rounds.served == 1
