@@ -59,7 +59,7 @@ PURE = {
     "superlink.http.relief": {"collections", "typing"},
     "superlink.rounds.chunk_map": {"attrs", "collections", "io", "numpy"},
     "superlink.rounds.model_objects": {"attrs", "collections", "hashlib", "json", "typing"},
-    "round.pacing": {"collections", "math"},
+    "round.pacing": {"collections"},
     "report.report": {"attrs", "matplotlib", "os", "typing"},  # the last three for types
     "monitor.stats": {"attrs", "collections", "typing"},
     "report.scene": {"attrs", "collections", "math", "typing"},
@@ -70,7 +70,8 @@ PURE = {
     "planner.hierarchy": {"attrs", "collections", "enum", "itertools", "typing"},
     "planner.drawing": {"attrs", "collections", "html", "typing"},
     "planner.reuse": {"attrs", "collections"},
-    "planner.plan": {"attrs", "collections", "enum", "typing"},
+    "planner.plan": {"attrs", "collections", "typing"},
+    "planner.timing": {"math", "typing"},
     "planner.engine": {"collections", "heapq", "math", "typing"},
     "planner.site": {"attrs", "collections", "functools"},
     "planner.aggregation": {"attrs", "collections", "functools"},

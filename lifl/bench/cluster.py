@@ -17,7 +17,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import cast
 
 import attrs
 import numpy as np
@@ -30,7 +29,6 @@ from lifl.planner.simulate import Part, Policy, doors_of
 from lifl.planner.traces import Trace
 from lifl.report.result import RoundResult
 from lifl.round.round import Round, core_of
-from lifl.round.settings import Timing
 from lifl.shm import kernels
 from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
@@ -225,7 +223,7 @@ class Cluster:
 
     def _open_rounds(self) -> None:
         for part in self._parts:
-            node, timing = self._nodes[part.node], cast(Timing, self._policy.timing)
+            node, timing = self._nodes[part.node], self._policy.timing
             node.is_held = timing == "lazy"
             self._arrived[part.node] = 0
             self._rounds[part.node] = node.open_round(self._spec, part.expected, timing, shape=self.shape_of(part))

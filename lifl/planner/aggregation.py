@@ -15,6 +15,7 @@ import attrs
 from lifl.planner.engine import CPU, Done
 from lifl.planner.shape import Shape
 from lifl.planner.site import Site
+from lifl.planner.timing import begins_just_in_time, seen_rate, wants_leaf
 
 MAX_IN_A_BATCH = 64
 """Updates that a leaf folds in one go."""
@@ -88,6 +89,10 @@ class _Leaf:
     def has_sum(self) -> bool:
         return self.batches > 0
 
+    @property
+    def outstanding(self) -> int:
+        return self.waiting + self.batch
+
 
 class Aggregation:
     """One Node's part of a round.
@@ -111,7 +116,7 @@ class Aggregation:
     is_changing_roles : bool
         Without reuse: the first leaf that is done becomes the top all the same.
     rate : float, optional
-        For ``jit``: updates per second that it expects; default: what it has seen.
+        For ``jit``: updates per second that it expects until it has seen a rate; default: unknown.
     on_done : callable
         Called when the mean is made.
     """
@@ -170,23 +175,15 @@ class Aggregation:
         if self.arrived == self._expected:
             self.last_s = self._site.engine.now
             self._all_in()
-        elif self._timing == "jit" and self._shape.leaves and self._is_time():
+        elif self._timing == "jit" and self._shape.leaves and self._begins():
             self._give_held()
 
-    def _is_time(self) -> bool:
-        """JIT: true if what is held would be folded too late if the leaves began with the next arrival only.
-
-        That is ``held * update_s >= (expected - arrived - 1) / rate``: the work left, and the time from the next
-        arrival to the last. So the update before the last is the latest with which they begin.
-        """
-        left = self._expected - self.arrived - 1
-        rate = self._rate
-        if rate is None:
-            seen_s = self._site.engine.now - self._first_s
-            if seen_s <= 0:
-                return False  # all at once
-            rate = (self.arrived - 1) / seen_s
-        return self._held * self._work.update_s * rate >= left
+    def _begins(self) -> bool:
+        """JIT: true if the leaves have to begin with the updates that are held."""
+        seen = seen_rate(self.arrived, self._site.engine.now - self._first_s)
+        rate = self._rate if seen is None else seen
+        fold_s = self._work.batch_s(1, is_first=False)
+        return begins_just_in_time(self._held, fold_s, self.arrived, self._expected, rate)
 
     def _give_held(self) -> None:
         given = [self._give() for _ in range(self._held)]
@@ -195,10 +192,10 @@ class Aggregation:
             self._wake(leaf)
 
     def _give(self) -> _Leaf:
-        """To the leaf with the least to do; to one more leaf if all have work waiting and a runtime is free."""
+        """To the leaf with the least to do; to one more leaf if one is wanted and a runtime is free."""
         leaves = self._leaves
         leaf = min(leaves, key=_load) if leaves else None
-        if leaf is None or (leaf.waiting and len(leaves) < self._shape.leaves and self._has_runtime()):
+        if leaf is None or (wants_leaf(leaf.outstanding, len(leaves), self._shape.leaves) and self._has_runtime()):
             leaf = self._open_leaf()
         leaf.waiting += 1
         leaf.given += 1
@@ -360,7 +357,7 @@ class Aggregation:
 
 
 def _load(leaf: _Leaf) -> tuple[int, int]:
-    return leaf.waiting + leaf.batch, leaf.given
+    return leaf.outstanding, leaf.given
 
 
 def _even_parts(n: int, parts: int) -> list[int]:

@@ -18,8 +18,8 @@ from lifl.planner.engine import Engine, Machine
 from lifl.planner.load import ALPHA
 from lifl.planner.shape import Shape
 from lifl.planner.site import Site
+from lifl.planner.timing import check_timing
 
-TIMINGS = ("eager", "lazy", "jit")
 """When a leaf folds: at once, when the last update is in, or so that it ends when the last is expected."""
 
 
@@ -204,7 +204,7 @@ def predict(
     ----------
     shape : Shape
     timing : str
-        One of ``TIMINGS``; a ``Timing`` is one.
+        One of ``lifl.planner.timing.TIMINGS``.
     arrivals : sequence of float
         Seconds, sorted, at least one.
     sizes : Sizes
@@ -215,7 +215,7 @@ def predict(
     warm : int, optional
         How many of them wait for work already; default: all.
     rate : float, optional
-        Updates per second that ``jit`` expects; default: what it has seen by then.
+        Updates per second that ``jit`` expects until it has seen a rate; default: unknown.
     has_landed : bool
         `arrivals` are when updates can be folded. If false they are when the bytes are there, and each update is
         landed first, at the cost of a core.
@@ -249,9 +249,3 @@ def predict(
         runtimes=node.runtimes,
         started=node.started,
     )
-
-
-def check_timing(timing: str) -> None:
-    """Raises ``PlanError`` for what is none of ``TIMINGS``."""
-    if timing not in TIMINGS:
-        raise PlanError(f"timing={timing!r}: give one of {', '.join(TIMINGS)}")

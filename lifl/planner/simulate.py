@@ -15,13 +15,14 @@ import attrs
 from lifl.errors import PlanError
 from lifl.planner.aggregation import Aggregation
 from lifl.planner.choose import choose_shape
-from lifl.planner.costs import Costs, Sizes, check_timing
+from lifl.planner.costs import Costs, Sizes
 from lifl.planner.engine import Done, Engine
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import ServerNode
 from lifl.planner.placement import Group, Rule, place
 from lifl.planner.shape import Shape
 from lifl.planner.site import Site, Span
+from lifl.planner.timing import Timing, check_timing
 from lifl.planner.traces import Trace
 
 FORMS = ("fixed", "tree", "best")
@@ -52,7 +53,7 @@ class Policy:
         ``best``: the shape that the cost model chooses, shards included.
     is_reusing : bool
         Runtimes are warm from the round before and change their roles. Without it each task has a new process.
-    timing : str
+    timing : Timing
         ``eager``, ``lazy`` or ``jit``.
     is_changing_roles : bool
         Matters only without reuse: the first leaf that is done becomes the top, as in lifl's own Node, which has no
@@ -63,7 +64,7 @@ class Policy:
     is_local: bool = True
     form: str = attrs.field(default="best", validator=_known_form)
     is_reusing: bool = True
-    timing: str = attrs.field(default="eager", validator=_known_timing)
+    timing: Timing = attrs.field(default="eager", validator=_known_timing)
     is_changing_roles: bool = False
 
 

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from lifl.errors import ArenaCorruptError, PeerGoneError, ShmError
-from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.shape import Shape
+from lifl.planner.timing import wants_leaf
 from lifl.round import recovery
 from lifl.round.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.round.record import Update
@@ -135,14 +135,13 @@ class Assignment:
     def give(self) -> None:
         """Hands what is held to the leaves: to the one with the least to do; of those, with the least so far.
 
-        When all have ``FAN_IN`` updates or more to do, one more leaf joins, up to what the shape allows.
+        One more leaf joins by the rule of :func:`~lifl.planner.timing.wants_leaf`.
         """
         while self.held:
             if not self._sums:
                 self.enlist()
             leaf = min(self._sums, key=lambda i: (self._outstanding[i], self._given[i]))
-            busy = self._outstanding[leaf] >= FAN_IN and len(self._sums) < self.shape.leaves
-            if busy and self.enlist():
+            if wants_leaf(self._outstanding[leaf], len(self._sums), self.shape.leaves) and self.enlist():
                 leaf = self.leaves[-1]
             update = self.held.popleft()
             self._given[leaf] += 1

@@ -5,12 +5,11 @@ No clock: times come in. It decides, the round's assignment carries out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from lifl.planner.load import Load, has_changed
 from lifl.planner.shape import Shape
-from lifl.round.settings import Timing
+from lifl.planner.timing import Timing, begins_just_in_time, seen_rate
 
 MAX_RATE = 1e9
 """Updates per second; what comes faster is all at once."""
@@ -65,17 +64,15 @@ class Pace:
         self._arrived += 1
         if self._arrived == 1:
             self._first_s = now_s
-        passed_s = now_s - self._first_s
-        rate = None if self._arrived == 1 else (self._arrived - 1) / passed_s if passed_s > 0 else math.inf
-        if rate is not None:
-            self._replan(rate)
+        seen = seen_rate(self._arrived, now_s - self._first_s)
+        if seen is not None:
+            self._replan(seen)
         if self._timing == "lazy" or not self.shape.leaves:
             return False
         if self._timing == "eager":
             return True
-        # Just in time: the work that is there takes as long as the updates that are still to come.
-        rate = rate or self._rate
-        return rate is not None and waiting * self._fold_s >= (self._expected - self._arrived - 1) / rate
+        rate = self._rate if seen is None else seen
+        return begins_just_in_time(waiting, self._fold_s, self._arrived, self._expected, rate)
 
     def _replan(self, rate: float) -> None:
         planned, seen = (Load(min(k, MAX_RATE), self._fold_s) for k in (self._rate or 0.0, rate))

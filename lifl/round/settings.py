@@ -9,6 +9,8 @@ from typing import Any, Literal
 import attrs
 
 from lifl.planner.shape import Shape
+from lifl.planner.timing import TIMINGS
+from lifl.planner.timing import Timing as Timing
 from lifl.round.admission import Limits
 from lifl.round.clip import Clip
 from lifl.round.loan import as_numpy
@@ -16,7 +18,6 @@ from lifl.shm.arena import lib
 from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.tensor import Layout, TensorSpec
 
-Timing = Literal["eager", "lazy", "jit"]
 Order = Literal["any", "flower"]
 
 
@@ -46,7 +47,7 @@ class Terms:
         shape: Shape | None,
     ) -> Terms:
         """The arguments of ``Node.open_round``, whose docstring says what they mean; raises its ``ValueError``."""
-        if timing not in ("eager", "lazy", "jit"):
+        if timing not in TIMINGS:
             raise ValueError(f"timing={timing!r}: use 'eager', 'lazy' or 'jit'")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
