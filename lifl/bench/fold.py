@@ -26,9 +26,6 @@ from lifl.shm.sizes import round_bytes
 from lifl.tensor import Array, TensorSpec
 
 RESULT_TIMEOUT_S = 300.0
-GOAL_RATIO = 5.0
-"""How many times as fast as Flower lifl's fold of ready updates is meant to be."""
-
 GOAL_SHARE = 0.8
 """What part of the rate at which all cores read memory shards are meant to reach."""
 

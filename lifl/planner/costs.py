@@ -246,6 +246,6 @@ def predict(
         last_to_result_s=node.done_s - (arrivals[-1] - first),
         cpu_s=machine.cpu_s,
         peak_bytes=node.peak_bytes,
-        runtimes=node.runtimes,
+        runtimes=node.workers,
         started=node.started,
     )

@@ -17,7 +17,7 @@ from lifl.round.host import Host
 from lifl.round.record import Update
 from lifl.shm import control_block as order
 from lifl.shm.arena import Block
-from lifl.shm.control_block import Order, Source
+from lifl.shm.control_block import MeanRecipe, Source
 from lifl.shm.ring import Descriptor, Kind
 
 
@@ -66,7 +66,7 @@ class Finish:
 
     def _give(self, sums: Sequence[Block], updates: Sequence[Update], factors: Sequence[float], shards: int) -> None:
         arena, work = self._host.arena, self._work
-        what = Order(
+        what = MeanRecipe(
             Source(work.mean.index, work.mean.generation),
             tuple(Source(block.index, block.generation) for block in sums),
             tuple(Source(u.block.index, u.block.generation, f) for u, f in zip(updates, factors, strict=True)),
