@@ -1,4 +1,4 @@
-"""One Node's part of a round, as jobs in virtual time; prediction and simulation share it.
+"""The part of one Node in a round, as jobs in virtual time; prediction and simulation share it.
 
 The rules of timing are those of the live Node (``lifl.planner.timing``); see :class:`~lifl.planner.shape.Shape` for the
 forms. Knows seconds of one core and bytes, no rates: ``lifl.planner.costs`` has those.
@@ -95,7 +95,7 @@ class _Leaf:
 
 
 class Aggregation:
-    """One Node's part of a round.
+    """The part of one Node in a round.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ class Aggregation:
             self._wake(leaf)
 
     def _give(self) -> _Leaf:
-        """Gives an update to the leaf with the least to do, or to one more leaf if one is wanted and a worker is free."""
+        """Gives an update to the leaf with the least to do, or to a new one if it is wanted and a worker is free."""
         leaves = self._leaves
         leaf = min(leaves, key=_load) if leaves else None
         if leaf is None or (wants_leaf(leaf.outstanding, len(leaves), self._shape.leaves) and self._has_worker()):

@@ -83,7 +83,7 @@ LIFL = Policy("+ shards")
 
 @attrs.frozen
 class Part:
-    """One node's part of a round.
+    """The part of one node in a round.
 
     Attributes
     ----------

@@ -13,7 +13,7 @@ from lifl.errors import PlanError
 from lifl.planner.hierarchy import FAN_IN
 
 Timing = Literal["eager", "lazy", "jit"]
-"""When updates are folded.
+"""The moment at which updates are folded.
 
 ``eager``: each as it arrives. ``lazy``: all of them when the last is in. ``jit``, just in time: so late that the work
 ends when the last update is expected; it is woken less often than an eager leaf, and is done almost as early.

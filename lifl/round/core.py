@@ -1,4 +1,4 @@
-"""One round as its Node, its loans and the server use it: the part behind ``lifl.round.round.Round``.
+"""A round as its Node, its loans and the server use it: the part behind ``lifl.round.round.Round``.
 
 Opens the round, decides which updates are accepted at the door, and gives everything back at the end. The course of the
 round between the two is the business of ``lifl.round.lifecycle``.
@@ -220,7 +220,7 @@ class RoundCore:
         return memoryview(self._host.arena.buffer(self.mean))
 
     def report(self) -> RoundReport:
-        """The books as they stand now; final once there is a result."""
+        """The report as it stands now; see :meth:`lifl.Round.report`."""
         with self._locked():
             return self.lifecycle.report()
 

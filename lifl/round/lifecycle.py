@@ -106,7 +106,7 @@ class Lifecycle:
     # ------------------------------------------------------------ updates come in
 
     def count(self, update: Update) -> None:
-        """One more update is accepted: it is folded ahead, or held. With the last one the end begins."""
+        """Takes one more accepted update, to be folded ahead or held. With the last one the end begins."""
         work, pace = self._assignment, self._pace
         self.books.accept(update)
         work.add(update)
@@ -122,9 +122,10 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def _ended_without_workers(self) -> Iterator[None]:
-        """If there is no worker and none can be started the round fails, and its result says why.
+        """Fails the round if there is no worker and none can be started; its result raises the reason.
 
-        The error must not reach whoever hands in an update: that counts already. Nor who needs room in another round.
+        The error must not reach the caller that hands in an update, which counts already, nor the caller that waits for
+        room in another round.
         """
         try:
             yield
@@ -132,7 +133,7 @@ class Lifecycle:
             self.fail(error)
 
     def press(self) -> None:
-        """Makes leaves fold what is held, because memory is short. The host holds the lock."""
+        """Makes leaves fold the held updates, because memory is short. The host holds the lock."""
         with self._ended_without_workers():
             self._assignment.press()
 
@@ -143,7 +144,7 @@ class Lifecycle:
         return is_ending or self._assignment.is_busy or self._clients.others_hold_loans
 
     def enlist(self, leaves: int) -> None:
-        """Takes on so many leaves now, if there is room for their sums; others join when there is work for them."""
+        """Engages so many leaves now, if there is room for their sums; others join when there is work for them."""
         self._assignment.shape = self._pace.shape
         with contextlib.suppress(PeerGoneError):  # the first update asks again
             while len(self._assignment.leaves) < leaves and self._assignment.enlist():
@@ -151,30 +152,35 @@ class Lifecycle:
 
     @property
     def engaged(self) -> set[int]:
-        """The workers that have a part in it now. The host holds the lock."""
+        """The workers that have a part in the round now. The host holds the lock."""
         if self._phase in (Phase.DONE, Phase.CLOSED):
             return set()
         return self._assignment.working | self._finish.makers
 
     def roles(self) -> dict[int, str]:
-        """What each of :attr:`engaged` is now: "leaf", "top" or "shard". The host holds the lock."""
-        makers, work = self._finish.makers, self._assignment
-        return {me: "shard" if me in makers else "top" if work.is_top(me) else "leaf" for me in self.engaged}
+        """The role of each of the :attr:`engaged`: "leaf", "top" or "shard". The host holds the lock."""
+
+        def role(worker: int) -> str:
+            if worker in self._finish.makers:
+                return "shard"
+            return "top" if self._assignment.is_top(worker) else "leaf"
+
+        return {worker: role(worker) for worker in self.engaged}
 
     @property
     def waits_for_workers(self) -> bool:
-        """True while a worker owes this round something. The host holds the lock."""
+        """True while a worker has work of this round, or has to let go of it. The host holds the lock."""
         return self._phase in (Phase.FOLDING, Phase.MADE, Phase.FAILED) or self._assignment.is_busy
 
     def flush(self) -> None:
-        """Everything that will come has come: commit, then make the mean."""
+        """Ends the round's intake: the leaves commit, then the mean is made."""
         self._move(Phase.FOLDING)
         with self._ended_without_workers():
             self._assignment.flush()
             self._make_mean()
 
     def _make_mean(self) -> None:
-        """Orders the mean as soon as every sum of which it is made is there; a tree's top needs no order."""
+        """Orders the mean as soon as all its sums are there; a tree's top needs no order."""
         is_due = self._phase is Phase.FOLDING and not self._finish.is_running
         if is_due and self._assignment.is_committed:
             if self._assignment.held or self._assignment.sums():
@@ -190,7 +196,7 @@ class Lifecycle:
         return attrs.evolve(self.books.report(*how, self.error), predicted=self._predicted)
 
     def add_prediction(self) -> None:
-        """Puts into the result's report what the cost model says of the arrivals as they were."""
+        """Puts the cost model's prediction for the arrivals, as they were, into the result's report."""
         if self.result is not None and not self._is_predicted:
             self._is_predicted = True
             report, terms = self.result.report, self._terms
@@ -200,7 +206,7 @@ class Lifecycle:
             self._host.forecast.learn(report)
             self.result = attrs.evolve(self.result, report=report)
 
-    # ------------------------------------------------------------ what workers say; the host holds the lock
+    # ------------------------------------------------------------ descriptors from workers; the host holds the lock
 
     def handle(self, sender: int, d: Descriptor) -> None:
         """Takes a descriptor from a worker into the books."""
@@ -229,14 +235,14 @@ class Lifecycle:
         self._end_if_settled()
 
     def _all_made(self) -> None:
-        """Every range of an order is made, or was given up."""
+        """Goes on when every range of an order is made or given up."""
         if self._phase is Phase.FOLDING and self._finish.is_done():
             held, times = self._assignment.held, self._finish.times()
             for worker, begin_ns, end_ns in times:
                 self.books.add_span(worker, "shard", begin_ns, end_ns, len(held))
             for update in held:
-                # All of them folded it, each in its range.
-                update.runtime, update.folded_s = times[0][0], self.books.now_s()
+                # Every maker folded it, each in its range: the first stands for all.
+                update.worker, update.folded_s = times[0][0], self.books.now_s()
             self._move(Phase.MADE)
         self._make_mean()
 
@@ -256,7 +262,7 @@ class Lifecycle:
         self._settle(update)
 
     def _settle(self, update: Update) -> None:
-        """The update is in a committed sum, and its block free."""
+        """Notes that an update is in a committed sum, and its block free."""
         note = self._host.arena.note(update.block.index)
         self.books.folded(update, note.begin_ns, note.end_ns)
         self._assignment.settle(update)
@@ -289,61 +295,61 @@ class Lifecycle:
         for block in self._assignment.take_all():
             self._host.arena.reclaim(block)
 
-    def recover(self, me: int, of_work: bool) -> list[Descriptor]:
-        """Takes up what a dead worker left of this round; what its successor has to be told, in order.
+    def recover(self, worker: int, of_work: bool) -> list[Descriptor]:
+        """Takes up what a dead worker left of this round; returns the descriptors for its successor, in order.
 
-        Not `of_work`: one that had not started, or whose parent died, has died of nothing that it was given. The host
-        holds the lock and has heard all that the dead one had said.
+        `of_work` is false for a worker that had not started, or whose parent died: no update can be the cause. The host
+        holds the lock and has read all descriptors of the dead worker.
         """
         work = self._assignment
-        if me not in self.workers or self._phase in (Phase.DONE, Phase.CLOSED):
+        if worker not in self.workers or self._phase in (Phase.DONE, Phase.CLOSED):
             return []
         if self._phase is Phase.FAILED:
-            # Its successor says when it has let go: a leaf's sum may be on its way to it.
+            # The successor has to let go too: a leaf's sum may be on its way to it.
             self.books.deaths += 1
-            work.free(me)
+            work.free(worker)
             return [work.aborted]
-        if work.has_made_mean(me):
-            # It had made the mean, and only not said so.
+        if work.has_made_mean(worker):
+            # The mean is made; only the RESULT is missing.
             self.books.deaths += 1
-            work.free(me)
-            for update in work.held_by(me):
+            work.free(worker)
+            for update in work.held_by(worker):
                 self._settle(update)
             if self._phase is Phase.FOLDING:
                 self._move(Phase.MADE)
             self._end_if_settled()
             return []
-        if me not in work.working and me not in self._finish.makers:
+        if worker not in work.working and worker not in self._finish.makers:
             return []
         self.books.deaths += 1
         self._deaths_in_vain += of_work
         if self._deaths_in_vain >= MAX_DEATHS_IN_VAIN:
             died = f"{self._deaths_in_vain} workers died of it, one after another"
             self.fail(RoundError(f"round {self.number}: {died}{self.books.refusals()}"))
-            work.free(me)
+            work.free(worker)
             return [work.aborted]
-        told = self._recover_leaf(me, of_work) if me in work.working else []
-        if self._phase is Phase.FOLDING and me in self._finish.makers:
-            told += self._recover_shard(me) if of_work else self._finish.tell_again(me)
+        told = self._recover_leaf(worker, of_work) if worker in work.working else []
+        if self._phase is Phase.FOLDING and worker in self._finish.makers:
+            told += self._recover_shard(worker) if of_work else self._finish.tell_again(worker)
         self._make_mean()
         return told
 
-    def _recover_leaf(self, me: int, of_work: bool) -> list[Descriptor]:
+    def _recover_leaf(self, worker: int, of_work: bool) -> list[Descriptor]:
         work = self._assignment
-        remains = work.sweep(me, of_work)
+        remains = work.sweep(worker, of_work)
         for update in remains.counted:
             self._settle(update)
-        for update in [update for update in work.held_by(me) if update.deaths >= MAX_DEATHS]:
+        for update in [update for update in work.held_by(worker) if update.deaths >= MAX_DEATHS]:
             self._refuse_poison(update)
         if not self.books.updates and self._phase in (Phase.FOLDING, Phase.MADE):
             self.fail(RoundError(f"round {self.number}: no update is left{self.books.refusals()}"))
-            work.free(me)
+            work.free(worker)
             return []
-        return work.retell(me, remains)
+        return work.retell(worker, remains)
 
-    def _recover_shard(self, me: int) -> list[Descriptor]:
+    def _recover_shard(self, worker: int) -> list[Descriptor]:
         finish = self._finish
-        told = finish.lost(me)
+        told = finish.lost(worker)
         suspect = finish.suspect
         if suspect is not None and suspect.deaths >= MAX_DEATHS:
             finish.drop_suspect()
@@ -354,7 +360,7 @@ class Lifecycle:
         return told
 
     def _refuse_poison(self, update: Update) -> None:
-        """An update that two workers died of is not given to a third."""
+        """Refuses an update that two workers died of: a third one does not get it."""
         reason = f"{update.deaths} workers died while they folded it"
         self.books.reject(Rejection(update.client_id, "poison", reason))
         self.books.updates.remove(update)
@@ -364,12 +370,12 @@ class Lifecycle:
 
     @property
     def mean(self) -> Block:
-        """What takes the mean."""
+        """The block of the mean."""
         return self._assignment.mean
 
     @property
     def workers(self) -> set[int]:
-        """Everybody who has had a part."""
+        """Every worker that has had a part."""
         return {*self._assignment.leaves, *self._finish.workers}
 
     def fail(self, error: Exception) -> None:
@@ -383,7 +389,7 @@ class Lifecycle:
     # ------------------------------------------------------------ the end
 
     def abort(self) -> None:
-        """Whoever has had a part is told to let go; ``acks`` says who has."""
+        """Makes every worker that has had a part let go; ``acks`` has those that did."""
         self._assignment.abort(self.workers)
 
     @property
@@ -392,7 +398,7 @@ class Lifecycle:
         return self.acks >= (self.workers & self._host.pool.present)
 
     def take_all(self) -> list[Block]:
-        """Every block that may still be the round's, for good."""
+        """Gives up every block that may still be the round's, and returns them to be reclaimed."""
         return self._assignment.take_all()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How much of the arena a round's clients may hold, and the one way for them to get a block of it."""
+"""The part of the arena that a round's clients may hold, and the one way for a client to get a block of it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lifl.shm.sizes import units_of
 
 
 class Quota:
-    """What is held is counted anew each time, from who has a loan and which updates are not folded.
+    """The quotas of one round. Each question counts anew, from the loans and the updates that are not folded.
 
-    The host's lock is held by who calls.
+    The caller holds the host's lock.
     """
 
     def __init__(self, host: Host, limits: Limits, update_bytes: int, clients: Clients, work: Assignment) -> None:
@@ -40,10 +40,10 @@ class Quota:
     def take_block(self, client_id: str, timeout: float | None, check: Callable[[], None]) -> Block:
         """A block for one more update of a client, as soon as there is room and the quotas have some.
 
-        `check` raises if the client may not have one; it is asked before and after each wait.
+        `check` raises if the client may not have a block; it is called before and after each wait.
 
-        Raises :class:`AdmissionError` (``quota``) at once for what only clients can give back: what this one
-        holds, and loans. What is being copied or folded is waited for, up to `timeout` seconds.
+        Raises :class:`AdmissionError` (``quota``) at once if only clients can give back what is missing: the blocks of
+        this client, and loans. For updates that are being copied or folded it waits, up to `timeout` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -59,7 +59,8 @@ class Quota:
                 raise
             if self._client_refusal(client_id) is None and self._share_refusal(client_id) is None:
                 return block
-            self._host.arena.reclaim(block)  # others were faster; what they hold is waited for, or refused
+            # The wait for the block let go of the lock, and others were faster: the quotas are asked again.
+            self._host.arena.reclaim(block)
 
     def _client_refusal(self, client_id: str) -> AdmissionError | None:
         bound = self._limits.client_bytes

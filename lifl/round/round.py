@@ -1,4 +1,4 @@
-"""One round as a user sees it: submit or loan, result, close."""
+"""A round as a user sees it: submit or loan, result, close."""
 
 from __future__ import annotations
 
