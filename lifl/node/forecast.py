@@ -67,12 +67,12 @@ class Forecast:
         """
         if len(arrivals) > MAX_PREDICTED:
             return None
-        said = predict(shape, terms.timing, arrivals, sizes_of(terms), self.costs, self._workers)
+        prediction = predict(shape, terms.timing, arrivals, sizes_of(terms), self.costs, self._workers)
         return {
-            "completion_s": said.completion_s,
-            "last_to_result_s": said.last_to_result_s,
-            "cpu_s": said.cpu_s,
-            "peak_bytes": said.peak_bytes,
+            "completion_s": prediction.completion_s,
+            "last_to_result_s": prediction.last_to_result_s,
+            "cpu_s": prediction.cpu_s,
+            "peak_bytes": prediction.peak_bytes,
         }
 
     def learn(self, report: RoundReport) -> None:
@@ -89,9 +89,9 @@ class Forecast:
             if seen is not None and seen.updates >= updates:  # else no worker had some of them until the end
                 updates, seconds, busy_s = seen.updates, seen.seconds, seen.busy_s
             self.load = observe(self.load, updates, seconds, busy_s)
-        said, real_s = report.predicted, report.stages["last_to_result"]
-        if said is not None and not report.deaths and min(said["last_to_result_s"], real_s) > MIN_TELLING_S:
-            self.costs = self.costs.corrected(said["last_to_result_s"], real_s)
+        prediction, real_s = report.predicted, report.stages["last_to_result"]
+        if prediction is not None and not report.deaths and min(prediction["last_to_result_s"], real_s) > MIN_TELLING_S:
+            self.costs = self.costs.corrected(prediction["last_to_result_s"], real_s)
             self._shapes.clear()
 
 
