@@ -112,11 +112,13 @@ class Node:
             memory = default_bytes(DEFAULT_MEMORY)
         self._pid = os.getpid()
         self.workers = workers
+        # Guards the books of the Node, its rounds and its workers, and is notified of each change. Reentrant: rounds
+        # call their host, and the host its rounds.
         self.changed = threading.Condition(threading.RLock())
         self._rounds: dict[int, RoundCore] = {}
         self._number = 0
         self._is_closed = False
-        self._closing = threading.Lock()
+        self._closing = threading.Lock()  # held by the one thread that closes the Node; taken before `changed`
         self._gone: PeerGoneError | None = None
         self._agent: Agent | None = None
         self.tally = Tally()
@@ -130,7 +132,7 @@ class Node:
             self.watch = Watch(self, self._rounds, team)
             if team.supervisor is not None:
                 self._agent = Agent(self, team.supervisor, team.inbox, team.bell, idle_timeout)
-        except BaseException:  # there may be no thread to have
+        except BaseException:  # the thread that listens, for one, may not be to be had
             team.close()
             raise
         _nodes.add(self)
@@ -336,7 +338,7 @@ class Node:
         self.check_workers()  # before the lock too: in a fork no thread may exist that lets go of it
         with self.changed:
             self.check_workers()
-            core = RoundCore(self, terms)
+            core = RoundCore(self, terms)  # waits for memory, and lets go of the lock meanwhile
             self._rounds[core.number] = core
         return Round(core)
 

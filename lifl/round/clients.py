@@ -17,7 +17,7 @@ class _Loan:
 
 
 class Clients:
-    """The clients of one round. The caller holds the Node's lock; only :meth:`drop` may be called at any moment."""
+    """The clients of one round. The caller holds the Node's lock; :meth:`drop` and :meth:`tidy` need no lock."""
 
     def __init__(self) -> None:
         self._clients: set[str] = set()  # with an accepted update, or a loan

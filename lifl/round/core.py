@@ -28,6 +28,7 @@ from lifl.shm.arena import Block, Lease
 from lifl.tensor import TensorSpec
 
 CLOSE_TIMEOUT_S = 30.0
+"""Workers have so long to let go of a round that is closed before its result."""
 
 
 class RoundCore:
