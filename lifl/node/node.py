@@ -132,7 +132,7 @@ class Node:
             self.watch = Watch(self, self._rounds, team)
             if team.supervisor is not None:
                 self._agent = Agent(self, team.supervisor, team.inbox, team.bell, idle_timeout)
-        except BaseException:  # the thread that listens, for one, may not be to be had
+        except BaseException:  # the machine may have no thread left
             team.close()
             raise
         _nodes.add(self)
