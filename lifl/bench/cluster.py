@@ -17,7 +17,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import cast
 
 import attrs
 import numpy as np
@@ -29,8 +28,7 @@ from lifl.planner.shape import Shape
 from lifl.planner.simulate import Part, Policy, doors_of
 from lifl.planner.traces import Trace
 from lifl.report.result import RoundResult
-from lifl.round.round import Round
-from lifl.round.settings import Timing
+from lifl.round.round import Round, core_of
 from lifl.shm import kernels
 from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
@@ -237,7 +235,7 @@ class Cluster:
 
     def _open_rounds(self) -> None:
         for part in self._parts:
-            node, timing = self._nodes[part.node], cast(Timing, self._policy.timing)
+            node, timing = self._nodes[part.node], self._policy.timing
             node.is_held = timing == "lazy"
             self._arrived[part.node] = 0
             self._rounds[part.node] = node.open_round(self._spec, part.expected, timing, shape=self.shape_of(part))
@@ -271,7 +269,7 @@ class Cluster:
         self._errors.append(error)
         for name, round_ in list(self._rounds.items()):
             with self._nodes[name].changed:
-                round_.lifecycle.fail(LiflError(f"a round on another node failed: {error}"))
+                core_of(round_).lifecycle.fail(LiflError(f"a round on another node failed: {error}"))
                 self._nodes[name].changed.notify_all()
 
     def _follow(self, job: Callable[[], object]) -> None:
@@ -322,7 +320,7 @@ class Cluster:
         if self._nodes[node].is_held and self._arrived[node] == part.expected:
             with self._nodes[node].changed:
                 self._nodes[node].is_held = False
-                self._rounds[node].lifecycle.enlist(self.shape_of(part).leaves)
+                core_of(self._rounds[node]).lifecycle.enlist(self.shape_of(part).leaves)
 
     # ------------------------------------------------------------ in the senders' threads
 

@@ -26,9 +26,6 @@ from lifl.shm.sizes import round_bytes
 from lifl.tensor import Array, TensorSpec
 
 RESULT_TIMEOUT_S = 300.0
-GOAL_RATIO = 5.0
-"""Goal for Flower's time divided by the time in which lifl folds ready updates."""
-
 GOAL_SHARE = 0.8
 """Goal for shards, as a share of the rate at which all cores read memory."""
 

@@ -22,7 +22,7 @@ from lifl.bench.shapes import model_spec
 from lifl.errors import LiflError
 from lifl.node.node import Node, cores
 from lifl.planner.shape import Shape
-from lifl.round.round import Round
+from lifl.round.round import Round, core_of
 from lifl.shm.arena import Block, State
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
@@ -182,7 +182,7 @@ def _one_round(node: WatchedNode, spec: TensorSpec, updates: int, choose: random
             _send(node, round_, i)
         with _stopped(node):
             with node.changed:
-                round_.lifecycle.press()
+                core_of(round_).lifecycle.press()
             for worker in range(1, 1 + node.workers):
                 found["waiting"].append(node.kill(worker))
                 if not _wait_for_fold(node, worker):

@@ -1,7 +1,6 @@
-"""What a Node has learnt: at what rate updates come, what this machine takes for them, and so how a round is best done.
+"""The measurements that a Node carries from round to round: the rate of updates, and the costs of this machine.
 
-Carries the measurements from round to round and asks the planner, which is pure. It reads no clock. Called with the
-Node's lock held.
+Asks the planner, which is pure, for the shape of each round. It reads no clock. Called with the Node's lock held.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from lifl.round.settings import Terms
 from lifl.workers.traffic import Interval
 
 MAX_PREDICTED = 4096
-"""Updates of a round for which the cost model is asked afterwards; it takes some microseconds for each."""
+"""The most updates of a round for which the cost model is asked afterwards; each takes some microseconds."""
 MIN_TELLING_S = 0.005
-"""A round whose end took less says more about wake-ups than about this machine's memory."""
+"""A shorter end of a round tells more about wake-ups than about this machine's memory, and corrects no costs."""
 
 
 class Forecast:
-    """One Node's.
+    """The cost model of one Node, and what it has learnt.
 
     Attributes
     ----------
@@ -41,11 +40,11 @@ class Forecast:
         self._shapes: dict[tuple[object, ...], Shape] = {}
 
     def pace(self, terms: Terms) -> Pace:
-        """How a round with these terms is to be done."""
+        """The plan of a round with these terms."""
         sizes = sizes_of(terms)
 
         def choose(rate: float | None) -> Shape:
-            # By powers of two: the planner is asked once for rates that are much the same.
+            # Rounded to powers of two: the planner is asked once for rates that are much the same.
             step = None if rate is None else rate if rate in (0, math.inf) else 2.0 ** round(math.log2(rate))
             key = (terms.expected, step, sizes, terms.timing)
             if key not in self._shapes:
@@ -57,47 +56,47 @@ class Forecast:
         if shape is None and terms.order == "flower":
             shape = Shape(0, most)
         elif shape is None and terms.commit_every is not None:
-            shape = Shape(most, 0)  # what is held for shards would not be bounded
+            shape = Shape(most, 0)  # shards would hold updates without a bound
         rate = self.load.arrival_rate if self.load is not None and self.load.arrival_rate > 0 else None
         return Pace(terms.timing, choose, shape, terms.expected, rate, self.costs.work(sizes).batch_s(1, False))
 
     def predict(self, terms: Terms, shape: Shape, arrivals: Sequence[float]) -> dict[str, float] | None:
-        """What the cost model says of a round whose updates were ready at `arrivals` (seconds, sorted).
+        """The cost model's prediction for a round whose updates were ready at `arrivals` (seconds, sorted).
 
         ``completion_s``, ``last_to_result_s``, ``cpu_s`` and ``peak_bytes``; None if there are too many.
         """
         if len(arrivals) > MAX_PREDICTED:
             return None
-        said = predict(shape, terms.timing, arrivals, sizes_of(terms), self.costs, self._workers)
+        prediction = predict(shape, terms.timing, arrivals, sizes_of(terms), self.costs, self._workers)
         return {
-            "completion_s": said.completion_s,
-            "last_to_result_s": said.last_to_result_s,
-            "cpu_s": said.cpu_s,
-            "peak_bytes": said.peak_bytes,
+            "completion_s": prediction.completion_s,
+            "last_to_result_s": prediction.last_to_result_s,
+            "cpu_s": prediction.cpu_s,
+            "peak_bytes": prediction.peak_bytes,
         }
 
     def learn(self, report: RoundReport) -> None:
-        """Takes a round that is over into account: its arrivals, and how wrong its prediction was.
+        """Takes a round that is over into account: its arrivals, and the error of its prediction.
 
-        What the kernel has counted goes before what workers have noted, where it has seen all of it.
+        The kernel's counts go before the workers' notes, if the kernel has seen all updates.
         """
         arrivals = [update.arrived_s for update in report.accepted]
         busy_s = sum(s.end_s - s.begin_s for s in report.spans if s.role in ("leaf", "shard"))
         if len(arrivals) > 1 and busy_s > 0:
-            # What comes faster than it can be folded is as good as all at once.
+            # Updates that come faster than they can be folded are as good as all at once.
             seconds = max(max(arrivals) - min(arrivals), busy_s / (4 * self._workers))
             updates, seen = len(arrivals), self._passed()
-            if seen is not None and seen.updates >= updates:  # else some of them were no worker's until the end
+            if seen is not None and seen.updates >= updates:  # else no worker had some of them until the end
                 updates, seconds, busy_s = seen.updates, seen.seconds, seen.busy_s
             self.load = observe(self.load, updates, seconds, busy_s)
-        said, real_s = report.predicted, report.stages["last_to_result"]
-        if said is not None and not report.deaths and min(said["last_to_result_s"], real_s) > MIN_TELLING_S:
-            self.costs = self.costs.corrected(said["last_to_result_s"], real_s)
+        prediction, real_s = report.predicted, report.stages["last_to_result"]
+        if prediction is not None and not report.deaths and min(prediction["last_to_result_s"], real_s) > MIN_TELLING_S:
+            self.costs = self.costs.corrected(prediction["last_to_result_s"], real_s)
             self._shapes.clear()
 
 
 def sizes_of(terms: Terms) -> Sizes:
-    """A round's, for the cost model, to which nothing is free."""
+    """Sizes for the cost model; each at least 1."""
     layout = terms.layout
     update, total, mean = (max(1, n) for n in (layout.update_bytes, layout.sum_bytes, layout.mean_bytes))
     return Sizes(update, total, mean, arrays=max(1, len(terms.spec)))

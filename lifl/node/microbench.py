@@ -16,8 +16,7 @@ import attrs
 import numpy as np
 
 from lifl.round import admission
-from lifl.round.intake import copy_in
-from lifl.round.loan import Loan
+from lifl.round.loan import Loan, copy_in
 from lifl.shm import kernels
 from lifl.shm.arena import Arena
 from lifl.tensor import CODES, TensorSpec

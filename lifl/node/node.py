@@ -1,7 +1,7 @@
-"""The wiring: a Node owns an arena, its workers, and the thread that hears them.
+"""The wiring: a Node owns an arena, its workers, and the thread that listens to them.
 
-It opens rounds, carries descriptors between rounds and workers, and ends everything it started. It does
-no arithmetic and reads no update.
+It opens rounds, carries descriptors between rounds and workers, and ends everything it started. It does no arithmetic
+and reads no update.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lifl.node.forecast import Forecast
 from lifl.node.telemetry import Watch
 from lifl.planner.shape import Shape
 from lifl.round.admission import Limits
-from lifl.round.blocks import Assignment
+from lifl.round.core import RoundCore
+from lifl.round.record import Tally
 from lifl.round.round import Round
 from lifl.round.settings import Order, Terms, Timing
-from lifl.round.tally import Tally
 from lifl.shm import arena as shm
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Descriptor, Kind
@@ -52,18 +52,18 @@ class Node:
     workers : int, optional
         The most worker processes. Default: one per core. 0 folds in the calling process, through the same code.
     warm : int, optional
-        How many of them are started at once; the others when a round has work for them. Default: all, if `workers`
+        Workers that are started at once; the others start when a round has work for them. Default: all, if `workers`
         was given, else one.
     idle_timeout : float or None
         Seconds after which a worker without work ends, the last one too; the next round starts what it needs. None:
         never.
     stall_timeout : float
         Seconds after which a worker that has work and gives no sign of life, because it is stopped or
-        stuck, is killed and replaced; added to them is the time that folding what is in the arena may
-        take (a second per 100 MB).
+        stuck, is killed and replaced; the time that folding the arena's content may take is added (a second per
+        100 MB).
     transport : {"rings", "ebpf", "auto"}, optional
-        How descriptors travel: through rings in shared memory, or through sockets that an eBPF program in the kernel
-        routes and counts (see docs/ebpf.md). "auto": eBPF where it can be had, else rings. Default: the environment
+        The way of the descriptors: rings in shared memory, or sockets that an eBPF program in the kernel routes and
+        counts (see docs/ebpf.md). "auto": eBPF if this machine allows it, else rings. Default: the environment
         variable LIFL_TRANSPORT, or "rings".
     metrics_port : int, optional
         Serve :meth:`stats` to Prometheus at this port of `metrics_host` (0: at any that is free, see
@@ -78,7 +78,7 @@ class Node:
     PeerGoneError
         If the workers cannot be started.
     EbpfUnavailableError
-        With ``transport="ebpf"`` where it cannot be had: the reason, and what to do.
+        With ``transport="ebpf"`` on a machine that does not allow it: the reason, and what to do.
     OSError
         If the metrics' port cannot be had.
 
@@ -112,11 +112,13 @@ class Node:
             memory = default_bytes(DEFAULT_MEMORY)
         self._pid = os.getpid()
         self.workers = workers
+        # Guards the books of the Node, its rounds and its workers, and is notified of each change. Reentrant: rounds
+        # call their host, and the host its rounds.
         self.changed = threading.Condition(threading.RLock())
-        self._rounds: dict[int, Round] = {}
+        self._rounds: dict[int, RoundCore] = {}
         self._number = 0
         self._is_closed = False
-        self._closing = threading.Lock()
+        self._closing = threading.Lock()  # held by the one thread that closes the Node; taken before `changed`
         self._gone: PeerGoneError | None = None
         self._agent: Agent | None = None
         self.tally = Tally()
@@ -130,7 +132,7 @@ class Node:
             self.watch = Watch(self, self._rounds, team)
             if team.supervisor is not None:
                 self._agent = Agent(self, team.supervisor, team.inbox, team.bell, idle_timeout)
-        except BaseException:  # there may be no thread to have
+        except BaseException:  # the machine may have no thread left
             team.close()
             raise
         _nodes.add(self)
@@ -140,17 +142,17 @@ class Node:
     # ------------------------------------------------------------ workers
 
     def engaged(self) -> Counter[int]:
-        """How many rounds each worker has a part in now. The caller holds the lock."""
-        return Counter(me for round_ in self._rounds.values() for me in round_.lifecycle.engaged)
+        """Worker -> the number of rounds that it has a part in now. The caller holds the lock."""
+        return Counter(worker for round_ in self._rounds.values() for worker in round_.lifecycle.engaged)
 
     @property
     def is_owed(self) -> bool:
-        """True while a worker owes a round something. The caller holds the lock."""
+        """True while a worker has work of a round, or has to let go of one. The caller holds the lock."""
         return any(round_.lifecycle.waits_for_workers for round_ in self._rounds.values())
 
     @property
     def used_bytes(self) -> int:
-        """What is not free of the arena."""
+        """Bytes of the arena that are in use."""
         return self.arena.block_bytes - self.arena.free_bytes
 
     @property
@@ -159,7 +161,7 @@ class Node:
         return self._is_closed
 
     def drain(self) -> bool:
-        """Takes what workers have said into the books; false if they were silent. The caller holds the lock."""
+        """Handles the descriptors that workers have sent; false if there were none. The caller holds the lock."""
         worked = False
         while (item := self._team.inbox.try_pop()) is not None:
             worked = True
@@ -170,40 +172,40 @@ class Node:
                 continue
             try:
                 round_.lifecycle.handle(sender, descriptor)
-            except LiflError as error:  # that round is lost; the thread that hears workers must go on
+            except LiflError as error:  # that round is lost; the thread that listens to workers must go on
                 round_.lifecycle.fail(error)
         if worked:
             self.changed.notify_all()
         return worked
 
     def replace(self, pidfd: int) -> None:
-        """A worker is proven dead: takes up what it left, and starts its successor unless it was told to stop."""
+        """Takes up what a worker that is proven dead left, and starts its successor unless it had to stop."""
         supervisor = self._supervisor
-        assert supervisor is not None, "whose agent calls this"
+        assert supervisor is not None, "only the thread that listens to workers calls this"
         with self.changed:
-            self.drain()  # what it said before it died counts
+            self.drain()  # the descriptors that it sent before it died count
             dead = supervisor.bury(pidfd)
-            me = dead.me
-            self.tally.deaths[me] += not dead.was_leaving
+            worker = dead.me
+            self.tally.deaths[worker] += not dead.was_leaving
             if self._is_closed:
                 return
             try:
-                self.transport.bury(me)
-                self.outbox.reset(me)
-                told = [d for r in list(self._rounds.values()) for d in r.lifecycle.recover(me, dead.died_of_work)]
-                if told or not dead.was_leaving or self.engaged()[me]:
-                    supervisor.start(me)
+                self.transport.bury(worker)
+                self.outbox.reset(worker)
+                told = [d for r in list(self._rounds.values()) for d in r.lifecycle.recover(worker, dead.died_of_work)]
+                if told or not dead.was_leaving or self.engaged()[worker]:
+                    supervisor.start(worker)
                 else:
-                    supervisor.leave_empty(me)
+                    supervisor.leave_empty(worker)
             except LiflError as error:
-                self.lose(PeerGoneError(f"worker {me} (pid {dead.pid}) died and has no successor: {error}"))
+                self.lose(PeerGoneError(f"worker {worker} (pid {dead.pid}) died and has no successor: {error}"))
                 return
             for descriptor in told:
-                self.outbox.push(me, descriptor)
+                self.outbox.push(worker, descriptor)
             self.changed.notify_all()
 
     def lose(self, error: PeerGoneError) -> None:
-        """The Node cannot go on: every round ends with this error. The caller holds the lock."""
+        """Ends every round with this error: the Node cannot go on. The caller holds the lock."""
         self._gone = error
         for round_ in self._rounds.values():
             round_.lifecycle.fail(error)
@@ -215,9 +217,9 @@ class Node:
             return () if self._supervisor is None else self._supervisor.pids
 
     def stats(self) -> NodeStats:
-        """What the Node is doing now, and what it has done; see :mod:`lifl.monitor.stats`.
+        """The Node's figures, now and since its start; see :mod:`lifl.monitor.stats`.
 
-        Works at any time and waits for no worker; with ``workers=0``, for the fold that goes on. Raises
+        Works at any time and waits for no worker; with ``workers=0`` it waits for the fold that goes on. Raises
         :class:`LeaseError` if the Node is closed.
         """
         return self.watch.stats()
@@ -227,10 +229,10 @@ class Node:
         """Host and port of the metrics, as "127.0.0.1:9400"; None without ``metrics_port``."""
         return self.watch.metrics_address
 
-    # ------------------------------------------------------------ what a round needs
+    # ------------------------------------------------------------ for its rounds
 
     def pump(self) -> None:
-        """Gets the work going: in the calling thread, without workers; else the agent's begins to watch them."""
+        """Sets workers to work and lets the listener's thread watch them; without workers the calling thread works."""
         if self._agent is not None:
             self._agent.wake()
         if (inline := self._team.inline) is not None:
@@ -256,7 +258,7 @@ class Node:
             raise LeaseError("the Node is closed")
 
     def relieve(self) -> bool:
-        """Makes lazy rounds fold what they hold; false if no block will come free without help."""
+        """Makes lazy rounds fold the updates that they hold; false if no block will come free without help."""
         for round_ in self._rounds.values():
             round_.lifecycle.press()
         self.pump()
@@ -266,8 +268,20 @@ class Node:
         """Bytes of the arena that a client holds, in all open rounds. The caller holds the lock."""
         return sum(round_.quota.held_by(client_id) for round_ in self._rounds.values())
 
+    @property
+    def largest_update_bytes(self) -> int:
+        """Bytes of the largest update of the open rounds; 0 if none is open. The caller holds the lock."""
+        return max((round_.spec.layout.update_bytes for round_ in self._rounds.values()), default=0)
+
+    def next_number(self) -> int:
+        """The number of a round that is being opened. The caller holds the lock."""
+        if not self._rounds:
+            self.traffic.begin()
+        self._number += 1
+        return self._number
+
     def forget(self, number: int) -> None:
-        """Takes a closed round out of the books."""
+        """Takes a closed round off the books."""
         self._rounds.pop(number, None)
         self.transport.route_top(number, None)
 
@@ -290,7 +304,7 @@ class Node:
         Parameters
         ----------
         spec : TensorSpec
-            What every update looks like.
+            The form of every update.
         expected : int
             The round is complete when so many updates have been accepted; at least 1.
         timing : {"eager", "lazy", "jit"}
@@ -301,12 +315,13 @@ class Node:
             by bit; it keeps every update until the last is in.
         commit_every : int, optional
             A leaf folds at most so many updates (1 to 64, the default) before it commits and gives their
-            memory back. Fewer bound what is kept, and what is folded again if a worker dies; more are faster.
+            memory back. Fewer keep less memory, and less is folded again if a worker dies; more are faster.
         limits : Limits, optional
-            What the server bounds beyond what every update must satisfy; see :class:`Limits`.
+            The server's bounds, in addition to the rules for every update; see :class:`Limits`.
         shape : Shape, optional
-            How many workers fold ahead, and in how many ranges the mean is made; see :class:`lifl.Shape`. Default: the
-            planner chooses by what this machine was measured to cost, and again when updates come faster or slower.
+            The number of workers that fold ahead, and of ranges in which the mean is made; see :class:`lifl.Shape`.
+            Default: the planner chooses by the measured costs of this machine, and again when updates come faster or
+            slower.
         base : mapping of str to array, optional
             With ``limits.clipping_norm``, the model that updates are clipped against, of exactly the spec's
             form. Not copied: it must not change while the round is open.
@@ -320,19 +335,12 @@ class Node:
             with ``order="flower"``, a base of another form or with NaN or Inf, or without ``clipping_norm``.
         """
         terms = Terms.of(spec, expected, timing, order, commit_every, limits, base, shape)
-        self.check_workers()  # before the lock too: in a fork nobody may ever let go of it
+        self.check_workers()  # before the lock too: in a fork no thread may exist that lets go of it
         with self.changed:
             self.check_workers()
-            largest = max((r.spec.layout.update_bytes for r in self._rounds.values()), default=0)
-            Assignment.wait_for_room(self, terms, largest)
-            if not self._rounds:
-                self.traffic.begin()
-            self._number = number = self._number + 1
-            work = Assignment.reserve(self, number, terms.layout, terms.flags, terms.expected)
-            round_ = Round(self, number, terms, work, self.forecast.pace(terms))
-            self._rounds[number] = round_
-            round_.lifecycle.enlist(0 if shape is None else shape.leaves)
-        return round_
+            core = RoundCore(self, terms)  # waits for memory, and lets go of the lock meanwhile
+            self._rounds[core.number] = core
+        return Round(core)
 
     # ------------------------------------------------------------ the end
 
@@ -349,7 +357,7 @@ class Node:
     def close(self) -> None:
         """Closes every round, ends every process, gives the memory back. Results stay valid.
 
-        Harmless when closed, and in a forked child, whose Node it is not.
+        Harmless when closed, and in a fork of the process that owns the Node.
         """
         if self.is_foreign:
             return
@@ -362,8 +370,8 @@ class Node:
             round_.close()
         with self.changed:
             self._is_closed = True
-            for me in self.pool.present:
-                self.outbox.push(me, Descriptor(Kind.STOP, 0))
+            for worker in self.pool.present:
+                self.outbox.push(worker, Descriptor(Kind.STOP, 0))
             self.changed.notify_all()
         self._team.bell.ring()
         if self._agent is not None:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lifl.errors import LeaseError
 from lifl.monitor.beacon import Beacon
 from lifl.monitor.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
-from lifl.round.tally import Tally
+from lifl.round.record import Tally
 from lifl.shm.arena import Arena
 from lifl.shm.ring import counts_of, queued
 
 if TYPE_CHECKING:
     from lifl.monitor.prometheus import Exporter
-    from lifl.round.round import Round
+    from lifl.round.core import RoundCore
     from lifl.workers.team import Team
 
 log = logging.getLogger("lifl.node.telemetry")
@@ -67,7 +67,7 @@ class Watch:
         Gives the figures of a ``lifl-superlink``; called by any thread, without the Node's lock.
     """
 
-    def __init__(self, node: Watched, rounds: Mapping[int, Round], team: Team) -> None:
+    def __init__(self, node: Watched, rounds: Mapping[int, RoundCore], team: Team) -> None:
         self._node, self._rounds, self._team = node, rounds, team
         self.number = next(_numbers)
         self._since_s = time.monotonic()
@@ -172,14 +172,14 @@ class Watch:
         return tuple(found)
 
 
-def _round_stats(round_: Round) -> RoundStats:
+def _round_stats(round_: RoundCore) -> RoundStats:
     lifecycle = round_.lifecycle
     books = lifecycle.books
     return RoundStats(
         number=round_.number,
-        phase=lifecycle.phase,
-        timing=round_.timing,
-        expected=round_.expected,
+        phase=lifecycle.phase.shown,
+        timing=round_.terms.timing,
+        expected=round_.terms.expected,
         accepted=len(books.updates),
         refused=dict(books.refused),
         accepted_bytes=len(books.updates) * books.update_bytes,

@@ -1,7 +1,7 @@
-"""What one Node does in a round, as jobs in virtual time: lifl's own rules, told once for prediction and simulation.
+"""The part of one Node in a round, as jobs in virtual time; prediction and simulation share it.
 
-See :class:`~lifl.planner.shape.Shape` for the forms. Knows seconds of one core and bytes, no rates: those are
-``lifl.planner.costs``'.
+The rules of timing are those of the live Node (``lifl.planner.timing``); see :class:`~lifl.planner.shape.Shape` for the
+forms. Knows seconds of one core and bytes, no rates: ``lifl.planner.costs`` has those.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import attrs
 from lifl.planner.engine import CPU, Done
 from lifl.planner.shape import Shape
 from lifl.planner.site import Site
+from lifl.planner.timing import begins_just_in_time, seen_rate, wants_leaf
 
 MAX_IN_A_BATCH = 64
-"""Updates that a leaf folds in one go."""
+"""The largest batch that a leaf folds at once, in updates."""
 
 SUMS_OF_A_LEAF = 2
-"""It reads one and writes the other, in turn."""
+"""A leaf reads one sum and writes the other, in turn."""
 
 
 @attrs.frozen
 class Work:
-    """Seconds of one core, alone on the machine, for each step; and the bytes that it holds.
+    """Seconds of one core, alone on the machine, for each step; and the bytes of each block.
 
     Attributes
     ----------
@@ -38,14 +39,14 @@ class Work:
     mean_s : float
         Writing the mean.
     dispatch_s : float
-        From a decision to the first instruction of a warm runtime's work.
+        From a decision to the first instruction of a warm worker's work.
     cold_s : float
-        From a decision to a new runtime that waits for work.
+        From a decision to a new worker that waits for work.
     update_touch_s, sum_touch_s : float
-        What a runtime that was started for the round needs in addition where it reads one for the first time: the
-        kernel enters page after page into its address space.
+        More seconds of a worker that was started for the round, when it reads an update or a sum for the first time:
+        the kernel enters page after page into its address space.
     sum_made_s, mean_made_s : float
-        Likewise where it writes one for the first time.
+        Likewise, when it writes a sum or the mean for the first time.
     update_bytes, sum_bytes, mean_bytes : int
     """
 
@@ -72,15 +73,15 @@ class Work:
         return (sums * self.sum_s + updates * self.update_s + self.mean_s) / parts + self.dispatch_s
 
     def touched_mean_s(self, sums: int, updates: int, parts: int = 1) -> float:
-        """``(sums * sum_touch + updates * update_touch + mean_made) / parts``: more for a new runtime's mean."""
+        """``(sums * sum_touch + updates * update_touch + mean_made) / parts``: more for a new worker's mean."""
         return (sums * self.sum_touch_s + updates * self.update_touch_s + self.mean_made_s) / parts
 
 
 class _Leaf:
-    __slots__ = ("batch", "batches", "given", "is_done", "runtime", "waiting")
+    __slots__ = ("batch", "batches", "given", "is_done", "waiting", "worker")
 
     def __init__(self) -> None:
-        self.runtime: int | None = None  # None: it is still starting
+        self.worker: int | None = None  # None: it is still starting
         self.waiting = self.batch = self.batches = self.given = 0
         self.is_done = False
 
@@ -88,14 +89,18 @@ class _Leaf:
     def has_sum(self) -> bool:
         return self.batches > 0
 
+    @property
+    def outstanding(self) -> int:
+        return self.waiting + self.batch
+
 
 class Aggregation:
-    """One Node's part of a round.
+    """The part of one Node in a round.
 
     Parameters
     ----------
     site : Site
-        Where it happens.
+        The place of the work.
     work : Work
     shape : Shape
     timing : str
@@ -103,15 +108,15 @@ class Aggregation:
     expected : int
         Updates that this Node folds; above 0.
     workers : int
-        The most runtimes it may have; 0 counts as 1.
+        The most workers it may have; 0 counts as 1.
     warm : int
-        Of these, how many wait for work already.
+        Workers of these that wait for work at the start.
     is_reusing : bool
-        A runtime that is done takes the next task. Without it, each task has a new one, and `workers` bounds nothing.
+        A worker that is done takes the next task. Without it, each task has a new one, and `workers` bounds nothing.
     is_changing_roles : bool
         Without reuse: the first leaf that is done becomes the top all the same.
     rate : float, optional
-        For ``jit``: updates per second that it expects; default: what it has seen.
+        For ``jit``: updates per second that it expects until it has seen a rate; default: unknown.
     on_done : callable
         Called when the mean is made.
     """
@@ -133,11 +138,11 @@ class Aggregation:
     ) -> None:
         self._site, self._work = site, work
         self._shape, self._timing, self._expected = shape, timing, expected
-        self._workers, self._is_reusing, self._rate = max(1, workers), is_reusing, rate
+        self._max_workers, self._is_reusing, self._rate = max(1, workers), is_reusing, rate
         self._is_changing_roles = is_reusing or is_changing_roles
         self._on_done = on_done
-        self._free = deque(range(min(warm, self._workers))) if is_reusing else deque()
-        self._runtimes = self._warm = len(self._free)
+        self._free = deque(range(min(warm, self._max_workers))) if is_reusing else deque()
+        self._num_workers = self._warm = len(self._free)
         self._queue: deque[Callable[[int], object]] = deque()
         self._leaves: list[_Leaf] = []
         self._is_eager = timing == "eager" and shape.leaves > 0
@@ -158,7 +163,7 @@ class Aggregation:
         self._site.land(self._work.land_s, self.ready)
 
     def ready(self) -> None:
-        """One more update can be folded."""
+        """Takes one more update that can be folded."""
         if not self.arrived:
             self._first_s = self._site.engine.now
         self.arrived += 1
@@ -170,42 +175,34 @@ class Aggregation:
         if self.arrived == self._expected:
             self.last_s = self._site.engine.now
             self._all_in()
-        elif self._timing == "jit" and self._shape.leaves and self._is_time():
+        elif self._timing == "jit" and self._shape.leaves and self._begins():
             self._give_held()
 
-    def _is_time(self) -> bool:
-        """JIT: true if what is held would be folded too late if the leaves began with the next arrival only.
-
-        That is ``held * update_s >= (expected - arrived - 1) / rate``: the work left, and the time from the next
-        arrival to the last. So the update before the last is the latest with which they begin.
-        """
-        left = self._expected - self.arrived - 1
-        rate = self._rate
-        if rate is None:
-            seen_s = self._site.engine.now - self._first_s
-            if seen_s <= 0:
-                return False  # all at once
-            rate = (self.arrived - 1) / seen_s
-        return self._held * self._work.update_s * rate >= left
+    def _begins(self) -> bool:
+        """JIT: true if the leaves have to begin with the updates that are held."""
+        seen = seen_rate(self.arrived, self._site.engine.now - self._first_s)
+        rate = self._rate if seen is None else seen
+        fold_s = self._work.batch_s(1, is_first=False)
+        return begins_just_in_time(self._held, fold_s, self.arrived, self._expected, rate)
 
     def _give_held(self) -> None:
         given = [self._give() for _ in range(self._held)]
         self._held = 0
-        for leaf in dict.fromkeys(given):  # only now, so that a leaf finds all of its part
+        for leaf in dict.fromkeys(given):  # only now, so that a leaf folds all of its part in one batch
             self._wake(leaf)
 
     def _give(self) -> _Leaf:
-        """To the leaf with the least to do; to one more leaf if all have work waiting and a runtime is free."""
+        """Gives an update to the leaf with the least to do, or to a new one if it is wanted and a worker is free."""
         leaves = self._leaves
         leaf = min(leaves, key=_load) if leaves else None
-        if leaf is None or (leaf.waiting and len(leaves) < self._shape.leaves and self._has_runtime()):
+        if leaf is None or (wants_leaf(leaf.outstanding, len(leaves), self._shape.leaves) and self._has_worker()):
             leaf = self._open_leaf()
         leaf.waiting += 1
         leaf.given += 1
         return leaf
 
     def _wake(self, leaf: _Leaf) -> None:
-        if leaf.runtime is not None and leaf.waiting and not leaf.batch:
+        if leaf.worker is not None and leaf.waiting and not leaf.batch:
             self._fold(leaf)
 
     def _open_leaf(self, part: int = 0) -> _Leaf:
@@ -213,24 +210,24 @@ class Aggregation:
         leaf.waiting = leaf.given = part
         self._leaves.append(leaf)
         self._hold(2 * self._work.sum_bytes)
-        self._with_runtime("leaf", partial(self._start_leaf, leaf))
+        self._with_worker("leaf", partial(self._start_leaf, leaf))
         return leaf
 
-    def _start_leaf(self, leaf: _Leaf, runtime: int) -> None:
-        leaf.runtime = runtime
+    def _start_leaf(self, leaf: _Leaf, worker: int) -> None:
+        leaf.worker = worker
         if leaf.waiting and not leaf.batch:
             self._fold(leaf)
         elif self._is_finishing:
-            self._end_leaf(leaf)  # what it was started for has been taken back
+            self._end_leaf(leaf)  # its updates were taken back for the shards while it started
 
     def _fold(self, leaf: _Leaf) -> None:
         leaf.batch = min(leaf.waiting, MAX_IN_A_BATCH)
         leaf.waiting -= leaf.batch
-        assert leaf.runtime is not None
+        assert leaf.worker is not None
         work, is_made = self._work, leaf.batches < SUMS_OF_A_LEAF
         touch_s = leaf.batch * work.update_touch_s + is_made * work.sum_made_s
         seconds = work.batch_s(leaf.batch, not leaf.has_sum)
-        self._aggregate(leaf.runtime, "leaf", touch_s, seconds, partial(self._end_batch, leaf))
+        self._aggregate(leaf.worker, "leaf", touch_s, seconds, partial(self._end_batch, leaf))
 
     def _end_batch(self, leaf: _Leaf) -> None:
         self.folded += leaf.batch
@@ -257,96 +254,96 @@ class Aggregation:
             self._give_held()
         self._is_finishing = True
         for leaf in self._leaves:
-            # One that still starts has no part in shards: what it waited for was taken back.
-            if not leaf.waiting and not leaf.batch and (leaf.runtime is not None or self._shape.shards):
+            # A leaf that still starts has no part in shards: its updates were taken back.
+            if not leaf.waiting and not leaf.batch and (leaf.worker is not None or self._shape.shards):
                 self._end_leaf(leaf)
         if not self._leaves:
             self._make_mean()
 
     def _end_leaf(self, leaf: _Leaf) -> None:
-        """It has committed. The first that is done becomes the top; its runtime is free otherwise."""
-        runtime = leaf.runtime
+        """The leaf has committed. The first leaf that is done becomes the top; the worker of another one is free."""
+        worker = leaf.worker
         if leaf.is_done:
-            if runtime is not None:
-                self._release(runtime)
+            if worker is not None:
+                self._release(worker)
             return
         leaf.is_done = True
-        if runtime is not None:
-            self._release(runtime)
+        if worker is not None:
+            self._release(worker)
         if self._top is None and not self._shape.shards:
             self._top = -1
-            self._with_runtime("top", self._start_top)
+            self._with_worker("top", self._start_top)
         self._make_mean()
 
-    def _start_top(self, runtime: int) -> None:
-        self._top = runtime
+    def _start_top(self, worker: int) -> None:
+        self._top = worker
         self._make_mean()
 
     def _make_mean(self) -> None:
-        """When all leaves have committed, and if it takes a top, that is there."""
+        """Begins the mean if all leaves have committed, and in a tree if the top is there."""
         if self._is_making or not all(leaf.is_done for leaf in self._leaves):
             return
         sums = sum(leaf.has_sum for leaf in self._leaves)
         if parts := self._shape.shards:
             self._is_making, self._shards_left = True, parts
             for _ in range(parts):
-                self._with_runtime("shard", partial(self._make_part, sums, parts))
+                self._with_worker("shard", partial(self._make_part, sums, parts))
         elif self._top is not None and self._top >= 0:
             self._is_making = True
-            work, its_own = self._work, sum(leaf.runtime == self._top for leaf in self._leaves)
+            work, its_own = self._work, sum(leaf.worker == self._top for leaf in self._leaves)
             touch_s, seconds = work.touched_mean_s(sums - its_own, 0), work.mean_of_s(sums, 0)
             self._aggregate(self._top, "top", touch_s, seconds, partial(self._end_mean, self._top))
 
-    def _make_part(self, sums: int, parts: int, runtime: int) -> None:
+    def _make_part(self, sums: int, parts: int, worker: int) -> None:
         of = (sums, self._held, parts)
         touch_s, seconds = self._work.touched_mean_s(*of), self._work.mean_of_s(*of)
-        self._aggregate(runtime, "shard", touch_s, seconds, partial(self._end_part, runtime))
+        self._aggregate(worker, "shard", touch_s, seconds, partial(self._end_part, worker))
 
-    def _end_part(self, runtime: int) -> None:
+    def _end_part(self, worker: int) -> None:
         self._shards_left -= 1
         if self._shards_left:
-            self._release(runtime)
+            self._release(worker)
         else:
             self.folded += self._held
-            self._end_mean(runtime)
+            self._end_mean(worker)
 
-    def _end_mean(self, runtime: int) -> None:
-        self._release(runtime)
+    def _end_mean(self, worker: int) -> None:
+        self._release(worker)
         self.done_s = self._site.engine.now
         self._on_done()
 
-    # ------------------------------------------------------------ runtimes
+    # ------------------------------------------------------------ workers
 
-    def _aggregate(self, runtime: int, role: str, touch_s: float, seconds: float, then: Done) -> None:
-        """Work on memory; if the runtime is new, after the kernel's work on its page tables, which needs no bus."""
-        begin = partial(self._site.work, runtime, role, "aggregate", seconds, then)
-        if runtime < self._warm or not touch_s:
+    def _aggregate(self, worker: int, role: str, touch_s: float, seconds: float, then: Done) -> None:
+        """Begins work on memory; for a new worker after the kernel's work on its page tables, which needs no bus."""
+        begin = partial(self._site.work, worker, role, "aggregate", seconds, then)
+        if worker < self._warm or not touch_s:
             begin()
         else:
-            self._site.work(runtime, role, "touch", touch_s, begin, CPU)
+            self._site.work(worker, role, "touch", touch_s, begin, CPU)
 
-    def _has_runtime(self) -> bool:
-        return bool(self._free) or self._runtimes < self._workers or not self._is_reusing
+    def _has_worker(self) -> bool:
+        return bool(self._free) or self._num_workers < self._max_workers or not self._is_reusing
 
-    def _with_runtime(self, role: str, then: Callable[[int], object]) -> None:
-        """Calls `then` with a runtime: a free one at once, a new one when it has started, or the next to be free."""
+    def _with_worker(self, role: str, then: Callable[[int], object]) -> None:
+        """Calls `then` with a worker: a free one at once, a new one when it has started, or the next to be free."""
         if self._free:
             then(self._free.popleft())
-        elif self._has_runtime():
-            runtime = self._runtimes
-            self._runtimes += 1
+        elif self._has_worker():
+            worker = self._num_workers
+            self._num_workers += 1
             self.started += 1
-            self._site.work(runtime, role, "start", self._work.cold_s, partial(then, runtime), CPU)
+            self._site.work(worker, role, "start", self._work.cold_s, partial(then, worker), CPU)
         else:
             self._queue.append(then)
 
-    def _release(self, runtime: int) -> None:
+    def _release(self, worker: int) -> None:
         if not self._is_changing_roles:
             return
         if self._queue:
-            self._queue.popleft()(runtime)
+            self._queue.popleft()(worker)
         else:
-            self._free.append(runtime)
+            self._free.append(worker)
 
     def _hold(self, nbytes: int) -> None:
         self._bytes += nbytes
@@ -354,13 +351,13 @@ class Aggregation:
             self.peak_bytes = self._bytes
 
     @property
-    def runtimes(self) -> int:
-        """How many runtimes it has had, warm and started."""
-        return self._runtimes
+    def workers(self) -> int:
+        """Workers that it has had, warm and started."""
+        return self._num_workers
 
 
 def _load(leaf: _Leaf) -> tuple[int, int]:
-    return leaf.waiting + leaf.batch, leaf.given
+    return leaf.outstanding, leaf.given
 
 
 def _even_parts(n: int, parts: int) -> list[int]:

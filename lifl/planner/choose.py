@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import attrs
 
 from lifl.errors import PlanError
-from lifl.planner.costs import Costs, Prediction, Sizes, check_timing, predict
+from lifl.planner.costs import Costs, Prediction, Sizes, predict
 from lifl.planner.shape import Shape
+from lifl.planner.timing import check_timing
 
 MAX_ARRIVALS = 64
 """Shapes are compared with at most so many arrivals: the gain of a shape shows in a few batches."""
@@ -41,7 +42,7 @@ def choose_shape(
     workers : int
         The most workers. The shape has no more leaves or shards than workers, or than cores.
     timing : str
-        One of ``TIMINGS``.
+        One of ``lifl.planner.timing.TIMINGS``.
 
     Raises ``PlanError`` for an expected number or a rate that is not above 0, or an unknown timing.
     """

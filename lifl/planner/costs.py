@@ -18,9 +18,7 @@ from lifl.planner.engine import Engine, Machine
 from lifl.planner.load import ALPHA
 from lifl.planner.shape import Shape
 from lifl.planner.site import Site
-
-TIMINGS = ("eager", "lazy", "jit")
-"""The timings of a leaf: fold at once, when the last update is in, or so that it ends when the last is expected."""
+from lifl.planner.timing import check_timing
 
 
 def _above_zero(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
@@ -205,7 +203,7 @@ def predict(
     ----------
     shape : Shape
     timing : str
-        One of ``TIMINGS``; a ``Timing`` is one.
+        One of ``lifl.planner.timing.TIMINGS``.
     arrivals : sequence of float
         Seconds, sorted, at least one.
     sizes : Sizes
@@ -216,7 +214,7 @@ def predict(
     warm : int, optional
         Workers that wait for work already; default: all.
     rate : float, optional
-        Updates per second that ``jit`` expects; default: the rate so far.
+        Updates per second that ``jit`` expects until it has seen a rate; default: unknown.
     has_landed : bool
         True: an update can be folded at its arrival. False: its bytes are there at its arrival, and it is landed
         first, at the cost of a core.
@@ -247,12 +245,6 @@ def predict(
         last_to_result_s=node.done_s - (arrivals[-1] - first),
         cpu_s=machine.cpu_s,
         peak_bytes=node.peak_bytes,
-        runtimes=node.runtimes,
+        runtimes=node.workers,
         started=node.started,
     )
-
-
-def check_timing(timing: str) -> None:
-    """Raises ``PlanError`` for a timing that is not in ``TIMINGS``."""
-    if timing not in TIMINGS:
-        raise PlanError(f"timing={timing!r}: give one of {', '.join(TIMINGS)}")

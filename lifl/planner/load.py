@@ -1,6 +1,6 @@
-"""How busy a node is: measured, smoothed, and set against what it can do.
+"""The load of a node: measured, smoothed, and set against its capacity.
 
-The symbols are LIFL's (MLSys 2024): for node i, k_i updates arrive per second, each takes E_i seconds of a runtime, so
+The symbols are LIFL's (MLSys 2024): for node i, k_i updates arrive per second, each takes E_i seconds of a worker, so
 Q_i = k_i * E_i updates are in work at a time, and of the MC_i that it can aggregate at once RC_i = MC_i - Q_i are free.
 """
 
@@ -11,16 +11,16 @@ import math
 import attrs
 
 ALPHA = 0.7
-"""How much of the old value an EWMA keeps; 0 forgets at once, 1 learns nothing."""
+"""The part of the old value that an EWMA keeps; 0 forgets at once, 1 learns nothing."""
 
 EXECUTION_S = 0.01
 """E where none was measured, in seconds: about one ResNet-18 update (47 MB), copied in and folded."""
 
 REPLAN_THRESHOLD = 0.5
-"""By which part of the larger one two queues must differ for a new plan inside a round."""
+"""Two queues must differ by this part of the larger one for a new plan inside a round."""
 
 REPLAN_UPDATES = 1.0
-"""By how many updates they must differ at least: an idle node that gets something to do has changed by all of it."""
+"""Two queues must differ by so many updates at least: the queue of an idle node that gets work changes by all of it."""
 
 
 def _finite(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
@@ -30,14 +30,14 @@ def _finite(instance: object, attribute: attrs.Attribute[float], value: float) -
 
 @attrs.frozen
 class Load:
-    """What one node has to do.
+    """The work that arrives at one node.
 
     Attributes
     ----------
     arrival_rate : float
         k, updates per second.
     execution_s : float
-        E, seconds of one runtime per update.
+        E, seconds of one worker per update.
     """
 
     arrival_rate: float = attrs.field(default=0.0, validator=_finite)
@@ -61,13 +61,13 @@ def observe(old: Load | None, updates: int, seconds: float, busy_s: float, alpha
     Parameters
     ----------
     old : Load or None
-        What was known; None: nothing, so that what was measured is taken as it is.
+        The load before; None: nothing is known, and the measured values are taken as they are.
     updates : int
-        Updates that arrived in the interval. With none of them nothing is learnt about the execution time.
+        Updates that arrived in the interval. Without any the execution time stays as it was.
     seconds : float
-        How long the interval was; above 0.
+        Length of the interval; above 0.
     busy_s : float
-        Seconds that the runtimes worked on these updates, all together.
+        Seconds that the workers worked on these updates, all together.
     alpha : float
         From 0 to 1, see ``ALPHA``.
 
@@ -83,7 +83,7 @@ def observe(old: Load | None, updates: int, seconds: float, busy_s: float, alpha
     execution_s = old.execution_s
     if updates:
         measured = busy_s / updates
-        # An execution time that was never measured is no value to keep a part of.
+        # An execution time of 0 was never measured, so no part of it is kept.
         execution_s = alpha * execution_s + (1 - alpha) * measured if execution_s else measured
     return Load(alpha * old.arrival_rate + (1 - alpha) * rate, execution_s)
 
@@ -114,11 +114,11 @@ class ServerNode:
     capacity : float
         MC, updates that it can aggregate at once.
     cores : int
-        How many runtimes can work at a time. No more leaves than that are planned on it.
+        Workers that can work at a time. No more leaves than that are planned on it.
     load : Load
-        What it does already, for other rounds.
+        The load of other rounds.
     warm : int
-        Runtimes that wait for work there.
+        Workers that wait for work there.
     """
 
     name: str
@@ -129,5 +129,5 @@ class ServerNode:
 
     @property
     def room(self) -> int:
-        """RC = MC - k * E, in whole updates: how many more it can take. Never below 0."""
+        """RC = MC - k * E, in whole updates: the node can take so many more. Never below 0."""
         return max(0, math.floor(self.capacity - self.load.queue))

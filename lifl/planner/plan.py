@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import Any
 
 import attrs
@@ -13,19 +12,7 @@ from lifl.planner.hierarchy import FAN_IN, Task, build_tree, depth
 from lifl.planner.load import REPLAN_THRESHOLD, ServerNode, has_changed
 from lifl.planner.placement import Placement, Rule, place
 from lifl.planner.reuse import Reuse, assign_processes
-
-
-class Timing(StrEnum):
-    """The time at which a leaf folds.
-
-    ``EAGER``: each update as it arrives. ``LAZY``: all updates when the last one is in. ``JIT``, just in time: the leaf
-    sleeps until ``t_last - n * E``, so that it ends when its last update is expected; t_last is that moment (s), n the
-    leaf's updates, E the seconds for one. It wakes up once instead of n times, and is done as early as an eager leaf.
-    """
-
-    EAGER = "eager"
-    LAZY = "lazy"
-    JIT = "jit"
+from lifl.planner.timing import Timing
 
 
 @attrs.frozen(repr=False)
@@ -49,7 +36,7 @@ class Plan:
     placement: Placement
     tasks: tuple[Task, ...]
     reuse: Reuse
-    timing: Timing = Timing.EAGER
+    timing: Timing = "eager"
     rule: Rule = Rule.BEST_FIT
     fan_in: int = FAN_IN
     arity: int | None = None
@@ -112,7 +99,7 @@ class Plan:
             "nodes_used": self.nodes_used,
             "updates": self.updates,
             "waiting": list(self.placement.waiting),
-            "timing": self.timing.value,
+            "timing": self.timing,
             "rule": self.rule.value,
             "leaves": len(self.leaves),
             "processes": sum(self.reuse.needed.values()),
@@ -154,7 +141,7 @@ class Plan:
                 count(len(self.leaves), "leaf", "leaves"),
                 f"{count(sum(self.reuse.needed.values()), 'process', 'processes')}"
                 f" ({sum(self.reuse.started.values()):,} to start)",
-                self.timing.value,
+                self.timing,
                 *([f"{count(waiting, 'client')} without a place"] if waiting else []),
             )
         )
@@ -178,7 +165,7 @@ def make_plan(
     rule: Rule = Rule.BEST_FIT,
     fan_in: int = FAN_IN,
     arity: int | None = None,
-    timing: Timing = Timing.EAGER,
+    timing: Timing = "eager",
     is_reusing: bool = True,
 ) -> Plan:
     """Plans one round: placement, then the tree, then the processes. The time grows linearly with the clients.

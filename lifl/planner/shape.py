@@ -1,4 +1,4 @@
-"""The form in which one Node aggregates one round: what folds ahead of the last update, and what makes the mean."""
+"""The form in which one Node aggregates one round: the leaves that fold ahead, and the makers of the mean."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def _not_negative(instance: object, attribute: attrs.Attribute[int], value: int)
 
 @attrs.frozen
 class Shape:
-    """How one Node aggregates one round.
+    """The form in which one Node aggregates one round.
 
     ``Shape(leaves=L, shards=0)`` is LIFL's tree: L leaves fold what arrives, the first that is done becomes the top and
-    adds up their sums. ``Shape(leaves=0, shards=S)`` folds nothing ahead: when the last update is in, S runtimes make
+    adds up their sums. ``Shape(leaves=0, shards=S)`` folds nothing ahead: when the last update is in, S workers make
     the mean, each in a range of the coordinates; each byte of an update is read once and no partial sum is written.
     ``Shape(L, S)`` does both: leaves fold what has arrived, and the S ranges of the mean are made of their sums and of
     the updates that no leaf has begun with.
@@ -25,7 +25,7 @@ class Shape:
     Attributes
     ----------
     leaves : int
-        The most runtimes that fold ahead of the last update.
+        The most workers that fold ahead of the last update.
     shards : int
         Ranges of coordinates in which the mean is made; 0: the top makes it from the leaves' sums.
 

@@ -15,13 +15,14 @@ import attrs
 from lifl.errors import PlanError
 from lifl.planner.aggregation import Aggregation
 from lifl.planner.choose import choose_shape
-from lifl.planner.costs import Costs, Sizes, check_timing
+from lifl.planner.costs import Costs, Sizes
 from lifl.planner.engine import Done, Engine
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import ServerNode
 from lifl.planner.placement import Group, Rule, place
 from lifl.planner.shape import Shape
 from lifl.planner.site import Site, Span
+from lifl.planner.timing import Timing, check_timing
 from lifl.planner.traces import Trace
 
 FORMS = ("fixed", "tree", "best")
@@ -38,7 +39,7 @@ def _known_timing(instance: object, attribute: object, value: str) -> None:
 
 @attrs.frozen
 class Policy:
-    """How rounds are aggregated on a cluster.
+    """A way to aggregate rounds on a cluster.
 
     Attributes
     ----------
@@ -48,11 +49,11 @@ class Policy:
         the nodes in turn and each update goes to the node with the most room (worst fit), wherever that is.
     form : str
         ``fixed``: every node has the tree that its capacity asks for, ceil(capacity / 2) leaves.
-        ``tree``: ``min(ceil(n / 2), cores)`` leaves for the n updates that the node really has.
+        ``tree``: ``min(ceil(n / 2), cores)`` leaves for the n updates that the node gets.
         ``best``: the shape that the cost model chooses, shards included.
     is_reusing : bool
-        Runtimes are warm from the round before and change their roles. Without it each task has a new process.
-    timing : str
+        Workers are warm from the round before and change their roles. Without it each task has a new process.
+    timing : Timing
         ``eager``, ``lazy`` or ``jit``.
     is_changing_roles : bool
         Matters only without reuse: the first leaf that is done becomes the top, as in lifl's own Node, which has no
@@ -63,7 +64,7 @@ class Policy:
     is_local: bool = True
     form: str = attrs.field(default="best", validator=_known_form)
     is_reusing: bool = True
-    timing: str = attrs.field(default="eager", validator=_known_timing)
+    timing: Timing = attrs.field(default="eager", validator=_known_timing)
     is_changing_roles: bool = False
 
 
@@ -82,18 +83,18 @@ LIFL = Policy("+ shards")
 
 @attrs.frozen
 class Part:
-    """What one node does in a round.
+    """The part of one node in a round.
 
     Attributes
     ----------
     node : str
     clients : tuple of int
-        Whose updates it aggregates, by their places in the trace.
+        The clients that it aggregates, by their places in the trace.
     expected : int
-        Updates that it folds: these, and at the top the means of the other nodes.
+        Updates that it folds: those of its clients, and at the top the means of the other nodes.
     shape : Shape
     is_top : bool
-        It makes the model; the others send it their means.
+        True for the node that makes the model; the others send it their means.
     """
 
     node: str
@@ -105,7 +106,7 @@ class Part:
 
 @attrs.frozen
 class Outcome:
-    """What a round took.
+    """The cost of a round.
 
     Attributes
     ----------
@@ -117,16 +118,17 @@ class Outcome:
     last_to_model_s : float
         From the last arrival to the model.
     cpu_s : float
-        Of all cores of all machines: landing, sending, starting, aggregating.
+        CPU time on all cores of all machines: landing, sending, starting, aggregating.
     runtimes_started : int
+        Worker processes that were started for the round.
     nodes_used : int
         Nodes that aggregate something.
     bytes_between_nodes : int
         Updates and means that went from one node to another; also between two nodes of one machine.
     peak_bytes : int
-        The most that the updates, sums and means of one node took: of the node that took most.
+        The most that the updates, sums and means of one node took, for the node that took most.
     spans : tuple of Span
-        What every runtime did when, by node, runtime and time; empty if they were not asked for.
+        The work of every worker, by node, worker and time; empty without ``has_spans``.
     """
 
     policy: str
@@ -142,7 +144,7 @@ class Outcome:
 
 
 def cluster(count: int, capacity: float, cores: int, warm: int | None = None) -> tuple[ServerNode, ...]:
-    """So many nodes alike, ``n0`` and on; `warm` runtimes on each, by default one a core, from the round before."""
+    """`count` equal nodes, ``n0`` and on; `warm` workers on each, by default one a core, from the round before."""
     ready = cores if warm is None else warm
     return tuple(ServerNode(f"n{i}", capacity, cores, warm=ready) for i in range(count))
 
@@ -156,21 +158,21 @@ def simulate(
     machines: Mapping[str, str] | None = None,
     has_spans: bool = False,
 ) -> Outcome:
-    """One round: `trace` arrives at `nodes`, which aggregate it as `policy` says.
+    """Plays one round: `trace` arrives at `nodes`, which aggregate it by `policy`.
 
     Parameters
     ----------
     trace : Trace
     policy : Policy
     nodes : sequence of ServerNode
-        Their capacity bounds how many updates are placed on them, their cores how many runtimes a policy plans, and
-        ``warm`` is how many wait for work where runtimes are reused.
+        Their capacity bounds how many updates are placed on them, their cores how many workers a policy plans, and
+        ``warm`` is how many wait for work where workers are reused.
     costs : Costs
-        Of each machine. ``wire_bytes_s`` is what one node takes in from others, one sender after another.
+        The costs of each machine. A node takes in ``wire_bytes_s`` from others, one sender after another.
     machines : mapping of str to str, optional
         Node to machine: nodes of one machine share its cores and its memory bus. Default: one for each node.
     has_spans : bool
-        Whether what each runtime did is wanted.
+        True if the outcome is to have ``spans``.
 
     Raises ``PlanError`` if the nodes have no room for all the updates.
     """
@@ -181,7 +183,7 @@ def simulate(
 
 
 def divide(trace: Trace, policy: Policy, nodes: Sequence[ServerNode], costs: Costs) -> tuple[Part, ...]:
-    """Which node does what: what :func:`simulate` plays, and what real nodes are told.
+    """The part of each node: :func:`simulate` plays it, and a real node carries it out.
 
     Raises ``PlanError`` if the nodes have no room for all the updates.
     """
@@ -214,10 +216,10 @@ def _shape(policy: Policy, node: ServerNode, expected: int, rate: float, sizes: 
 
 
 def _rate(trace: Trace, groups: Sequence[Group], expected: int, costs: Costs) -> float:
-    """Updates per second that come to a node, the means of other nodes included; `groups` are all that feed it.
+    """Updates per second that reach a node, the means of other nodes included; `groups` are all that feed it.
 
-    ``(expected - 1) / max(t_last - t_first, means * wire)``: the means come when the last update of a node is in, and
-    one after another over the wire.
+    ``(expected - 1) / max(t_last - t_first, means * wire)``: the means follow the last update of a node, one after
+    another over the wire.
     """
     own = max(groups, key=lambda group: len(group.clients))
     last = max(trace.times_s[int(one.clients[-1])] for one in groups)
@@ -227,7 +229,7 @@ def _rate(trace: Trace, groups: Sequence[Group], expected: int, costs: Costs) ->
 
 
 def doors_of(trace: Trace, policy: Policy, names: Sequence[str], parts: Sequence[Part]) -> tuple[str, ...]:
-    """At which of the nodes `names` each update lands: where it is aggregated, or without locality anywhere."""
+    """The node of `names` at which each update lands: the one that aggregates it, or without locality any."""
     if not policy.is_local:
         return tuple(bound or names[i % len(names)] for i, bound in enumerate(trace.landing))
     at = {i: part.node for part in parts for i in part.clients}
@@ -312,9 +314,9 @@ class _Simulation:
         self._sites[target].enter(partial(self._transfer, source, target))
 
     def _transfer(self, source: str, target: str) -> None:
-        """Both sides and the wire work at the same time; it is there when the slowest of the three is done.
+        """Both sides and the wire work at the same time; the update is there when the slowest of the three is done.
 
-        It is received where it will be folded, so it is only read there, not copied, to be checked.
+        It is received into the block that will be folded, so the check only reads it and copies nothing.
         """
         left = _Countdown(3, partial(self._sites[target].leave, self._at[target].ready))
         self._sites[source].work(None, "gateway", "send", self._wire_cpu_s, left.one)
@@ -323,7 +325,7 @@ class _Simulation:
 
 
 def _end() -> None:
-    """The model is there."""
+    """Does nothing: the model is there."""
 
 
 class _Countdown:

@@ -1,1 +1,1 @@
-"""One round, seen from the process that owns it: its updates, its workers' parts, its mean, its end."""
+"""A round in the process that owns its Node: its updates, its workers' parts, its mean, its end."""

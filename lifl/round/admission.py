@@ -1,7 +1,7 @@
-"""What an update must satisfy before it counts. Pure: raises or returns, touches nothing else.
+"""The rules that an update must satisfy before it counts. Pure: raises or returns, touches nothing else.
 
-Every way into a round goes through here. A refusal names the client, the rule and what was sent, and
-never ends the round.
+Every way into a round goes through here. A refusal names the client, the rule and the value that was sent, and never
+ends the round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from lifl.errors import AdmissionError
 from lifl.tensor import TensorSpec, dtype_name
 
-NO_WEIGHTS = (bool, complex, str, np.bool_, np.complexfloating)  # each of them would pass as a float
+NO_WEIGHTS = (bool, complex, str, np.bool_, np.complexfloating)  # float() takes some values of each of them
 
 
 MIN_WEIGHT, MAX_WEIGHT = 2.0**-100, 2.0**100
@@ -26,7 +26,7 @@ MIN_WEIGHT, MAX_WEIGHT = 2.0**-100, 2.0**100
 
 @attrs.frozen(kw_only=True)
 class Limits:
-    """What a server bounds beyond what every update must satisfy. The defaults bound nothing more.
+    """The bounds of a server, in addition to the rules for every update. The defaults bound nothing more.
 
     Attributes
     ----------
@@ -34,9 +34,9 @@ class Limits:
         The largest weight that is accepted; a larger one is refused, not cut. One client's part in the mean
         is its weight over the sum of all, so a server that does not know its clients should set it.
     clipping_norm : float, optional
-        How far, in the L2 norm over all floating-point tensors together, an update may be from the round's
-        base model. One that is farther is moved onto that distance along the line to the base, as Flower's
-        server-side clipping does. Integer and boolean tensors are neither counted nor changed.
+        The largest distance of an update from the round's base model, in the L2 norm over all floating-point
+        tensors together. An update that is farther away is moved onto that distance along the line to the base, as
+        Flower's server-side clipping does. Integer and boolean tensors are neither counted nor changed.
     client_bytes : int, optional
         Bytes of the arena that one client may hold at once, in all open rounds: loans, and updates that are
         not folded yet.
@@ -117,7 +117,7 @@ def refuse_value(client_id: str, name: str, index: int, value: float) -> Admissi
 
 
 def refuse_quota(client_id: str, whose: str, held: int, wanted: int, bound: int) -> AdmissionError | None:
-    """The refusal of `wanted` bytes more for one who holds `held` of at most `bound`; None if they fit."""
+    """The refusal of `wanted` more bytes for a holder of `held` bytes that may hold `bound`; None if they fit."""
     if held + wanted <= bound:
         return None
     reason = f"{whose} holds {held:,} bytes of the arena and may hold {bound:,}; the update takes {wanted:,}"
@@ -131,5 +131,5 @@ def refuse_norm(client_id: str) -> AdmissionError:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(n[:100]) for n in names[:3])  # a client chooses them, also how long they are
+    shown = ", ".join(repr(n[:100]) for n in names[:3])  # a client chooses the names, and their length
     return (shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "nothing"

@@ -1,6 +1,7 @@
-"""Who has which blocks of a round: the updates and sums that its leaves were given, and what they are told.
+"""The blocks of a round and their holders: the updates and sums of its leaves, and the descriptors to the leaves.
 
-Carries out, decides nothing about who counts: that is ``lifl.round.round``'s. Called with the host's lock held.
+Carries out, and does not decide which updates count: that is up to ``lifl.round.lifecycle``. Called with the host's
+lock held.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from lifl.errors import ArenaCorruptError, PeerGoneError, ShmError
-from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.shape import Shape
+from lifl.planner.timing import wants_leaf
 from lifl.round import recovery
 from lifl.round.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.round.record import Update
@@ -28,44 +29,52 @@ ROOM_FOR_UPDATES = 4
 
 
 class Assignment:
-    """A round's blocks and their keepers.
+    """The blocks of one round, and the worker that holds each.
 
-    Parameters
+    The constructor allocates what the round needs beside its updates; the arena must have the room.
+
+    Attributes
     ----------
     mean, control : Block
-        The agent's: what takes the mean, and the description of the round.
-    pair : list of Block
-        Room for the sums of the first leaf (empty in Flower's order, which has none).
+        The owner's blocks: room for the mean, and the description of the round.
     """
 
-    def __init__(self, host: Host, number: int, layout: Layout, mean: Block, control: Block, pair: list[Block]) -> None:
-        self._host, self._number, self.layout, self._has_leaves = host, number, layout, bool(pair)
-        self.mean, self.control, self._pair = mean, control, pair
+    def __init__(self, host: Host, number: int, terms: Terms) -> None:
+        self._host, self._number, self.layout = host, number, terms.layout
+        encoded, control_bytes = self.layout.encode(terms.flags), self.control_bytes(host, self.layout, terms.expected)
+        self.control = wait_for_block(host, control_bytes, 0, "a round's control block")
+        host.arena.buffer(self.control)[: len(encoded)] = encoded
+        self.mean = wait_for_block(host, self.layout.mean_bytes, 0, "a round's mean")
+        self._pair: list[Block] = []  # room for the sums of the first leaf; Flower's order has no leaves
+        self._has_leaves = terms.order != "flower"
+        if self._has_leaves:
+            nbytes = sum_bytes_of(self.layout)
+            self._pair = [wait_for_block(host, nbytes, 0, "a leaf's sum", apart=True) for _ in range(2)]
         self.shape = Shape(1, 0)
         self._sums: dict[int, list[Block]] = {}  # leaf -> the two blocks for its partial sum
         self.working: set[int] = set()  # leaves that have not sent their sum
         self.updates: dict[tuple[int, int], Update] = {}  # accepted, and not known to be folded
-        self.held: deque[Update] = deque()  # of these, what no leaf was given
-        self._outstanding: dict[int, int] = {}
-        self._given: dict[int, int] = {}
+        self.held: deque[Update] = deque()  # the updates of these that no leaf was given
+        self._outstanding: dict[int, int] = {}  # leaf -> updates that it was given and has not reported as folded
+        self._given: dict[int, int] = {}  # leaf -> updates that it was given
         self._flushed: Descriptor | None = None
         self.top = AGENT
 
     @staticmethod
     def control_bytes(host: Host, layout: Layout, expected: int) -> int:
-        """Bytes of the control block: it names a sum of each worker and as many updates as there can be at a time."""
+        """Bytes of the control block, with room for a sum of each worker and as many updates as the arena can hold."""
         room = host.arena.block_bytes // units_of(layout.update_bytes)
         return order.control_bytes(layout, min(expected, room) + host.pool.most)
 
     @classmethod
-    def wait_for_room(cls, host: Host, terms: Terms, largest_update: int) -> None:
+    def wait_for_room(cls, host: Host, terms: Terms) -> None:
         """Waits until memory is free for what a round needs beside all but one of its updates.
 
-        `largest_update` is bytes, of the rounds that are open. Raises :class:`ShmError` if nothing will come free.
+        Raises :class:`ShmError` if nothing will come free.
         """
         layout, arena = terms.layout, host.arena
         needed = units_of(cls.control_bytes(host, layout, terms.expected))
-        needed += units_of(layout.mean_bytes) + units_of(max(layout.update_bytes, largest_update))
+        needed += units_of(layout.mean_bytes) + units_of(max(layout.update_bytes, host.largest_update_bytes))
         needed += 0 if terms.order == "flower" else 2 * units_of(sum_bytes_of(layout))
         while arena.free_bytes < needed:
             if not host.relieve():
@@ -77,18 +86,6 @@ class Assignment:
                 )
             host.changed.wait(WAIT_CAP_S)
 
-    @classmethod
-    def reserve(cls, host: Host, number: int, layout: Layout, flags: int, expected: int) -> Assignment:
-        """Allocates what a round needs beside its updates; the arena must have the room."""
-        encoded = layout.encode(flags)
-        control = wait_for_block(host, cls.control_bytes(host, layout, expected), 0, "a round's control block")
-        host.arena.buffer(control)[: len(encoded)] = encoded
-        mean = wait_for_block(host, layout.mean_bytes, 0, "a round's mean")
-        pair = []
-        if not flags & order.FLOWER:
-            pair = [wait_for_block(host, sum_bytes_of(layout), 0, "a leaf's sum", apart=True) for _ in range(2)]
-        return cls(host, number, layout, mean, control, pair)
-
     @property
     def leaves(self) -> tuple[int, ...]:
         """The workers that fold ahead, in the order in which they joined."""
@@ -97,7 +94,7 @@ class Assignment:
     # ------------------------------------------------------------ to the leaves
 
     def enlist(self) -> bool:
-        """One more leaf, if there is a worker that is none, and room for its sums; false if not.
+        """Makes one more worker a leaf; false if all are leaves, or there is no room for the new leaf's sums.
 
         Raises :class:`PeerGoneError` if there is no leaf yet and no worker can be had.
         """
@@ -106,7 +103,7 @@ class Assignment:
         except PeerGoneError:
             if not self._sums:
                 raise
-            return False  # the leaves that are there fold everything, in more time
+            return False  # the present leaves fold everything, in more time
         pair = (self._pair or self._take_pair()) if chosen else []
         if not pair:
             return False
@@ -137,36 +134,35 @@ class Assignment:
         self.held.append(update)
 
     def give(self) -> None:
-        """Hands what is held to the leaves: to the one with the least to do; of those, with the least so far.
+        """Gives the held updates to leaves: each to the leaf with the least to do, and of these to the one given least.
 
-        When all have ``FAN_IN`` updates or more to do, one more leaf joins, up to what the shape allows.
+        One more leaf joins by the rule of :func:`~lifl.planner.timing.wants_leaf`.
         """
         while self.held:
             if not self._sums:
                 self.enlist()
             leaf = min(self._sums, key=lambda i: (self._outstanding[i], self._given[i]))
-            busy = self._outstanding[leaf] >= FAN_IN and len(self._sums) < self.shape.leaves
-            if busy and self.enlist():
+            if wants_leaf(self._outstanding[leaf], len(self._sums), self.shape.leaves) and self.enlist():
                 leaf = self.leaves[-1]
             update = self.held.popleft()
             self._given[leaf] += 1
-            update.runtime = leaf
+            update.worker = leaf
             self._outstanding[leaf] += 1
             self._host.arena.move(update.block, (AGENT, State.READY), (leaf, State.READY))
             self._host.outbox.push(leaf, self._told(update))
 
     def press(self) -> None:
-        """Gives what is held to leaves, because memory is short; nothing in Flower's order, which has none."""
+        """Gives the held updates to leaves, because memory is short; does nothing in Flower's order, without leaves."""
         if self._has_leaves and self._flushed is None:
             self.give()
 
     def _told(self, update: Update) -> Descriptor:
-        # One that a worker died of is folded alone, so that only the culprit meets the second death.
+        # An update that a worker died of is folded alone, so that a second death points at the culprit only.
         block, alone = update.block, int(update.deaths > 0)
         return Descriptor(Kind.UPDATE, self._number, block.index, block.generation, alone)
 
     def flush(self) -> None:
-        """All have come: the leaves commit and send, to the top in a tree, else to the agent."""
+        """Makes the leaves commit and send their sums, to the top in a tree, else to the owner: all updates are in."""
         block = (NO_BLOCK, 0)
         if self.shape.shards:
             self._take_back()
@@ -181,26 +177,26 @@ class Assignment:
             self._host.outbox.push(leaf, self._flushed)
 
     def _choose_top(self) -> int:
-        """The leaf that is done first: it changes its role, and no process is started for it."""
+        """The leaf that will be done first: it changes its role, and no process is started for the top."""
         return min(self._sums, key=lambda i: self._outstanding[i])
 
     def _take_back(self) -> None:
-        """Takes what no leaf has begun with, but for what has to be folded alone."""
+        """Takes back the updates that no leaf has begun with, apart from those that have to be folded alone."""
         for update in self.updates.values():
-            leaf, block = update.runtime, update.block
+            leaf, block = update.worker, update.block
             if leaf and not update.deaths and self._host.arena.move(block, (leaf, State.READY), (AGENT, State.READY)):
-                update.runtime = AGENT
+                update.worker = AGENT
                 self._outstanding[leaf] -= 1
                 self.held.append(update)
 
     def abort(self, workers: Iterable[int]) -> None:
-        """Tells workers to let go of the round."""
+        """Makes workers let go of the round."""
         for worker in workers:
             self._host.outbox.push(worker, self.aborted)
 
     @property
     def aborted(self) -> Descriptor:
-        """What makes a worker let go, and give back sums that reach it later."""
+        """The descriptor that makes a worker let go of the round, and give back sums that reach it later."""
         return Descriptor(Kind.ABORT, self._number)
 
     # ------------------------------------------------------------ back from them
@@ -210,35 +206,35 @@ class Assignment:
         """True while a leaf has updates that it has not reported as folded."""
         return any(self._outstanding.values())
 
-    def is_top(self, me: int) -> bool:
-        """True for the leaf that adds up the sums, from when it has folded its own updates."""
-        return me == self.top and not self._outstanding[me]
+    def is_top(self, worker: int) -> bool:
+        """True for the leaf that adds up the sums, as soon as it has folded its own updates."""
+        return worker == self.top and not self._outstanding[worker]
 
     @property
     def is_committed(self) -> bool:
-        """True when every leaf has sent its sum to the agent: the mean can be made in shards."""
+        """True when every leaf has sent its sum to the owner: the mean can be made in shards."""
         return self._flushed is not None and self.top == AGENT and not self.working
 
     def sums(self) -> list[Block]:
-        """The partial sums that leaves have sent to the agent."""
+        """The partial sums that leaves have sent to the owner."""
         word = recovery.word
         blocks = [block for pair in self._sums.values() for block in pair]
         return [block for block in blocks if word(self._host.arena, block) == (AGENT, State.COMMITTED)]
 
     def sent(self) -> list[tuple[int, int, int]]:
-        """The leaves that had a sum to hand over, and when they did, in nanoseconds of the monotonic clock."""
+        """Leaf, begin and end of each hand-over of a sum, in nanoseconds of the monotonic clock."""
         notes = [(leaf, self._host.arena.note(block.index)) for leaf, pair in self._sums.items() for block in pair]
         return [(leaf, note.begin_ns, note.end_ns) for leaf, note in notes if note.end_ns]
 
     def settle(self, update: Update) -> None:
-        """The update is in a committed sum, or refused: its block, which is free, is reclaimed."""
+        """Takes an update that is in a committed sum, or refused, off the books, and reclaims its free block."""
         del self.updates[update.block.index, update.block.generation]
-        if update.runtime:
-            self._outstanding[update.runtime] -= 1
+        if update.worker:
+            self._outstanding[update.worker] -= 1
         self._host.arena.reclaim(update.block)
 
     def take_all(self) -> list[Block]:
-        """Every block that may still be the round's, for good."""
+        """Gives up every block that may still be the round's, and returns them to be reclaimed."""
         held = [*self._reserved(), self.mean, *(update.block for update in self.updates.values())]
         self._host.arena.move(self.mean, (self.top, State.WRITING), (AGENT, State.FREE))
         self.updates = {}
@@ -250,45 +246,46 @@ class Assignment:
 
     # ------------------------------------------------------------ when a worker is dead
 
-    def held_by(self, me: int) -> list[Update]:
+    def held_by(self, worker: int) -> list[Update]:
         """The updates that a leaf was given and has not reported."""
-        return [update for update in self.updates.values() if update.runtime == me]
+        return [update for update in self.updates.values() if update.worker == worker]
 
-    def has_made_mean(self, me: int) -> bool:
+    def has_made_mean(self, worker: int) -> bool:
         """True if the dead worker was the top and had committed the mean."""
-        return me == self.top and recovery.word(self._host.arena, self.mean) == (AGENT, State.READY)
+        return worker == self.top and recovery.word(self._host.arena, self.mean) == (AGENT, State.READY)
 
-    def free(self, me: int) -> None:
-        """Frees everything that the dead worker still owned."""
-        recovery.free(self._host.arena, me, [*self._reserved(), *(update.block for update in self.held_by(me))])
+    def free(self, worker: int) -> None:
+        """Frees every block that the dead worker still owns."""
+        recovery.free(self._host.arena, worker, [*self._reserved(), *(update.block for update in self.held_by(worker))])
 
-    def sweep(self, me: int, of_work: bool) -> Remains:
-        """What the dead worker left, made ready for its successor; what it read is suspect if it died of its work."""
-        remains = recovery.sweep(self._host.arena, me, self._sums[me], self.held_by(me))
+    def sweep(self, worker: int, of_work: bool) -> Remains:
+        """Makes a dead worker's blocks ready for its successor; the updates that it read are suspects if `of_work`."""
+        remains = recovery.sweep(self._host.arena, worker, self._sums[worker], self.held_by(worker))
         for update in remains.again:
             update.deaths += of_work and update.block.index in remains.suspects
         return remains
 
     def refuse(self, update: Update) -> None:
-        """Takes an update away, for good; no living worker has it."""
-        recovery.free(self._host.arena, update.runtime, [update.block])
-        if update.runtime:
-            self._given[update.runtime] -= 1
+        """Takes an update away for good; no living worker has it."""
+        recovery.free(self._host.arena, update.worker, [update.block])
+        if update.worker:
+            self._given[update.worker] -= 1
         else:
             self.held.remove(update)
         self.settle(update)
 
-    def retell(self, me: int, remains: Remains) -> list[Descriptor]:
-        """What the dead worker's successor has to be told, in order; tells the top what it may not know."""
+    def retell(self, worker: int, remains: Remains) -> list[Descriptor]:
+        """The descriptors for the dead worker's successor, in order; sends the top what it may have missed."""
         again = [u for u in remains.again if (u.block.index, u.block.generation) in self.updates]
-        if self._flushed is not None and me != self.top and not again and (remains.sum is None or self.top == AGENT):
-            # Its part was done, or it had none.
+        has_sum_for_top = remains.sum is not None and self.top != AGENT
+        if self._flushed is not None and worker != self.top and not again and not has_sum_for_top:
+            # The dead worker's part was done, or it had none.
             if remains.sum is not None:
-                self._host.arena.move(remains.sum, (me, State.COMMITTED), (AGENT, State.COMMITTED))
-            recovery.free(self._host.arena, me, self._sums[me])
-            self.working.discard(me)
+                self._host.arena.move(remains.sum, (worker, State.COMMITTED), (AGENT, State.COMMITTED))
+            recovery.free(self._host.arena, worker, self._sums[worker])
+            self.working.discard(worker)
             if self.top != AGENT:
-                self._host.outbox.push(self.top, self._sum_of(me))
+                self._host.outbox.push(self.top, self._sum_of(worker))
             return []
         told = [Descriptor(Kind.OPEN, self._number, self.control.index, self.control.generation)]
         if remains.sum is not None:
@@ -296,24 +293,24 @@ class Assignment:
         told += [Descriptor(Kind.GRANT, self._number, b.index, b.generation) for b in remains.spare]
         told += map(self._told, again)
         if self._flushed is not None:
-            told += self._sums_for_top() if me == self.top else ()
+            told += self._sums_for_top() if worker == self.top else ()
             told.append(self._flushed)
         return told
 
     def _sum_of(self, leaf: int) -> Descriptor:
-        """The SUM of a leaf that has sent its own, or has none; it may be told twice."""
+        """The SUM of a leaf that has sent its own, or has none; the top may get it twice."""
         for block in self._sums[leaf]:
             if recovery.word(self._host.arena, block)[0] == self.top:
                 return Descriptor(Kind.SUM, self._number, block.index, block.generation, leaf)
         return Descriptor(Kind.SUM, self._number, arg=leaf)
 
     def _sums_for_top(self) -> Iterable[Descriptor]:
-        """What the other leaves had handed over to a top that died; it may have read of them or not."""
+        """The sums that the other leaves had handed over to a top that died, whether or not the top had read them."""
         for leaf in self._sums:
             if leaf == self.top:
                 continue
             if any(recovery.word(self._host.arena, block)[0] == leaf for block in self._sums[leaf]):
-                continue  # it has not let go of all: it will say so itself, and until then the round may not end
+                continue  # this leaf still has a block: it sends its own SUM, and until then the round may not end
             for block in self._sums[leaf]:
                 self._host.arena.move(block, (self.top, State.READING), (self.top, State.COMMITTED))
             said = self._sum_of(leaf)

@@ -1,4 +1,4 @@
-"""Who takes part in a round: the clients that have an update in it or a loan out. No arena, no lock."""
+"""The clients that take part in a round: each has an update in it, or a loan. No arena, no lock."""
 
 from __future__ import annotations
 
@@ -10,76 +10,76 @@ import attrs
 
 @attrs.frozen
 class _Loan:
-    """A loan that is out: the thread that asked for it, and whether a submit is copying into it."""
+    """A loan that a client has: the thread that asked for it, and whether a submit copies into it."""
 
     thread: int
     is_copy: bool
 
 
-class Roster:
-    """Not locked: that is the round's business; only :meth:`drop` may be called at any moment."""
+class Clients:
+    """The clients of one round. The caller holds the Node's lock; :meth:`drop` and :meth:`tidy` need no lock."""
 
     def __init__(self) -> None:
-        self._clients: set[str] = set()  # accepted, or with a loan out
+        self._clients: set[str] = set()  # with an accepted update, or a loan
         self._loans: dict[str, _Loan] = {}
         self._unnamed: set[str] = set()
         self._dropped: deque[str] = deque()
 
     def next_name(self) -> str:
-        """A name for an update that came without a client: #1, #2 and so on."""
+        """A new name for an update without a client: #1, #2 and so on."""
         name = f"#{len(self._unnamed) + 1}"
         self._unnamed.add(name)
         return name
 
     def is_unnamed(self, client_id: str) -> bool:
-        """True for a name from :meth:`next_name`, which says nothing about who it is in other rounds."""
+        """True for a name from :meth:`next_name`, which names another client in each round."""
         return client_id in self._unnamed
 
     def __contains__(self, client_id: object) -> bool:
         return client_id in self._clients
 
     def enter(self, client_id: str, is_copy: bool) -> None:
-        """The client has got a loan from the calling thread, into which a submit copies or which it will send."""
+        """Notes a loan for the client by the calling thread; a submit copies into the loan if `is_copy`."""
         self._clients.add(client_id)
         self._loans[client_id] = _Loan(threading.get_ident(), is_copy)
 
     def count(self, client_id: str) -> None:
-        """The client's loan has become an update."""
+        """Notes that the client's loan has become an update."""
         del self._loans[client_id]
 
     def leave(self, client_id: str) -> None:
-        """The client's loan ended unsent, or its update was refused: it may try again."""
+        """Notes that the client's loan ended unsent, or its update was refused: the client may try again."""
         self._loans.pop(client_id, None)
         self._clients.discard(client_id)
 
     def drop(self, client_id: str) -> None:
-        """The client's loan was collected unsent; :meth:`tidy` takes it off. Takes no lock."""
-        self._dropped.append(client_id)
+        """Notes that the client's loan was collected unsent; :meth:`tidy` takes it off. Takes no lock."""
+        self._dropped.append(client_id)  # one step of the interpreter, safe in the garbage collector
 
     def tidy(self) -> None:
         """Takes dropped loans off."""
         while self._dropped:
             try:
                 client_id = self._dropped.popleft()
-            except IndexError:  # another thread did
+            except IndexError:  # another thread has taken the last one
                 return
             self.leave(client_id)
 
     def has_loan(self, client_id: str) -> bool:
-        """True while the client's loan is out."""
+        """True while the client has a loan."""
         return client_id in self._loans
 
     @property
     def num_loans(self) -> int:
-        """Loans that are out."""
+        """The number of loans that clients have."""
         return len(self._loans)
 
     @property
     def is_copying(self) -> bool:
-        """True while a submit is copying: that loan will end by itself."""
+        """True while a submit copies: such a loan ends by itself."""
         return any(loan.is_copy for loan in self._loans.values())
 
     @property
     def others_hold_loans(self) -> bool:
-        """True if another thread than the calling one holds a loan, and may give it back."""
+        """True if a thread other than the calling one holds a loan, and may give it back."""
         return any(loan.thread != threading.get_ident() for loan in self._loans.values())

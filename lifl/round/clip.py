@@ -74,14 +74,14 @@ class Clip:
 
     def _distance(self, arrays: Mapping[str, Array]) -> float:
         squares = []
-        with np.errstate(over="ignore"):  # told by the sum
+        with np.errstate(over="ignore"):  # an overflow shows in the sum
             for name, dtype, base in self._base:
                 update = arrays[name].reshape(-1)
                 for at in _chunks(base.size):
                     change = _wide(update[at], dtype)
                     change -= _wide(base[at], dtype)
                     np.square(change, out=change)
-                    # Not a dot product: that is another library's, with threads and an order of its own.
+                    # No dot product: BLAS has threads and an order of additions of its own.
                     squares.append(float(np.add.reduce(change)))
         try:
             return math.sqrt(math.fsum(squares))
@@ -110,6 +110,7 @@ def _narrow(chunk: Array, dtype: str) -> Any:
     """The chunk rounded to the nearest of `dtype`, ties to even."""
     if dtype != "bfloat16":
         return chunk.astype(dtype)
+    # The lower 16 bits are rounded away: half of the last kept bit is added, a little less if that bit is even.
     bits = chunk.astype(np.float32).view(np.uint32)
     bits += 0x7FFF + (bits >> 16 & 1)
     return (bits >> 16).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""What a round needs of the Node that runs it, and the one way to wait for memory."""
+"""The part of a Node that its rounds use, and the one way to wait for memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Protocol
 from lifl.errors import ShmError
 from lifl.planner.shape import Shape
 from lifl.report.report import RoundReport
+from lifl.round.pacing import Pace
+from lifl.round.record import Tally
 from lifl.round.settings import Terms
-from lifl.round.tally import Tally
 from lifl.shm.arena import Arena, Block
 from lifl.shm.ring import Outbox
 
@@ -21,7 +22,7 @@ WAIT_CAP_S = 0.1
 
 
 class Workers(Protocol):
-    """A Node's workers: how many there may be, which are there, and which are the best choice.
+    """A Node's workers: their largest number, those that run, and the best choice of them.
 
     Attributes
     ----------
@@ -39,31 +40,44 @@ class Workers(Protocol):
         """The workers that are running."""
 
     def choose(self, n: int, without: Container[int] = ()) -> tuple[int, ...]:
-        """The best `n` workers for a new part in a round; starts those that are not there."""
+        """The best `n` workers for a new part in a round; starts those that do not run."""
 
     def prepare(self, n: int) -> None:
-        """Starts workers until `n` are there."""
+        """Starts workers until `n` run."""
 
 
 class Router(Protocol):
     """The way to the workers, as a round uses it."""
 
-    def route_top(self, number: int, me: int | None) -> None:
-        """Partial sums of round `number` go to worker `me`; None: to nobody any more."""
+    def route_top(self, number: int, worker: int | None) -> None:
+        """Routes the partial sums of round `number` to `worker`; None: to nobody any more."""
 
 
 class Predictor(Protocol):
     """The cost model, as a round uses it."""
 
+    def pace(self, terms: Terms) -> Pace:
+        """The plan of a round with these terms."""
+
     def predict(self, terms: Terms, shape: Shape, arrivals: Sequence[float]) -> dict[str, float] | None:
-        """Seconds that each phase of a round is expected to take; None if the model does not apply."""
+        """The expected seconds, CPU seconds and bytes of a round, by name; None if the model does not apply."""
 
     def learn(self, report: RoundReport) -> None:
         """Takes a finished round into account."""
 
 
 class Host(Protocol):
-    """What a round needs of the Node that runs it."""
+    """The Node of a round.
+
+    Attributes
+    ----------
+    arena : Arena
+    outbox : Outbox
+        Descriptors to the workers.
+    changed : threading.Condition
+        The Node's lock. It guards the Node's books and those of all its rounds, and is notified of each change.
+    tally : Tally
+    """
 
     arena: Arena
     outbox: Outbox
@@ -77,34 +91,41 @@ class Host(Protocol):
 
     @property
     def transport(self) -> Router:
-        """The way to them."""
+        """The way to the workers."""
 
     @property
     def forecast(self) -> Predictor:
         """The Node's cost model."""
 
     def pump(self) -> None:
-        """Gets the work going that is there; without workers it is done now, in the calling thread."""
+        """Sets workers to the work that waits; without workers the calling thread does it now."""
 
     @property
     def is_foreign(self) -> bool:
-        """True in a fork of the Node's process, where nothing of it may be used, its lock neither."""
+        """True in a fork of the Node's process, where nothing of the Node may be used, not even its lock."""
 
     def check_workers(self) -> None:
-        """Raises PeerGoneError if one is gone and has no successor."""
+        """Raises PeerGoneError if a worker is gone and has no successor."""
 
     def relieve(self) -> bool:
-        """Memory is short: makes lazy rounds fold what they hold; false if nothing will come free."""
+        """Makes lazy rounds fold what they hold, because memory is short; false if nothing will come free."""
 
     def held_by(self, client_id: str) -> int:
         """Bytes of the arena that a client holds, in all open rounds."""
 
+    @property
+    def largest_update_bytes(self) -> int:
+        """Bytes of the largest update of the open rounds; 0 if none is open."""
+
+    def next_number(self) -> int:
+        """The number of a round that is being opened."""
+
     def forget(self, number: int) -> None:
-        """The round has been closed."""
+        """Takes note that a round has been closed."""
 
 
 def wait_for_block(host: Host, nbytes: int, timeout: float | None, purpose: str, *, apart: bool = False) -> Block:
-    """A WRITING block of the agent's, as soon as there is one. The caller holds ``host.changed``.
+    """Waits for a block of `nbytes`, in state WRITING, of the owner's. The caller holds ``host.changed``.
 
     Raises :class:`ShmError` (ENOSPC) at the time-out, or at once if nothing will come free by itself.
     """

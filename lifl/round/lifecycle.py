@@ -1,7 +1,7 @@
-"""How a round goes: what is accepted is folded ahead or held, the mean is made, and what workers say is taken in.
+"""The course of a round, from its first update to its mean, and the phases that it goes through.
 
-Decides who counts and when the round is over, and survives workers that die. It starts no process and reads no ring;
-its host (a Node) carries descriptors to and from it, with the host's lock held.
+Decides which updates count and when the round is over, and survives workers that die. Starts no process and reads no
+ring: its host (a Node) carries descriptors to and from it, with the host's lock held.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import errno
 import math
 from collections.abc import Iterator
-from typing import Literal
+from enum import StrEnum
 
 import attrs
 
@@ -19,10 +19,9 @@ from lifl.report.entries import Rejection
 from lifl.report.report import RoundReport
 from lifl.report.result import RoundResult
 from lifl.round.blocks import Assignment
-from lifl.round.clients import Roster
+from lifl.round.clients import Clients
 from lifl.round.host import Host
 from lifl.round.mean import Finish
-from lifl.round.pacing import Pace
 from lifl.round.record import Books, Update
 from lifl.round.settings import Terms
 from lifl.shm.arena import Block
@@ -33,38 +32,81 @@ MAX_DEATHS_IN_VAIN = 8
 """Workers that may die one after another without anything being folded between: then the round fails."""
 
 
+class Phase(StrEnum):
+    """The phase of a round: OPEN takes updates; FOLDING has all of them, and no mean yet.
+
+    MADE has its mean, and waits until each leaf has reported all that it folded. DONE has its result, FAILED an error.
+    CLOSED has given everything back.
+    """
+
+    OPEN = "open"
+    FOLDING = "folding"
+    MADE = "made"
+    DONE = "done"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+    @property
+    def is_running(self) -> bool:
+        """True while there is neither a result nor an error."""
+        return self in (Phase.OPEN, Phase.FOLDING, Phase.MADE)
+
+    @property
+    def shown(self) -> str:
+        """The phase as statistics and messages name it: MADE is a part of "folding"."""
+        return str(Phase.FOLDING if self is Phase.MADE else self)
+
+
+NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.OPEN: frozenset({Phase.FOLDING, Phase.FAILED}),
+    Phase.FOLDING: frozenset({Phase.MADE, Phase.FAILED}),
+    Phase.MADE: frozenset({Phase.DONE, Phase.FAILED}),
+    Phase.DONE: frozenset({Phase.CLOSED}),
+    Phase.FAILED: frozenset({Phase.CLOSED}),
+    Phase.CLOSED: frozenset(),
+}
+"""Phase -> the phases that may follow it."""
+
+
 class Lifecycle:
-    """One round, as its host and its workers move it.
+    """The state of one round, moved by its host and by what its workers report.
 
     Attributes
     ----------
-    phase : str
-        "open" (takes updates), "folding" (all are in), "done", "failed" or "closed".
     error : Exception or None
-        Why it failed.
+        The reason why the round failed.
     result : RoundResult or None
     """
 
-    def __init__(
-        self, host: Host, number: int, terms: Terms, assignment: Assignment, pace: Pace, roster: Roster
-    ) -> None:
-        self._host, self.number, self._assignment, self._pace = host, number, assignment, pace
-        self._terms, self._roster = terms, roster
+    def __init__(self, host: Host, number: int, terms: Terms, assignment: Assignment, clients: Clients) -> None:
+        self._host, self.number, self._assignment = host, number, assignment
+        self._terms, self._clients = terms, clients
+        self._pace = host.forecast.pace(terms)
         self._finish = Finish(host, number, assignment, terms.order == "flower")
         self.books = Books(host.tally, terms.spec.nbytes, cold_starts=host.pool.cold_starts)
-        self.phase: Literal["open", "folding", "done", "failed", "closed"] = "open"
+        self._phase = Phase.OPEN
         self.error: Exception | None = None
         self.result: RoundResult | None = None
         self.acks: set[int] = set()  # workers that have let go
-        self._is_ended = False  # the mean is there; every leaf may not have been heard yet
         self._is_predicted = False
         self._predicted: dict[str, float] | None = None
         self._deaths_in_vain = 0
 
+    @property
+    def phase(self) -> Phase:
+        """The phase that the round is in."""
+        return self._phase
+
+    def _move(self, to: Phase) -> None:
+        """The one place where the phase changes; raises RoundError for a transition that is not in ``NEXT``."""
+        if to not in NEXT[self._phase]:
+            raise RoundError(f"round {self.number} cannot go from {self._phase} to {to}: this is a bug in lifl")
+        self._phase = to
+
     # ------------------------------------------------------------ updates come in
 
     def count(self, update: Update) -> None:
-        """One more update is accepted: it is folded ahead, or held. With the last one the end begins."""
+        """Takes one more accepted update, to be folded ahead or held. With the last one the end begins."""
         work, pace = self._assignment, self._pace
         self.books.accept(update)
         work.add(update)
@@ -80,9 +122,10 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def _ended_without_workers(self) -> Iterator[None]:
-        """If there is no worker and none can be started the round fails, and its result says why.
+        """Fails the round if there is no worker and none can be started; its result raises the reason.
 
-        The error must not reach whoever hands in an update: that counts already. Nor who needs room in another round.
+        The error must not reach the caller that hands in an update, which counts already, nor the caller that waits for
+        room in another round.
         """
         try:
             yield
@@ -90,17 +133,18 @@ class Lifecycle:
             self.fail(error)
 
     def press(self) -> None:
-        """Makes leaves fold what is held, because memory is short. The host holds the lock."""
+        """Makes leaves fold the held updates, because memory is short. The host holds the lock."""
         with self._ended_without_workers():
             self._assignment.press()
 
     @property
     def is_moving(self) -> bool:
         """True if blocks of this round will come free while this thread waits. The host holds the lock."""
-        return self.phase == "folding" or self._assignment.is_busy or self._roster.others_hold_loans
+        is_ending = self._phase in (Phase.FOLDING, Phase.MADE)
+        return is_ending or self._assignment.is_busy or self._clients.others_hold_loans
 
     def enlist(self, leaves: int) -> None:
-        """Takes on so many leaves now, if there is room for their sums; others join when there is work for them."""
+        """Engages so many leaves now, if there is room for their sums; others join when there is work for them."""
         self._assignment.shape = self._pace.shape
         with contextlib.suppress(PeerGoneError):  # the first update asks again
             while len(self._assignment.leaves) < leaves and self._assignment.enlist():
@@ -108,31 +152,36 @@ class Lifecycle:
 
     @property
     def engaged(self) -> set[int]:
-        """The workers that have a part in it now. The host holds the lock."""
-        if self.phase in ("done", "closed"):
+        """The workers that have a part in the round now. The host holds the lock."""
+        if self._phase in (Phase.DONE, Phase.CLOSED):
             return set()
         return self._assignment.working | self._finish.makers
 
     def roles(self) -> dict[int, str]:
-        """What each of :attr:`engaged` is now: "leaf", "top" or "shard". The host holds the lock."""
-        makers, work = self._finish.makers, self._assignment
-        return {me: "shard" if me in makers else "top" if work.is_top(me) else "leaf" for me in self.engaged}
+        """The role of each of the :attr:`engaged`: "leaf", "top" or "shard". The host holds the lock."""
+
+        def role(worker: int) -> str:
+            if worker in self._finish.makers:
+                return "shard"
+            return "top" if self._assignment.is_top(worker) else "leaf"
+
+        return {worker: role(worker) for worker in self.engaged}
 
     @property
     def waits_for_workers(self) -> bool:
-        """True while a worker owes this round something. The host holds the lock."""
-        return self.phase in ("folding", "failed") or self._assignment.is_busy
+        """True while a worker has work of this round, or has to let go of it. The host holds the lock."""
+        return self._phase in (Phase.FOLDING, Phase.MADE, Phase.FAILED) or self._assignment.is_busy
 
     def flush(self) -> None:
-        """Everything that will come has come: commit, then make the mean."""
-        self.phase = "folding"
+        """Ends the round's intake: the leaves commit, then the mean is made."""
+        self._move(Phase.FOLDING)
         with self._ended_without_workers():
             self._assignment.flush()
             self._make_mean()
 
     def _make_mean(self) -> None:
-        """Orders the mean as soon as every sum of which it is made is there; a tree's top needs no order."""
-        is_due = self.phase == "folding" and not self._is_ended and not self._finish.is_running
+        """Orders the mean as soon as all its sums are there; a tree's top needs no order."""
+        is_due = self._phase is Phase.FOLDING and not self._finish.is_running
         if is_due and self._assignment.is_committed:
             if self._assignment.held or self._assignment.sums():
                 self._finish.begin()
@@ -147,7 +196,7 @@ class Lifecycle:
         return attrs.evolve(self.books.report(*how, self.error), predicted=self._predicted)
 
     def add_prediction(self) -> None:
-        """Puts into the result's report what the cost model says of the arrivals as they were."""
+        """Puts the cost model's prediction for the arrivals, as they were, into the result's report."""
         if self.result is not None and not self._is_predicted:
             self._is_predicted = True
             report, terms = self.result.report, self._terms
@@ -157,7 +206,7 @@ class Lifecycle:
             self._host.forecast.learn(report)
             self.result = attrs.evolve(self.result, report=report)
 
-    # ------------------------------------------------------------ what workers say; the host holds the lock
+    # ------------------------------------------------------------ descriptors from workers; the host holds the lock
 
     def handle(self, sender: int, d: Descriptor) -> None:
         """Takes a descriptor from a worker into the books."""
@@ -171,7 +220,8 @@ class Lifecycle:
                 self._all_made()
         elif d.kind == Kind.RESULT:
             self._note_top(sender)
-            self._is_ended = True
+            if self._phase is Phase.FOLDING:
+                self._move(Phase.MADE)
         elif d.kind == Kind.ABORTED:
             self.acks.add(sender)
         elif d.kind == Kind.FAILED:
@@ -182,27 +232,27 @@ class Lifecycle:
             )
         if d.kind in (Kind.FOLDED, Kind.SUM, Kind.RESULT):
             self._deaths_in_vain = 0
-        self._finish_if_ended()
+        self._end_if_settled()
 
     def _all_made(self) -> None:
-        """Every range of an order is made, or was given up."""
-        if self.phase == "folding" and self._finish.is_done():
+        """Goes on when every range of an order is made or given up."""
+        if self._phase is Phase.FOLDING and self._finish.is_done():
             held, times = self._assignment.held, self._finish.times()
             for worker, begin_ns, end_ns in times:
                 self.books.add_span(worker, "shard", begin_ns, end_ns, len(held))
             for update in held:
-                # All of them folded it, each in its range.
-                update.runtime, update.folded_s = times[0][0], self.books.now_s()
-            self._is_ended = True
+                # Every maker folded it, each in its range: the first stands for all.
+                update.worker, update.folded_s = times[0][0], self.books.now_s()
+            self._move(Phase.MADE)
         self._make_mean()
 
     def _note_top(self, top: int) -> None:
         note = self._host.arena.note(self._assignment.mean.index)
         self.books.add_span(top, "top", note.begin_ns, note.end_ns, len(self._assignment.leaves))
 
-    def _finish_if_ended(self) -> None:
-        # The top may be heard before another leaf has told all that it folded.
-        if self._is_ended and not self._assignment.is_busy and self.phase == "folding":
+    def _end_if_settled(self) -> None:
+        # The top's report can come before another leaf has reported all that it folded.
+        if self._phase is Phase.MADE and not self._assignment.is_busy:
             self._finished()
 
     def _folded(self, sender: int, d: Descriptor) -> None:
@@ -212,7 +262,7 @@ class Lifecycle:
         self._settle(update)
 
     def _settle(self, update: Update) -> None:
-        """The update is in a committed sum, and its block free."""
+        """Notes that an update is in a committed sum, and its block free."""
         note = self._host.arena.note(update.block.index)
         self.books.folded(update, note.begin_ns, note.end_ns)
         self._assignment.settle(update)
@@ -232,7 +282,7 @@ class Lifecycle:
         for sent in self._assignment.sent():
             self.books.add_sent(*sent)
         self.books.done_s = self.books.now_s()
-        self.phase = "done"
+        self._move(Phase.DONE)
         self.books.tally.done += 1
         buffer = self._host.arena.buffer(self._assignment.mean)
         views = self._terms.spec.flower_views if self._terms.order == "flower" else self._terms.spec.views
@@ -245,60 +295,61 @@ class Lifecycle:
         for block in self._assignment.take_all():
             self._host.arena.reclaim(block)
 
-    def recover(self, me: int, of_work: bool) -> list[Descriptor]:
-        """Takes up what a dead worker left of this round; what its successor has to be told, in order.
+    def recover(self, worker: int, of_work: bool) -> list[Descriptor]:
+        """Takes up what a dead worker left of this round; returns the descriptors for its successor, in order.
 
-        Not `of_work`: one that had not started, or whose parent died, has died of nothing that it was given. The host
-        holds the lock and has heard all that the dead one had said.
+        `of_work` is false for a worker that had not started, or whose parent died: no update can be the cause. The host
+        holds the lock and has read all descriptors of the dead worker.
         """
         work = self._assignment
-        if me not in self.workers or self.phase in ("done", "closed"):
+        if worker not in self.workers or self._phase in (Phase.DONE, Phase.CLOSED):
             return []
-        if self.phase == "failed":
-            # Its successor says when it has let go: a leaf's sum may be on its way to it.
+        if self._phase is Phase.FAILED:
+            # The successor has to let go too: a leaf's sum may be on its way to it.
             self.books.deaths += 1
-            work.free(me)
+            work.free(worker)
             return [work.aborted]
-        if work.has_made_mean(me):
-            # It had made the mean, and only not said so.
+        if work.has_made_mean(worker):
+            # The mean is made; only the RESULT is missing.
             self.books.deaths += 1
-            work.free(me)
-            for update in work.held_by(me):
+            work.free(worker)
+            for update in work.held_by(worker):
                 self._settle(update)
-            self._is_ended = True
-            self._finish_if_ended()
+            if self._phase is Phase.FOLDING:
+                self._move(Phase.MADE)
+            self._end_if_settled()
             return []
-        if me not in work.working and me not in self._finish.makers:
+        if worker not in work.working and worker not in self._finish.makers:
             return []
         self.books.deaths += 1
         self._deaths_in_vain += of_work
         if self._deaths_in_vain >= MAX_DEATHS_IN_VAIN:
             died = f"{self._deaths_in_vain} workers died of it, one after another"
             self.fail(RoundError(f"round {self.number}: {died}{self.books.refusals()}"))
-            work.free(me)
+            work.free(worker)
             return [work.aborted]
-        told = self._recover_leaf(me, of_work) if me in work.working else []
-        if self.phase == "folding" and me in self._finish.makers:
-            told += self._recover_shard(me) if of_work else self._finish.tell_again(me)
+        told = self._recover_leaf(worker, of_work) if worker in work.working else []
+        if self._phase is Phase.FOLDING and worker in self._finish.makers:
+            told += self._recover_shard(worker) if of_work else self._finish.tell_again(worker)
         self._make_mean()
         return told
 
-    def _recover_leaf(self, me: int, of_work: bool) -> list[Descriptor]:
+    def _recover_leaf(self, worker: int, of_work: bool) -> list[Descriptor]:
         work = self._assignment
-        remains = work.sweep(me, of_work)
+        remains = work.sweep(worker, of_work)
         for update in remains.counted:
             self._settle(update)
-        for update in [update for update in work.held_by(me) if update.deaths >= MAX_DEATHS]:
+        for update in [update for update in work.held_by(worker) if update.deaths >= MAX_DEATHS]:
             self._refuse_poison(update)
-        if not self.books.updates and self.phase == "folding":
+        if not self.books.updates and self._phase in (Phase.FOLDING, Phase.MADE):
             self.fail(RoundError(f"round {self.number}: no update is left{self.books.refusals()}"))
-            work.free(me)
+            work.free(worker)
             return []
-        return work.retell(me, remains)
+        return work.retell(worker, remains)
 
-    def _recover_shard(self, me: int) -> list[Descriptor]:
+    def _recover_shard(self, worker: int) -> list[Descriptor]:
         finish = self._finish
-        told = finish.lost(me)
+        told = finish.lost(worker)
         suspect = finish.suspect
         if suspect is not None and suspect.deaths >= MAX_DEATHS:
             finish.drop_suspect()
@@ -309,35 +360,36 @@ class Lifecycle:
         return told
 
     def _refuse_poison(self, update: Update) -> None:
-        """An update that two workers died of is not given to a third."""
+        """Refuses an update that two workers died of: a third one does not get it."""
         reason = f"{update.deaths} workers died while they folded it"
         self.books.reject(Rejection(update.client_id, "poison", reason))
         self.books.updates.remove(update)
-        self._roster.leave(update.client_id)
+        self._clients.leave(update.client_id)
         self._assignment.refuse(update)
         self._deaths_in_vain = 0
 
     @property
     def mean(self) -> Block:
-        """What takes the mean."""
+        """The block of the mean."""
         return self._assignment.mean
 
     @property
     def workers(self) -> set[int]:
-        """Everybody who has had a part."""
+        """Every worker that has had a part."""
         return {*self._assignment.leaves, *self._finish.workers}
 
     def fail(self, error: Exception) -> None:
         """Ends the round without a result. The host holds the lock."""
-        if self.phase in ("open", "folding"):
-            self.phase, self.error = "failed", error
+        if self._phase.is_running:
+            self._move(Phase.FAILED)
+            self.error = error
             self.books.tally.failed += 1
             self.books.done_s = self.books.now_s()
 
     # ------------------------------------------------------------ the end
 
     def abort(self) -> None:
-        """Whoever has had a part is told to let go; ``acks`` says who has."""
+        """Makes every worker that has had a part let go; ``acks`` has those that did."""
         self._assignment.abort(self.workers)
 
     @property
@@ -346,5 +398,11 @@ class Lifecycle:
         return self.acks >= (self.workers & self._host.pool.present)
 
     def take_all(self) -> list[Block]:
-        """Every block that may still be the round's, for good."""
+        """Gives up every block that may still be the round's, and returns them to be reclaimed."""
         return self._assignment.take_all()
+
+    def close(self) -> None:
+        """Ends a round that is done or failed; harmless when closed. The host holds the lock."""
+        if self._phase is not Phase.CLOSED:
+            self._move(Phase.CLOSED)
+        self.result = None  # whoever asked for the result has it; a kept Round must not pin its memory

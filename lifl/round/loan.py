@@ -1,33 +1,40 @@
-"""Room for one update in the arena, lent to whoever writes it."""
+"""Room for one update in the arena, lent to its writer; and the one copy of a client's arrays into it.
+
+NaN and Inf are looked for on the way.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
+from lifl.round import admission
 from lifl.shm import kernels
 from lifl.shm.arena import Lease
-from lifl.tensor import Array, TensorSpec, torch_views
+from lifl.tensor import CODES, Array, TensorSpec, torch_views
 
 if TYPE_CHECKING:
     import torch
 
 
 class Lender(Protocol):
-    """The round that a loan is of."""
+    """The round that lends."""
 
     @property
     def spec(self) -> TensorSpec:
-        """What an update looks like."""
+        """The form of an update."""
 
     def take_back(self, loan: Loan, weight: float) -> None:
-        """The loan has been written: check it and count it, or refuse it and end it."""
+        """Checks a loan that has been written and counts it, or refuses it and ends it."""
 
     def returned(self, loan: Loan) -> None:
-        """The loan ended unsent."""
+        """Takes note of a loan that ended unsent."""
 
     def dropped(self, client_id: str) -> None:
-        """The loan was collected unsent. Called by the garbage collector: takes no lock."""
+        """Takes note of a loan that was collected unsent. The garbage collector calls this: no lock is taken."""
 
 
 class Loan:
@@ -57,7 +64,7 @@ class Loan:
 
     @property
     def address(self) -> int:
-        """Where the block begins in this process, for those who write it through another library."""
+        """Address of the block in this process, for a writer that uses another library."""
         return kernels.address_of(self.lease.buffer)
 
     def send(self, weight: float) -> None:
@@ -97,7 +104,8 @@ class Loan:
         self._arrays = None
 
     def __del__(self) -> None:
-        # Dropped unsent and unreleased. No lock may be taken here, so others finish it.
+        # Dropped unsent and unreleased. The garbage collector may run while any lock is held, so no lock is taken
+        # here: the round ends the loan the next time that it is used.
         if self.lease.is_live:
             self.lease.forget()
             self._lender.dropped(self.client_id)
@@ -108,3 +116,47 @@ class Loan:
     def __exit__(self, *_: object) -> None:
         if self.lease.is_live:
             self.abandon()
+
+
+def copy_in(spec: TensorSpec, arrays: Mapping[str, Any], loan: Loan) -> None:
+    """Copies `arrays`, which have the spec's names, shapes and dtypes, to their places in the loan's block.
+
+    Raises :class:`~lifl.errors.AdmissionError` at the first NaN or Inf.
+    """
+    base = loan.address
+    for name, code, offset, count in spec.offsets:
+        if count == 0:
+            continue
+        array, target = as_numpy(arrays[name]), base + offset
+        if array.flags.c_contiguous:
+            bad = kernels.copy_finite(code, target, array.ctypes.data, count)
+        else:
+            loan.arrays[name][...] = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+            bad = kernels.copy_finite(code, target, target, count)
+        if bad >= 0:
+            raise admission.refuse_value(loan.client_id, name, bad, _value(array, code, bad))
+
+
+def look_for_nonfinite(spec: TensorSpec, loan: Loan) -> None:
+    """Raises :class:`~lifl.errors.AdmissionError` if what was written in place holds a NaN or Inf."""
+    base = loan.address
+    for name, code, offset, count in spec.offsets:
+        bad = kernels.copy_finite(code, base + offset, base + offset, count)
+        if bad >= 0:
+            raise admission.refuse_value(loan.client_id, name, bad, _value(loan.arrays[name], code, bad))
+
+
+def as_numpy(array: Any) -> Array:
+    """The same memory as a NumPy array; of a torch tensor too if it is on the CPU."""
+    if not hasattr(array, "detach"):
+        return np.asarray(array)
+    tensor = array.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":
+        tensor = tensor.view(sys.modules["torch"].uint16)
+    return np.asarray(tensor.numpy())
+
+
+def _value(array: Array, code: int, index: int) -> float:
+    if code == CODES["bfloat16"]:
+        array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return float(array.flat[index])

@@ -1,8 +1,8 @@
-"""The mean of a round made in ranges of its coordinates: of what, by whom, and what if one of them dies.
+"""The mean of a round made in ranges of its coordinates: its sources, its makers, and the death of a maker.
 
-Every worker reads its range of each source and writes its range of the mean, and nothing else: whoever dies has changed
-nothing that cannot be made again. The sources stay the agent's until all ranges are made. Called with the host's lock
-held.
+Every worker reads its range of each source and writes its range of the mean, and nothing else: a worker that dies has
+changed nothing that cannot be made again. The sources stay the owner's until all ranges are made. Called with the
+host's lock held.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from lifl.round.host import Host
 from lifl.round.record import Update
 from lifl.shm import control_block as order
 from lifl.shm.arena import Block
-from lifl.shm.control_block import Order, Source
+from lifl.shm.control_block import MeanRecipe, Source
 from lifl.shm.ring import Descriptor, Kind
 
 
 class Finish:
     """Makes the mean of the leaves' sums and of what no leaf has folded.
 
-    If a worker dies of an order that has updates, they are suspects: when nobody reads them any more, each is read
-    alone. One that a worker dies of again has to be refused (:meth:`drop_suspect`); the others are cleared. Then the
-    order is given again.
+    If a worker dies of an order that has updates, the updates are suspects: when no worker reads them any more, each is
+    read alone. An update that a worker dies of again has to be refused (:meth:`drop_suspect`); the others are cleared.
+    Then the order is given again.
     """
 
     def __init__(self, host: Host, number: int, work: Assignment, is_flower: bool) -> None:
         self._host, self._number, self._work, self._is_flower = host, number, work, is_flower
-        self._makers: list[int] = []  # of each range of the order
+        self._makers: list[int] = []  # range of the order -> its worker
         self._open: set[int] = set()  # ranges that are not made yet
         self._is_finite = True
         self._is_spoilt = False
         self._suspects: deque[Update] = deque()
         self._sums: list[Block] = []
-        self.workers: set[int] = set()  # everybody who has had a part
+        self.workers: set[int] = set()  # every worker that has had a part
 
     @property
     def is_running(self) -> bool:
-        """True while somebody reads sources or writes the mean."""
+        """True while a worker reads sources or writes the mean."""
         return bool(self._open)
 
     @property
@@ -50,9 +50,9 @@ class Finish:
         return {self._makers[shard] for shard in self._open}
 
     def begin(self) -> None:
-        """Orders the mean of everything, of which there must be something; or first lets a suspect be read alone.
+        """Orders the mean of all sums and held updates, at least one of them; or first lets a suspect be read alone.
 
-        What is made of a suspect is written over later.
+        The mean of a suspect alone is written over later.
         """
         self._is_spoilt, self._is_finite = False, True
         if self._suspects:
@@ -66,7 +66,7 @@ class Finish:
 
     def _give(self, sums: Sequence[Block], updates: Sequence[Update], factors: Sequence[float], shards: int) -> None:
         arena, work = self._host.arena, self._work
-        what = Order(
+        what = MeanRecipe(
             Source(work.mean.index, work.mean.generation),
             tuple(Source(block.index, block.generation) for block in sums),
             tuple(Source(u.block.index, u.block.generation, f) for u, f in zip(updates, factors, strict=True)),
@@ -96,7 +96,7 @@ class Finish:
     # ------------------------------------------------------------ back from the workers
 
     def made(self, worker: int, shard: int, is_finite: bool) -> bool:
-        """A range is made; true if that was the last one, and :meth:`is_done` has to be asked."""
+        """Notes that a range is made; true if it was the last one, and :meth:`is_done` has to be asked."""
         if shard not in self._open or self._makers[shard] != worker:
             return False
         self._open.remove(shard)
@@ -104,9 +104,9 @@ class Finish:
         return not self._open
 
     def is_done(self) -> bool:
-        """All ranges of an order are made, or given up: true if the mean is there, else :meth:`begin` comes next."""
+        """Ends an order whose ranges are all made or given up: true if the mean is there, else call :meth:`begin`."""
         if self._suspects:
-            self._suspects.popleft().deaths = 0  # it was read alone, and nobody died
+            self._suspects.popleft().deaths = 0  # it was read alone, and no worker died
             return False
         if self._is_spoilt:
             self._suspects = deque(self._work.held)
@@ -120,7 +120,7 @@ class Finish:
         return True
 
     def times(self) -> list[tuple[int, int, int]]:
-        """For each range: who made it, and when that began and ended, in nanoseconds of the monotonic clock."""
+        """The worker, the begin and the end of each range, in nanoseconds of the monotonic clock."""
         buffer = self._host.arena.buffer(self._work.control)
         return [
             (worker, *order.read_times(buffer, self._work.layout, shard)) for shard, worker in enumerate(self._makers)
@@ -128,27 +128,27 @@ class Finish:
 
     # ------------------------------------------------------------ when a worker is dead
 
-    def lost(self, me: int) -> list[Descriptor]:
-        """Worker `me` is dead: what its successor is told. ``is_running`` may be false afterwards."""
+    def lost(self, worker: int) -> list[Descriptor]:
+        """Takes note of a dead worker; returns the descriptors for its successor. ``is_running`` may be false then."""
         if self._suspects:
             self._suspects[0].deaths += 1
         elif self._work.held:
             for update in self._work.held if not self._is_spoilt else ():
                 update.deaths += 1
             self._is_spoilt = True
-            self._open -= {shard for shard in self._open if self._makers[shard] == me}
-        return self.tell_again(me)
+            self._open -= {shard for shard in self._open if self._makers[shard] == worker}
+        return self.tell_again(worker)
 
-    def tell_again(self, me: int) -> list[Descriptor]:
-        """What worker `me` has been asked for and has not made."""
-        return [self._told(shard) for shard in sorted(self._open) if self._makers[shard] == me]
+    def tell_again(self, worker: int) -> list[Descriptor]:
+        """The descriptors of the ranges that `worker` has been asked for and has not made."""
+        return [self._told(shard) for shard in sorted(self._open) if self._makers[shard] == worker]
 
     @property
     def suspect(self) -> Update | None:
-        """The update that is read alone."""
+        """The update that is read alone, if there is one."""
         return self._suspects[0] if self._suspects else None
 
     def drop_suspect(self) -> None:
-        """The suspect is to be refused: nobody reads it any more, and :meth:`begin` comes next."""
+        """Forgets the suspect, which is to be refused: no worker reads it any more, and :meth:`begin` is next."""
         self._suspects.popleft()
         self._open.clear()

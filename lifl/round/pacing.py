@@ -1,25 +1,24 @@
-"""When a round's updates are folded: each as it arrives, or held back for the end, as the planner's costs tell.
+"""The pace of a round: its shape, and whether updates are folded as they arrive or held for the end.
 
-No clock: times come in. It decides, the round's assignment carries out.
+Carries the round's rates; the rules are the planner's (``lifl.planner.timing``). No clock: times come in as arguments.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from lifl.planner.load import Load, has_changed
 from lifl.planner.shape import Shape
-from lifl.round.settings import Timing
+from lifl.planner.timing import Timing, begins_just_in_time, seen_rate
 
 MAX_RATE = 1e9
-"""Updates per second; what comes faster is all at once."""
+"""Updates per second; a higher rate counts as all at once."""
 MAX_REPLANS = 8
-"""A round is planned anew at most so often: each time its load has to have changed again."""
+"""A round is planned anew at most so often, each time because its load has changed again."""
 
 
 class Pace:
-    """One round's plan, and whether what has arrived is folded ahead of the rest.
+    """The plan of one round.
 
     Parameters
     ----------
@@ -27,13 +26,13 @@ class Pace:
     choose : callable
         The planner: the shape for updates that come at a rate (updates per second; inf: all at once; None: unknown).
     shape : Shape or None
-        What is carried out. None: what the planner chooses, and chooses again when updates come at another rate.
+        The shape of the round. None: the planner chooses, and again when updates come at another rate.
     expected : int
-        Updates.
+        Updates of the round.
     rate : float or None
         Updates per second that are expected to arrive; None if nothing is known.
     fold_s : float
-        Seconds that a leaf needs for one update.
+        Seconds that a leaf needs for one update, its sum included.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Pace:
         self.replans = 0
 
     def is_folding_ahead(self, now_s: float, waiting: int) -> bool:
-        """One more update has arrived: true if what is held is to be given to leaves now.
+        """Takes note of one more arrival; true if the held updates are to be given to leaves now.
 
         Parameters
         ----------
@@ -65,17 +64,15 @@ class Pace:
         self._arrived += 1
         if self._arrived == 1:
             self._first_s = now_s
-        passed_s = now_s - self._first_s
-        rate = None if self._arrived == 1 else (self._arrived - 1) / passed_s if passed_s > 0 else math.inf
-        if rate is not None:
-            self._replan(rate)
+        seen = seen_rate(self._arrived, now_s - self._first_s)
+        if seen is not None:
+            self._replan(seen)
         if self._timing == "lazy" or not self.shape.leaves:
             return False
         if self._timing == "eager":
             return True
-        # Just in time: the work that is there takes as long as the updates that are still to come.
-        rate = rate or self._rate
-        return rate is not None and waiting * self._fold_s >= (self._expected - self._arrived - 1) / rate
+        rate = self._rate if seen is None else seen
+        return begins_just_in_time(waiting, self._fold_s, self._arrived, self._expected, rate)
 
     def _replan(self, rate: float) -> None:
         planned, seen = (Load(min(k, MAX_RATE), self._fold_s) for k in (self._rate or 0.0, rate))

@@ -1,4 +1,4 @@
-"""How much of the arena a round's clients may hold, and the one way for them to get a block of it."""
+"""The part of the arena that a round's clients may hold, and the one way for a client to get a block of it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from lifl.errors import AdmissionError
 from lifl.round import admission
 from lifl.round.admission import Limits
 from lifl.round.blocks import Assignment
-from lifl.round.clients import Roster
+from lifl.round.clients import Clients
 from lifl.round.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.shm.arena import Block
 from lifl.shm.sizes import units_of
 
 
 class Quota:
-    """What is held is counted anew each time, from who has a loan and which updates are not folded.
+    """The quotas of one round. Each question counts anew, from the loans and the updates that are not folded.
 
-    The host's lock is held by who calls.
+    The caller holds the host's lock.
     """
 
-    def __init__(self, host: Host, limits: Limits, update_bytes: int, roster: Roster, work: Assignment) -> None:
+    def __init__(self, host: Host, limits: Limits, update_bytes: int, clients: Clients, work: Assignment) -> None:
         self._host, self._limits, self._update_bytes = host, limits, update_bytes
-        self._roster, self._work = roster, work
+        self._clients, self._work = clients, work
 
     def held_by(self, client_id: str) -> int:
         """Bytes of the arena that the loan or the update of a client takes."""
-        if client_id not in self._roster:
+        if client_id not in self._clients:
             return 0
         updates = sum(update.client_id == client_id for update in self._work.updates.values())
-        return (self._roster.has_loan(client_id) + updates) * units_of(self._update_bytes)
+        return (self._clients.has_loan(client_id) + updates) * units_of(self._update_bytes)
 
     @property
     def held(self) -> int:
         """Bytes of the arena that all loans and updates of the round take."""
-        return (self._roster.num_loans + len(self._work.updates)) * units_of(self._update_bytes)
+        return (self._clients.num_loans + len(self._work.updates)) * units_of(self._update_bytes)
 
     def take_block(self, client_id: str, timeout: float | None, check: Callable[[], None]) -> Block:
         """A block for one more update of a client, as soon as there is room and the quotas have some.
 
-        `check` raises if the client may not have one; it is asked before and after each wait.
+        `check` raises if the client may not have a block; it is called before and after each wait.
 
-        Raises :class:`AdmissionError` (``quota``) at once for what only clients can give back: what this one
-        holds, and loans. What is being copied or folded is waited for, up to `timeout` seconds.
+        Raises :class:`AdmissionError` (``quota``) at once if only clients can give back what is missing: the blocks of
+        this client, and loans. For updates that are being copied or folded it waits, up to `timeout` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -59,13 +59,14 @@ class Quota:
                 raise
             if self._client_refusal(client_id) is None and self._share_refusal(client_id) is None:
                 return block
-            self._host.arena.reclaim(block)  # others were faster; what they hold is waited for, or refused
+            # The wait for the block let go of the lock, and others were faster: the quotas are asked again.
+            self._host.arena.reclaim(block)
 
     def _client_refusal(self, client_id: str) -> AdmissionError | None:
         bound = self._limits.client_bytes
         if bound is None:
             return None
-        held = 0 if self._roster.is_unnamed(client_id) else self._host.held_by(client_id)
+        held = 0 if self._clients.is_unnamed(client_id) else self._host.held_by(client_id)
         return admission.refuse_quota(client_id, "the client", held, units_of(self._update_bytes), bound)
 
     def _share_refusal(self, client_id: str) -> AdmissionError | None:
@@ -83,7 +84,7 @@ class Quota:
             if (refusal := self._share_refusal(client_id)) is None:
                 return
             left = WAIT_CAP_S if deadline is None else deadline - time.monotonic()
-            if left <= 0 or not (self._work.is_busy or self._roster.is_copying):
+            if left <= 0 or not (self._work.is_busy or self._clients.is_copying):
                 raise refusal
             self._host.changed.wait(min(left, WAIT_CAP_S))
             check()

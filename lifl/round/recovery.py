@@ -1,7 +1,7 @@
-"""What a dead worker left behind, read from the ownership words: rings are hints, the words are the truth.
+"""The blocks that a dead worker left behind, read from their ownership words: rings are hints, the words are the truth.
 
-Called by the agent, for a worker that is proven dead, before its successor starts; other workers go on
-meanwhile. Everything here may be done twice.
+The owner calls this for a worker that is proven dead, before its successor starts; other workers go on meanwhile.
+Everything here may be done twice.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Remains:
     spare : list of Block
         Its other blocks for sums, ready to be granted again.
     counted : list of Update
-        In a committed sum: free by now.
+        The updates in a committed sum: their blocks are free by now.
     again : list of Update
-        In none: READY for the successor.
+        The updates in no committed sum: READY for the successor.
     suspects : set of int
-        Indices of the blocks that were being read when it died.
+        Indices of the blocks that the worker was reading when it died.
     """
 
     sum: Block | None = None
@@ -39,37 +39,37 @@ class Remains:
     suspects: set[int] = attrs.field(factory=set)
 
 
-def sweep(arena: Arena, me: int, sums: Sequence[Block], updates: Iterable[Update]) -> Remains:
-    """Takes apart what participant `me` held: its granted blocks `sums` and the `updates` it was given."""
+def sweep(arena: Arena, worker: int, sums: Sequence[Block], updates: Iterable[Update]) -> Remains:
+    """Sorts the blocks of a dead worker: its granted blocks `sums`, and the `updates` that it was given."""
     remains = Remains()
     committed = []
     for block in sums:
         owner, state = word(arena, block)
-        if owner != me:
+        if owner != worker:
             continue  # handed over, or freed
         if state in (State.COMMITTED, State.READING):
             committed.append((_epoch_and_batch(arena, block), block))
-            arena.move(block, (me, State.READING), (me, State.COMMITTED))
+            arena.move(block, (worker, State.READING), (worker, State.COMMITTED))
         else:
             remains.spare.append(block)
     batch: set[tuple[int, int]] = set()
-    # Two are committed if it died between a commit and the release of the sum before: the newer one
+    # Two sums are committed if the worker died between a commit and the release of the sum before: the newer sum
     # contains the older.
     for (_, members), block in sorted(committed, key=lambda pair: pair[0][0]):
         if remains.sum is not None:
-            arena.move(remains.sum, (me, State.COMMITTED), (me, State.ACCUM))
+            arena.move(remains.sum, (worker, State.COMMITTED), (worker, State.ACCUM))
             remains.spare.append(remains.sum)
         remains.sum, batch = block, members
     for update in updates:
         block = update.block
         owner, state = word(arena, block)
-        if owner != me:
-            remains.counted.append(update)  # freed by the leaf after its commit
+        if owner != worker:
+            remains.counted.append(update)  # the leaf freed it after its commit
         elif (block.index, block.generation) in batch:
-            arena.move(block, (me, State.READING), (AGENT, State.FREE))
+            arena.move(block, (worker, State.READING), (AGENT, State.FREE))
             remains.counted.append(update)
         else:
-            if arena.move(block, (me, State.READING), (me, State.READY)):
+            if arena.move(block, (worker, State.READING), (worker, State.READY)):
                 remains.suspects.add(block.index)
             remains.again.append(update)
     return remains
@@ -81,12 +81,12 @@ def word(arena: Arena, block: Block) -> tuple[int, State]:
     return (owner, state) if generation == block.generation else (AGENT, State.FREE)
 
 
-def free(arena: Arena, me: int, blocks: Iterable[Block]) -> None:
-    """Frees those of `blocks` that the dead participant `me` still owns, whatever it did with them."""
+def free(arena: Arena, worker: int, blocks: Iterable[Block]) -> None:
+    """Frees those of `blocks` that the dead worker still owns, in whatever state."""
     for block in blocks:
         owner, state = word(arena, block)
-        if owner == me:
-            arena.move(block, (me, state), (AGENT, State.FREE))
+        if owner == worker:
+            arena.move(block, (worker, state), (AGENT, State.FREE))
 
 
 def _epoch_and_batch(arena: Arena, block: Block) -> tuple[int, set[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""What a round is opened with, checked before anything is taken for it."""
+"""The terms of a round, checked before any memory is taken for it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, Literal
 import attrs
 
 from lifl.planner.shape import Shape
+from lifl.planner.timing import TIMINGS
+from lifl.planner.timing import Timing as Timing
 from lifl.round.admission import Limits
 from lifl.round.clip import Clip
-from lifl.round.intake import as_numpy
+from lifl.round.loan import as_numpy
 from lifl.shm.arena import lib
 from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.tensor import Layout, TensorSpec
 
-Timing = Literal["eager", "lazy", "jit"]
 Order = Literal["any", "flower"]
 
 
@@ -45,8 +46,8 @@ class Terms:
         base: Mapping[str, Any] | None,
         shape: Shape | None,
     ) -> Terms:
-        """The arguments of ``Node.open_round``, whose docstring says what they mean; raises its ``ValueError``."""
-        if timing not in ("eager", "lazy", "jit"):
+        """Checks the arguments of ``Node.open_round``, which explains them; raises its ``ValueError``."""
+        if timing not in TIMINGS:
             raise ValueError(f"timing={timing!r}: use 'eager', 'lazy' or 'jit'")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
@@ -70,10 +71,10 @@ class Terms:
 
     @property
     def layout(self) -> Layout:
-        """Where everything lies in the round's blocks."""
+        """The layout of the round's blocks."""
         return self.spec.flower_layout if self.order == "flower" else self.spec.layout
 
     @property
     def flags(self) -> int:
-        """What a worker has to know of it."""
+        """The terms that a worker needs, as bits of the control block."""
         return (FLOWER if self.order == "flower" else 0) | (self.commit_every or 0) << BATCH_SHIFT

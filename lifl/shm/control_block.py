@@ -35,7 +35,7 @@ class Source:
 
 
 @attrs.frozen
-class Order:
+class MeanRecipe:
     """What the mean is made of: ``mean = (sum of sums + sum of weight_k * update_k) / weight``.
 
     Attributes
@@ -71,7 +71,7 @@ def _order_offset(layout_bytes: int) -> int:
     return _times_start(layout_bytes) + MAX_SHARDS * _TIMES.size
 
 
-def write(buffer: Any, layout: Layout, order: Order) -> None:
+def write(buffer: Any, layout: Layout, order: MeanRecipe) -> None:
     """Writes an order behind the layout; `buffer` is the control block, of at least ``control_bytes``."""
     at = _order_offset(len(layout.encode(0)))
     head = (order.mean.index, order.mean.generation, len(order.sums), len(order.updates), *order.weight)
@@ -80,7 +80,7 @@ def write(buffer: Any, layout: Layout, order: Order) -> None:
     buffer[at : at + len(data)] = data
 
 
-def read(data: bytes) -> tuple[Layout, int, Order]:
+def read(data: bytes) -> tuple[Layout, int, MeanRecipe]:
     """The layout, the flags and the order in a control block; raises ``ValueError`` if they leave it."""
     layout, flags = Layout.decode(data)
     at = _order_offset(len(layout.encode(0)))
@@ -91,7 +91,7 @@ def read(data: bytes) -> tuple[Layout, int, Order]:
     if len(data) < at + (num_sums + num_updates) * _ROW.size:
         raise ValueError(f"control block claims {num_sums} sums and {num_updates} updates in {len(data)} bytes")
     rows = [Source(*_ROW.unpack_from(data, at + i * _ROW.size)) for i in range(num_sums + num_updates)]
-    return layout, flags, Order(Source(index, generation), *_split(rows, num_sums), (weight, low))
+    return layout, flags, MeanRecipe(Source(index, generation), *_split(rows, num_sums), (weight, low))
 
 
 def _split(rows: Sequence[Source], at: int) -> tuple[tuple[Source, ...], tuple[Source, ...]]:

@@ -20,6 +20,7 @@ from typing import Any
 from lifl import ipc
 from lifl.errors import LiflError, RoundError
 from lifl.round.admission import Limits
+from lifl.round.round import core_of
 from lifl.superlink import flower
 from lifl.superlink.rounds.incoming_reply import Settled
 from lifl.superlink.rounds.rounds import Rounds
@@ -228,7 +229,8 @@ class Connection:
         round_ = self._served.round
         round_.close_early()
         self._result = result = round_.result(RESULT_TIMEOUT_S)
-        block = round_.mean
+        core = core_of(round_)
+        block = core.mean
         self._send(
             {
                 "event": "result",
@@ -239,7 +241,7 @@ class Connection:
             }
         )
         # While the ServerApp reads the mean: the objects of a model with it, which it will most probably send next.
-        self._offered |= self._rounds.offer_model(self._served, round_.mean_buffer)
+        self._offered |= self._rounds.offer_model(self._served, core.mean_buffer)
 
     def _on_close(self, _: dict[str, Any]) -> None:
         self._end_round()

@@ -76,7 +76,7 @@ def test_updates_that_are_left_behind_are_an_error(monkeypatch: pytest.MonkeyPat
         return remains
 
     monkeypatch.setattr(Assignment, "sweep", sweep)
-    monkeypatch.setattr("lifl.round.round.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("lifl.round.core.CLOSE_TIMEOUT_S", 0.5)
     with pytest.raises(LiflError, match=r"4 updates of the dead worker [12] were neither reclaimed nor requeued"):
         measure_recovery(2, 4, 2, spec=SPEC)
 

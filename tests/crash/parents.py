@@ -21,7 +21,7 @@ import sitecustomize
 import lifl
 from lifl.node import node as runtime
 from lifl.round import blocks as assignment
-from lifl.round import intake, loan, recovery, round
+from lifl.round import core, loan, recovery, round
 from lifl.round import mean as finish
 from lifl.round import record as books
 from lifl.workers import pool, spawner, supervisor
@@ -53,7 +53,7 @@ def child(page: str, n: int) -> None:
         words = np.frombuffer(mmap.mmap(file.fileno(), 4096), np.int64)
         words[:4] = 0, n, 0, signal.SIGKILL
     sitecustomize.lib.lifl_steps_use(page.encode(), 0)
-    rooms = [assignment, books, supervisor, finish, intake, loan, spawner, pool, recovery, round, runtime]
+    rooms = [assignment, books, supervisor, finish, core, loan, spawner, pool, recovery, round, runtime]
     trace = sitecustomize.tracer(rooms)
     threading.settrace(trace)
     sys.settrace(trace)

@@ -15,6 +15,7 @@ from stepping import Control, stepping
 
 import lifl
 from lifl.round import blocks as assignment
+from lifl.round.round import core_of
 
 pytestmark = pytest.mark.transports
 
@@ -128,7 +129,7 @@ def test_round_is_closed_while_its_leaf_lingers(pair: Pair, sweep: int) -> None:
         round_, top, pid = stopped
         closing = threading.Thread(target=round_.close)
         closing.start()
-        wait_for(lambda round_=round_: round_.lifecycle.phase in ("failed", "closed"), "the abort")
+        wait_for(lambda round_=round_: core_of(round_).lifecycle.phase in ("failed", "closed"), "the abort")
         pair.replace(top)
         os.kill(pid, signal.SIGCONT)
         closing.join(WAIT_S)

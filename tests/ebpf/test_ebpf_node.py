@@ -17,6 +17,7 @@ import pytest
 import lifl
 from lifl.ebpf import bpf
 from lifl.round.blocks import Assignment
+from lifl.round.round import core_of
 from lifl.shm.arena import AGENT, State
 from lifl.shm.ring import Descriptor, Kind, counts_of
 
@@ -113,7 +114,7 @@ def test_a_leafs_sum_that_dies_with_its_top_is_told_again() -> None:
                 for pid in pids:
                     stop(pid)
                 round_.submit(update(7), client_id=7)
-                work = round_.lifecycle._assignment
+                work = core_of(round_).lifecycle._assignment
                 leaf = 3 - work.top
                 # The sum is the top's from before it is sent; then the leaf has nothing more to do, and sleeps.
                 os.kill(pids[leaf - 1], signal.SIGCONT)

@@ -21,6 +21,7 @@ import lifl
 from lifl.ebpf import probe
 from lifl.errors import AdmissionError, LeaseError, RoundError
 from lifl.monitor.stats import MemoryStats, NodeStats, RoundStats, SuperlinkStats, Totals, WorkerStats
+from lifl.round.round import core_of
 
 WAIT_S = 60.0
 MODEL = {"w": np.ones(1000, np.float32)}
@@ -214,7 +215,7 @@ def test_top_has_folded_its_own() -> None:
         stop(node)
         round_.submit(MODEL, client_id="b")
         pids = {worker.id: worker.pid or 0 for worker in node.stats().workers}
-        top = round_.lifecycle._assignment.top
+        top = core_of(round_).lifecycle._assignment.top
         assert {worker.roles for worker in node.stats().workers} == {("leaf",)}
         os.kill(pids[top], signal.SIGCONT)
         stats = wait_for(node, lambda stats: stats.workers[top - 1].folded == 1)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lifl.planner.load import Load, ServerNode
 from lifl.planner.placement import Rule
-from lifl.planner.plan import Plan, Timing, make_plan
+from lifl.planner.plan import Plan, make_plan
+from lifl.planner.timing import TIMINGS
 
 
 @st.composite
@@ -38,6 +39,6 @@ def plans(draw: st.DrawFn) -> Plan:
         rule=draw(st.sampled_from(Rule)),
         fan_in=draw(st.integers(1, 9)),
         arity=draw(st.none() | st.integers(2, 9)),
-        timing=draw(st.sampled_from(Timing)),
+        timing=draw(st.sampled_from(TIMINGS)),
         is_reusing=draw(st.booleans()),
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from lifl.planner.costs import TIMINGS, Costs, Sizes
+from lifl.planner.costs import Costs, Sizes
 from lifl.planner.shape import Shape
+from lifl.planner.timing import TIMINGS
 
 MODEL = Sizes.of_float32(10_000_000)
 

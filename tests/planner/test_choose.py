@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from lifl.errors import PlanError
 from lifl.planner.choose import candidates, choose_shape, choose_timing
-from lifl.planner.costs import TIMINGS, Costs, predict
+from lifl.planner.costs import Costs, predict
 from lifl.planner.shape import Shape
+from lifl.planner.timing import TIMINGS
 from tests.planner.rounds import COSTS, MODEL, costs_of
 
 WORK = COSTS.work(MODEL)

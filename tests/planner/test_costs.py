@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lifl.errors import PlanError
-from lifl.planner.costs import TIMINGS, Costs, Prediction, Sizes, predict
+from lifl.planner.costs import Costs, Prediction, Sizes, predict
 from lifl.planner.shape import Shape
+from lifl.planner.timing import TIMINGS
 from tests.planner.rounds import COSTS, MODEL, costs_of, rounds
 
 WORK = COSTS.work(MODEL)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lifl.errors import PlanError
 from lifl.planner.load import Load, ServerNode
 from lifl.planner.placement import Rule
-from lifl.planner.plan import Plan, Timing, make_plan, needs_replan, replan
+from lifl.planner.plan import Plan, make_plan, needs_replan, replan
 from tests.planner.clusters import clusters, plans
 
 TWO = [ServerNode("a", 10), ServerNode("b", 10)]
@@ -152,7 +152,7 @@ def test_those_who_waited_come_first() -> None:
 
 def test_the_next_round_has_other_clients() -> None:
     """Clients that are there again stay; new clients get the places of the others. The terms are the old plan's."""
-    plan = make_plan(TEN, TWO, rule=Rule.WORST_FIT, fan_in=3, arity=4, timing=Timing.JIT, is_reusing=False)
+    plan = make_plan(TEN, TWO, rule=Rule.WORST_FIT, fan_in=3, arity=4, timing="jit", is_reusing=False)
     after = replan(plan, TWO, [*TEN[5:], "new"])
     assert {c: n for c, n in plan.placement.at.items() if c in TEN[5:]}.items() <= after.placement.at.items()
     assert set(after.placement.at) == {*TEN[5:], "new"}
@@ -212,5 +212,5 @@ def test_as_text_it_is_one_line() -> None:
         "20 updates, 2 of 2 nodes, 2 levels, 2 leaves, 2 processes (2 to start), eager, 5 clients without a place"
     )
     assert repr(plan) == f"<Plan: {plan}>"
-    one = make_plan(["c"], [ServerNode("a", 1, warm=1)], timing=Timing.LAZY)
+    one = make_plan(["c"], [ServerNode("a", 1, warm=1)], timing="lazy")
     assert str(one) == "1 update, 1 of 1 node, 1 level, 1 leaf, 1 process (0 to start), lazy"

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from lifl.errors import PlanError
 from lifl.planner import traces
 from lifl.planner.choose import choose_shape
-from lifl.planner.costs import TIMINGS, Costs, predict
+from lifl.planner.costs import Costs, predict
 from lifl.planner.load import ServerNode
 from lifl.planner.shape import Shape
 from lifl.planner.simulate import FORMS, LIFL, POLICIES, Outcome, Policy, cluster, simulate
+from lifl.planner.timing import TIMINGS
 from lifl.planner.traces import Trace
 from tests.planner.rounds import COSTS, MODEL, costs_of
 

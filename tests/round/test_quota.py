@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import lifl
 from lifl.errors import AdmissionError
+from lifl.round.round import core_of
 from lifl.shm.sizes import units_of
 
 pytestmark = pytest.mark.transports
@@ -178,7 +179,7 @@ def test_quotas_hold_whatever_clients_do(
         except AdmissionError as error:
             rules.add(error.rule)
         with warm_node.changed:
-            assert all(round_.quota.held <= total * UNIT for round_ in rounds)
+            assert all(core_of(round_).quota.held <= total * UNIT for round_ in rounds)
             assert all(warm_node.held_by(str(c)) <= client * UNIT for c in range(5))
     assert rules <= {"quota", "duplicate"}
     while loans:

@@ -436,3 +436,9 @@ def test_any_sequence_of_acts_counts_exactly_the_accepted(warm_node: lifl.Node, 
                 round_.result(WAIT_S)
     result = None
     assert warm_node.arena.free_bytes == free
+
+
+def test_a_round_shows_what_a_user_calls() -> None:
+    """Nothing else is public; what the Node and the server need is behind it."""
+    names = {"submit", "loan", "result", "report", "close_early", "close", "spec", "expected", "number"}
+    assert {name for name in dir(lifl.Round) if not name.startswith("_")} == names

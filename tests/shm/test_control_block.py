@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 import lifl
 from lifl.shm import control_block as order
-from lifl.shm.control_block import Order, Source
+from lifl.shm.control_block import MeanRecipe, Source
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(7, np.float32), "n": np.array(0), "h": np.zeros(3, np.float16)})
 numbers = st.integers(0, 2**32 - 1)
 sources = st.builds(Source, numbers, numbers, st.floats(allow_nan=False))
 
 
-def control(what: Order, flags: int = 0) -> bytearray:
+def control(what: MeanRecipe, flags: int = 0) -> bytearray:
     """A control block with an order in it."""
     encoded = SPEC.layout.encode(flags)
     block = bytearray(order.control_bytes(SPEC.layout, len(what.sums) + len(what.updates)))
@@ -27,7 +27,7 @@ def control(what: Order, flags: int = 0) -> bytearray:
 
 @given(
     st.builds(
-        Order,
+        MeanRecipe,
         sources.map(lambda s: Source(s.index, s.generation)),
         st.lists(sources, max_size=5).map(tuple),
         st.lists(sources, max_size=70).map(tuple),
@@ -35,14 +35,14 @@ def control(what: Order, flags: int = 0) -> bytearray:
     ),
     st.integers(0, 2**16),
 )
-def test_what_is_written_is_read(what: Order, flags: int) -> None:
+def test_what_is_written_is_read(what: MeanRecipe, flags: int) -> None:
     """Layout, flags and every source, bit by bit."""
     assert order.read(bytes(control(what, flags))) == (SPEC.layout, flags, what)
 
 
 def test_each_shard_has_times_of_its_own() -> None:
     """A worker's note touches neither the order nor another worker's note."""
-    what = Order(Source(1, 2), (Source(3, 4),), (Source(5, 6, 7.0),), (8.0, 0.0))
+    what = MeanRecipe(Source(1, 2), (Source(3, 4),), (Source(5, 6, 7.0),), (8.0, 0.0))
     block = control(what)
     for shard in (0, 1, order.MAX_SHARDS - 1):
         at, times = order.times_offset(SPEC.layout, shard), order.times_of(10 + shard, 20 + shard)
@@ -53,7 +53,7 @@ def test_each_shard_has_times_of_its_own() -> None:
 
 def test_an_order_that_leaves_its_block_is_refused() -> None:
     """Counts come from shared memory: they are held against the bytes that are there."""
-    block = bytes(control(Order(Source(1, 2), (), tuple(Source(i, 1, 1.0) for i in range(3)), (3.0, 0.0))))
+    block = bytes(control(MeanRecipe(Source(1, 2), (), tuple(Source(i, 1, 1.0) for i in range(3)), (3.0, 0.0))))
     with pytest.raises(ValueError, match="claims 0 sums and 3 updates"):
         order.read(block[:-1])
     with pytest.raises(ValueError, match="the head of its order"):

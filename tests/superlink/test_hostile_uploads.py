@@ -22,7 +22,7 @@ from raw_http import Headers, Line, call, head, headers_of, soon
 from rig import HOST, UNIT, Node, Rig
 from scripted_clients import Client, check_mean, play, wait_until
 
-from lifl.round import round as round_module
+from lifl.round import core as round_module
 from lifl.superlink.http import protocol
 
 PUSH = "/v1/fleet/push-object"

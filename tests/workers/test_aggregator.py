@@ -14,7 +14,7 @@ from lifl import fold
 from lifl.errors import RoundError
 from lifl.shm import control_block as order
 from lifl.shm.arena import AGENT, Arena, Block, State
-from lifl.shm.control_block import Order, Source
+from lifl.shm.control_block import MeanRecipe, Source
 from lifl.shm.ring import Descriptor, Inbox, Kind, Outbox
 from lifl.workers.aggregator import Aggregator
 
@@ -121,7 +121,7 @@ def test_shards_become_a_mean(agent: Agent) -> None:
     buffer = agent.arena.buffer(control)
     buffer[: len(encoded)] = encoded
     sums, updates = (Source(total.block, total.generation),), (Source(update.index, update.generation, 4.0),)
-    order.write(buffer, SPEC.layout, Order(Source(mean.index, mean.generation), sums, updates, (6.0, 0.0)))
+    order.write(buffer, SPEC.layout, MeanRecipe(Source(mean.index, mean.generation), sums, updates, (6.0, 0.0)))
     for shard in (1, 0):
         agent.tell(Kind.SHARD, 2, control, shard << 8 | 2)
     assert [(d.kind, d.round, d.arg) for d in agent.heard()] == [(Kind.SHARDED, 2, 1 << 8), (Kind.SHARDED, 2, 0)]

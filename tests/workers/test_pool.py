@@ -13,6 +13,7 @@ import pytest
 
 import lifl
 from lifl.errors import PeerGoneError
+from lifl.round.round import core_of
 from lifl.shm.arena import Arena
 from lifl.shm.ring import Bell
 from lifl.workers.pool import Pool
@@ -177,12 +178,12 @@ def test_leaves_join_on_demand() -> None:
     with lifl.Node("8MiB", workers=3, warm=0) as node:
         # The shape allows three, and is not given as an order: as the planner would.
         with node.open_round(SPEC, 40) as round_:
-            round_.lifecycle._pace.shape = lifl.Shape(3, 2)
-            round_.lifecycle._pace._is_planned = False
+            core_of(round_).lifecycle._pace.shape = lifl.Shape(3, 2)
+            core_of(round_).lifecycle._pace._is_planned = False
             for _ in range(2):
                 round_.submit(update)
                 time.sleep(0.1)
-            assert len(round_.lifecycle._assignment.leaves) == 1
+            assert len(core_of(round_).lifecycle._assignment.leaves) == 1
             for pid in node.pids():
                 os.kill(pid, 19)  # SIGSTOP
             for _ in range(6):
