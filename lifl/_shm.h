@@ -57,10 +57,11 @@ typedef struct {
 
 /* What is known of a block beside its bytes. */
 typedef struct {
-  double weight;      /* of an update, > 0 */
-  uint64_t tag;       /* the submitter's number for it */
-  uint64_t begin_ns;  /* CLOCK_MONOTONIC when its fold began */
-  uint64_t end_ns;    /* and when it was committed */
+  double weight;           /* of an update, > 0; of a mean, the sum of its updates' weights */
+  uint64_t num_updates;    /* of a mean: the updates in it */
+  uint64_t begin_ns;       /* CLOCK_MONOTONIC when its fold began */
+  uint64_t end_ns;         /* and when it was committed */
+  uint32_t has_overflowed; /* of a mean: 1 if a number in it, or its weight, left the range of floating point */
 } lifl_note;
 
 /* What a partial sum contains; the bytes of the sum follow it at LIFL_MANIFEST_BYTES. */

@@ -83,9 +83,10 @@ def finish_at(
 ) -> bool:
     """Mean at `mean` = (sum of the sums + the weighted updates) / `weight`, in the range of one shard.
 
-    Every sum and update is read once. False if a mean left the range of its dtype. Releases the GIL.
+    Every sum and update is read once. False if a mean left the range of its dtype, or the weight that of float64.
+    Releases the GIL.
     """
-    finite = True
+    finite = math.isfinite(weight[0])
     for s in layout.segments:
         begin, end = shard_bounds(s.count, part)
         if begin < end:

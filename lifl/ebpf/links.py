@@ -11,11 +11,14 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.errors import PeerGoneError
+from lifl.shm import messages
 from lifl.shm.arena import AGENT, Arena, check, ffi, lib
-from lifl.shm.ring import WAIT_CAP_S, Descriptor, Kind, Outbox, Spent
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import WAIT_CAP_S, Outbox, Producer, Spent
 
 TOP = 0x80000000
 """The top of round r is the aggregator TOP | r, whoever that is: a leaf's sum is sent there."""
@@ -27,26 +30,18 @@ def top_of(number: int) -> int:
     return TOP | number & (TOP - 1)
 
 
-class Sender:
-    """From one participant to another. One process, one thread at a time."""
+class Sender(Producer):
+    """From one participant to another, through the socket of the first. One process, one thread at a time."""
 
     def __init__(self, arena: Arena, own: socket.socket, source: int, target: int, spent: Spent) -> None:
-        self._arena, self._socket, self._source, self._target, self._spent = arena, own, source, target, spent
-        self._desc = ffi.new("lifl_desc *")
+        super().__init__(arena, source, target)
+        self._socket, self._spent = own, spent
 
-    @property
-    def capacity(self) -> int:
-        """Descriptors that may be on their way."""
-        return int(check(lib.lifl_ring_capacity(self._arena.handle, self._source, self._target), "credits"))
-
-    def try_push(self, descriptor: Descriptor) -> bool:
-        """Sends a descriptor; false if as many are on their way as may be, or if it cannot be taken in now."""
-        d = self._desc
-        d.kind, d.round, d.block, d.generation, d.arg = descriptor
-        dst = top_of(d.round) if d.kind == Kind.SUM and self._target != AGENT else self._target
+    def _send(self, desc: Any) -> bool:
+        dst = top_of(desc.round) if desc.kind == Kind.SUM and self._target != AGENT else self._target
         busy_us = min(self._spent.ns // 1000, MAX_BUSY_US)
         fd = self._socket.fileno()
-        status = lib.lifl_link_send(self._arena.handle, fd, self._source, self._target, dst, busy_us, d)
+        status = lib.lifl_link_send(self._arena.handle, fd, self._source, self._target, dst, busy_us, desc)
         if status == lib.LIFL_OK:
             self._spent.ns -= busy_us * 1000
             return True
@@ -57,7 +52,7 @@ class Sender:
         return False
 
     def reset(self) -> None:
-        """Forgets what is on its way, because its receiver is proven dead: the sidecar's :meth:`bury` has done so."""
+        """Does nothing: the sidecar's :meth:`bury` has forgotten what was on its way."""
 
 
 class Receiver:
@@ -85,7 +80,7 @@ class Receiver:
             dst = r.dst
             # A role is whose the kernel says, which may have changed meanwhile; what nobody has comes to the agent.
             if dst == self._me or (dst & TOP and self._me != AGENT):
-                return r.src, Descriptor(r.kind, r.round, r.block, r.generation, r.arg)
+                return r.src, messages.read(r)
             self._on_stray(Record.unpack(ffi.buffer(r))[0])
         return None
 

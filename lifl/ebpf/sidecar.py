@@ -15,8 +15,9 @@ from lifl.ebpf.links import Receiver, outbox_of, sent_on, top_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import LAUNCHER, Metrics, Record
 from lifl.errors import EbpfUnavailableError, PeerGoneError
+from lifl.shm import messages
 from lifl.shm.arena import AGENT, Arena, check, lib
-from lifl.shm.ring import Descriptor, Outbox
+from lifl.shm.ring import Outbox
 
 
 class Sidecar:
@@ -133,8 +134,7 @@ class Sidecar:
         aggregator that it names: its successor has a socket, or the agent hears of it again.
         """
         if record.src != AGENT and self._outbox is not None:
-            d = Descriptor(record.kind, record.round, record.block, record.generation, record.arg)
-            self._outbox.push(record.line, d)
+            self._outbox.push(record.line, messages.read(record))
 
     # ------------------------------------------------------------ what passed
 

@@ -26,8 +26,9 @@ from lifl.round.round import Round
 from lifl.round.settings import Order, Terms, Timing
 from lifl.round.tally import Tally
 from lifl.shm import arena as shm
+from lifl.shm import messages
 from lifl.shm.arena import Arena
-from lifl.shm.ring import Descriptor, Kind
+from lifl.shm.messages import Kind
 from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.tensor import TensorSpec
 from lifl.workers.listener import Agent
@@ -363,7 +364,7 @@ class Node:
         with self.changed:
             self._is_closed = True
             for me in self.pool.present:
-                self.outbox.push(me, Descriptor(Kind.STOP, 0))
+                self.outbox.push(me, messages.STOP)
             self.changed.notify_all()
         self._team.bell.ring()
         if self._agent is not None:

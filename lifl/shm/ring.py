@@ -10,46 +10,16 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
+from lifl.shm import messages
 from lifl.shm.arena import Arena, check, ffi, lib
+from lifl.shm.messages import Descriptor
 
-NO_BLOCK = 0xFFFFFFFF
 WAIT_CAP_S = 0.1
 """No sleep of who takes part in a round is longer: a lost peer or a signal is noticed within it."""
 IDLE_WAIT_S = 2.0
 """No sleep on a ring is longer. It is that of a worker without a task, which should cost nothing to have."""
-
-
-class Kind(IntEnum):
-    """What a descriptor asks of, or tells, its receiver."""
-
-    OPEN = 1  # agent -> leaf: `block` is the control block of `round`
-    GRANT = 2  # agent -> leaf: `block` may hold your partial sum; two of them per round; `arg` 1: it holds one
-    UPDATE = 3  # agent -> leaf: `block` is READY; `arg` 1: fold it alone
-    SHARD = 4  # agent -> worker: `block` is the control block with an order; make range `arg` >> 8 of `arg` & 255
-    FLUSH = 5  # agent -> leaf: that was all; `block` takes the mean; `arg` = top << 8 | number of leaves
-    ABORT = 6  # agent -> worker: forget the round
-    STOP = 7  # agent -> worker: exit
-    SUM = 8  # leaf -> top, which may be the agent: `block` is COMMITTED; `arg` is the leaf; NO_BLOCK if nothing came
-    FOLDED = 9  # leaf -> agent: `block` has been counted and is FREE
-    RESULT = 10  # top -> agent: `block` is the mean, READY
-    ABORTED = 11  # worker -> agent: nothing of the round is touched any more
-    FAILED = 12  # worker -> agent: the round met an error that its log describes
-    HELLO = 13  # worker -> agent: it has started, or still answers
-    PING = 14  # agent -> worker: say HELLO
-    SHARDED = 15  # worker -> agent: range `arg` >> 8 of the mean is made; `arg` & 1: a number in it is not finite
-
-
-class Descriptor(NamedTuple):
-    """Sixteen bytes in the ring: block and generation, round, what it means, a number more."""
-
-    kind: int
-    round: int
-    block: int = NO_BLOCK
-    generation: int = 0
-    arg: int = 0
 
 
 class Producer:
@@ -66,30 +36,16 @@ class Producer:
 
     def try_push(self, descriptor: Descriptor) -> bool:
         """Publishes a descriptor and wakes its consumer if that sleeps; false if the ring is full."""
-        d = self._desc
-        d.kind, d.round, d.block, d.generation, d.arg = descriptor
-        status = lib.lifl_ring_push(self._arena.handle, self._source, self._target, d)
+        messages.write(descriptor, self._desc)
+        return self._send(self._desc)
+
+    def _send(self, desc: Any) -> bool:
+        status = lib.lifl_ring_push(self._arena.handle, self._source, self._target, desc)
         return bool(check(status, f"push to participant {self._target}") == lib.LIFL_OK)
 
     def reset(self) -> None:
         """Forgets what is in the ring. Only when the consumer is proven dead and before the next one starts."""
         check(lib.lifl_ring_reset(self._arena.handle, self._source, self._target), "reset of a ring")
-
-
-class Consumer:
-    """The reading end of the ring from `source` to `target`. One process, one thread at a time."""
-
-    def __init__(self, arena: Arena, source: int, target: int) -> None:
-        self._arena, self._source, self._target = arena, source, target
-        self._desc = ffi.new("lifl_desc *")
-
-    def try_pop(self) -> Descriptor | None:
-        """The oldest descriptor, or ``None`` if the ring is empty."""
-        d = self._desc
-        status = lib.lifl_ring_pop(self._arena.handle, self._source, self._target, d)
-        if check(status, f"pop from participant {self._source}") == lib.LIFL_EMPTY:
-            return None
-        return Descriptor(d.kind, d.round, d.block, d.generation, d.arg)
 
 
 class Receiver(Protocol):
@@ -122,11 +78,10 @@ class Inbox:
 
     def try_pop(self) -> tuple[int, Descriptor] | None:
         """The next descriptor and who sent it, or ``None``; in order per sender."""
-        d = self._desc
-        status = lib.lifl_inbox_pop(self._arena.handle, self._me, d, self._from)
+        status = lib.lifl_inbox_pop(self._arena.handle, self._me, self._desc, self._from)
         if check(status, "inbox") == lib.LIFL_EMPTY:
             return None
-        return self._from[0], Descriptor(d.kind, d.round, d.block, d.generation, d.arg)
+        return self._from[0], messages.read(self._desc)
 
     def wait(self, spin_s: float, timeout_s: float = WAIT_CAP_S) -> bool:
         """Waits until there is something: spins up to `spin_s` seconds (adaptive), then sleeps on a futex.

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import math
 import os
 import signal
 from collections import deque
@@ -29,9 +28,11 @@ import attrs
 from lifl import fold
 from lifl.errors import PeerGoneError
 from lifl.shm import control_block as order
+from lifl.shm import messages
 from lifl.shm.arena import AGENT, Arena, Block, Mapping, State, lib
 from lifl.shm.control_block import BATCH_SHIFT, FLOWER
-from lifl.shm.ring import IDLE_WAIT_S, NO_BLOCK, WAIT_CAP_S, Descriptor, Inbox, Kind, Outbox, Receiver, ring_for
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import IDLE_WAIT_S, WAIT_CAP_S, Inbox, Outbox, Receiver, ring_for
 from lifl.tensor import Layout
 
 log = logging.getLogger("lifl.workers.aggregator")
@@ -126,7 +127,7 @@ class Aggregator:
         """The round is lost, the worker is not: the agent ends the round and says why."""
         log.exception("worker %d: round %d failed", self._me, number)
         self._drop(number)
-        self._outbox.push(AGENT, Descriptor(Kind.FAILED, number))
+        self._outbox.push(AGENT, messages.failed(number))
 
     def _drop(self, number: int) -> None:
         """Lets go of a round."""
@@ -149,7 +150,7 @@ class Aggregator:
         if d.kind == Kind.STOP:
             self.is_stopped = True
         elif d.kind == Kind.PING:
-            self._outbox.push(AGENT, Descriptor(Kind.HELLO, 0))
+            self._outbox.push(AGENT, messages.HELLO)
         elif d.kind == Kind.OPEN:
             control = self._arena.map(d.block, d.generation)
             layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
@@ -158,7 +159,7 @@ class Aggregator:
         elif d.kind == Kind.ABORT:
             self._drop(d.round)
             self._end(d.round)
-            self._outbox.push(AGENT, Descriptor(Kind.ABORTED, d.round))
+            self._outbox.push(AGENT, messages.aborted(d.round))
         elif d.kind == Kind.SHARD:
             self._shards.append(_Shard(d.round, d))
         elif (task := self._tasks.get(d.round)) is None:
@@ -166,18 +167,18 @@ class Aggregator:
         elif d.kind == Kind.GRANT:
             self._grant(task, d)
         elif d.kind == Kind.UPDATE:
-            task.pending.append(block := Block(d.block, d.generation, 0))
-            if d.arg:
+            task.pending.append(block := messages.block_of(d))
+            if messages.is_alone(d):
                 task.alone.add(block)
         elif d.kind == Kind.FLUSH:
             task.flush = d
         elif d.kind == Kind.SUM:
-            task.arrived[d.arg] = d  # twice if the agent repeats what a dead leaf may have said
+            task.arrived[messages.leaf_of(d)] = d  # twice if the agent repeats what a dead leaf may have said
 
     def _end(self, number: int) -> None:
         """The round is over here: sums of it that are here, or come yet, go back."""
         for d in self._early.pop(number, {}).values():
-            self._give_back(Block(d.block, d.generation, 0))
+            self._give_back(messages.sum_of(d))
         self._ended[number] = None
         if len(self._ended) > MAX_ENDED:
             self._ended.pop(next(iter(self._ended)))
@@ -185,14 +186,14 @@ class Aggregator:
     def _receive_unknown(self, d: Descriptor) -> None:
         """Of a round that was aborted meanwhile; or a leaf's sum has overtaken the round's opening."""
         if d.kind == Kind.SUM and d.round not in self._ended:
-            self._early.setdefault(d.round, {})[d.arg] = d
+            self._early.setdefault(d.round, {})[messages.leaf_of(d)] = d
         elif d.kind == Kind.SUM:
-            self._give_back(Block(d.block, d.generation, 0))
+            self._give_back(messages.sum_of(d))
 
-    def _give_back(self, block: Block) -> None:
-        """Frees a block that this worker holds, whatever it was doing with it."""
+    def _give_back(self, block: Block | None) -> None:
+        """Frees a block that this worker holds, whatever it was doing with it; None is no block."""
         for state in (State.READY, State.ACCUM, State.COMMITTED, State.READING):
-            if block.index != NO_BLOCK and self._arena.move(block, (self._me, state), (AGENT, State.FREE)):
+            if block is not None and self._arena.move(block, (self._me, state), (AGENT, State.FREE)):
                 return
 
     def _grant(self, task: _Task, d: Descriptor) -> None:
@@ -200,7 +201,7 @@ class Aggregator:
         if mapping.nbytes < self._manifest_bytes + task.layout.sum_bytes:
             raise ValueError(f"granted {mapping.nbytes} bytes for a sum of {task.layout.sum_bytes}")
         held = _Sum(Block(d.block, d.generation, mapping.nbytes), mapping)
-        if not d.arg:
+        if not messages.holds_sum(d):
             task.spare.append(held)
             return
         manifest = self._arena.manifest(mapping.address)  # a dead predecessor's
@@ -215,7 +216,7 @@ class Aggregator:
             held.mapping.close()
             self._give_back(held.block)
         for d in task.arrived.values():
-            self._give_back(Block(d.block, d.generation, 0))
+            self._give_back(messages.sum_of(d))
         self._tasks.pop(task.round, None)
 
     # ------------------------------------------------------------ Agg
@@ -227,7 +228,7 @@ class Aggregator:
         if task.flush and not task.is_sent:
             self._send_sum(task, task.flush)
             return True
-        if task.flush and task.is_sent and len(task.arrived) == task.flush.arg & 0xFF:
+        if task.flush and task.is_sent and len(task.arrived) == messages.flush_of(task.flush).leaves:
             self._finish(task, task.flush)
             return True
         return False
@@ -287,7 +288,7 @@ class Aggregator:
             note.begin_ns, note.end_ns = begin, end
             mapping.close()
             self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
-            self._outbox.push(AGENT, Descriptor(Kind.FOLDED, task.round, block.index, block.generation))
+            self._outbox.push(AGENT, messages.folded(task.round, block))
         if source is not None:
             self._arena.move(source.block, (self._me, State.COMMITTED), (self._me, State.ACCUM))
             task.spare.append(source)
@@ -298,14 +299,13 @@ class Aggregator:
     def _send_sum(self, task: _Task, flush: Descriptor) -> None:
         begin = lib.lifl_now_ns()
         task.is_sent = True
-        top, held = flush.arg >> 8, task.current
-        message = Descriptor(Kind.SUM, task.round, arg=self._me)
+        top, held = messages.flush_of(flush).top, task.current
+        message = messages.leaf_sum(task.round, self._me, None if held is None else held.block)
         if held is not None:
             note = self._arena.note(held.block.index)
             note.begin_ns, note.end_ns = begin, lib.lifl_now_ns()
             # Handed over to the top; every input of it has been freed above.
             self._arena.move(held.block, (self._me, State.COMMITTED), (top, State.COMMITTED))
-            message = message._replace(block=held.block.index, generation=held.block.generation)
             held.mapping.close()
             task.current = None
         if top == self._me:
@@ -317,7 +317,7 @@ class Aggregator:
 
     def _finish(self, task: _Task, flush: Descriptor) -> None:
         begin = lib.lifl_now_ns()
-        blocks = [Block(d.block, d.generation, 0) for d in task.arrived.values() if d.block != NO_BLOCK]
+        blocks = [block for d in task.arrived.values() if (block := messages.sum_of(d)) is not None]
         for block in blocks:
             if not self._arena.move(block, (self._me, State.COMMITTED), (self._me, State.READING)):
                 raise RuntimeError(f"partial sum {block.index} is stale")
@@ -328,18 +328,18 @@ class Aggregator:
         at = self._manifest_bytes
         finite = fold.finish_at(task.layout, mean.address, [s.address + at for s in sums], weight)
         note = self._arena.note(flush.block)
-        note.weight = weight[0] if finite else math.inf
-        note.tag = sum(m.num_updates for m in manifests)
+        note.weight, note.has_overflowed = weight[0], not finite
+        note.num_updates = sum(m.num_updates for m in manifests)
         note.begin_ns, note.end_ns = begin, lib.lifl_now_ns()
         self._outbox.spent.ns += note.end_ns - begin
         for mapping in (*sums, mean):
             mapping.close()
         # The commit: from here on nothing of the round is needed but the mean.
-        block = Block(flush.block, flush.generation, 0)
+        block = messages.block_of(flush)
         self._arena.move(block, (self._me, State.WRITING), (AGENT, State.READY))
         self._forget(task)
         self._end(task.round)
-        self._outbox.push(AGENT, Descriptor(Kind.RESULT, task.round, flush.block, flush.generation))
+        self._outbox.push(AGENT, messages.result(task.round, block))
 
     def _make(self, work: _Shard) -> bool:
         """Makes one range of a mean. Every block of it is the agent's until all ranges are made."""
@@ -351,7 +351,7 @@ class Aggregator:
         sums = [self._arena.map(s.index, s.generation) for s in what.sums]
         updates = [self._arena.map(s.index, s.generation) for s in what.updates]
         mean = self._arena.map(what.mean.index, what.mean.generation)
-        part = d.arg >> 8, d.arg & 0xFF
+        part = messages.part_of(d)
         inputs, weights = [u.address for u in updates], [u.weight for u in what.updates]
         if flags & FLOWER:
             fold.flower_at(layout, mean.address, inputs, weights, part)
@@ -365,7 +365,7 @@ class Aggregator:
         ctypes.memmove(control.address + order.times_offset(layout, part[0]), times, len(times))
         for mapping in (*sums, *updates, mean, control):
             mapping.close()
-        self._outbox.push(AGENT, Descriptor(Kind.SHARDED, d.round, d.block, d.generation, part[0] << 8 | (not finite)))
+        self._outbox.push(AGENT, messages.sharded(d, finite))
         return True
 
 
@@ -385,7 +385,7 @@ def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int, socke
         from lifl.ebpf.links import ends_of  # late: with rings nobody needs it
 
         inbox, outbox = ends_of(arena, socket_fd, me)
-    outbox.push(AGENT, Descriptor(Kind.HELLO, 0))
+    outbox.push(AGENT, messages.HELLO)
     with contextlib.suppress(PeerGoneError):  # a socket may tell of the agent's death before the kernel's signal comes
         Aggregator(arena, me, inbox, outbox).run(spin_s)
 

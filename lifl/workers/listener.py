@@ -12,7 +12,8 @@ from collections.abc import Container
 from typing import Protocol
 
 from lifl.errors import PeerGoneError
-from lifl.shm.ring import Bell, Descriptor, Kind, Outbox, Receiver
+from lifl.shm import messages
+from lifl.shm.ring import Bell, Outbox, Receiver
 from lifl.workers.supervisor import Supervisor
 from lifl.workers.traffic import Traffic
 
@@ -115,7 +116,7 @@ class Agent:
         if self._idle_timeout is not None:
             leaving, left_s = supervisor.dismiss(now, self._node.engaged(), self._idle_timeout)
             for me in leaving:
-                outbox.push(me, Descriptor(Kind.STOP, 0))
+                outbox.push(me, messages.STOP)
         # Who was told to stop and does not is watched too: it would stay for ever.
         self._is_dozing = not self._node.is_owed and not supervisor.leaving
         if self._is_dozing:
@@ -123,5 +124,5 @@ class Agent:
             return left_s
         self._node.traffic.look()
         for me in supervisor.tick(now, self._node.used_bytes / SLOWEST_FOLD):
-            outbox.push(me, Descriptor(Kind.PING, 0))
+            outbox.push(me, messages.PING)
         return supervisor.tick_s

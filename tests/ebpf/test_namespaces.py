@@ -27,7 +27,8 @@ from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
 from lifl.shm.arena import AGENT, Arena, Block, State
-from lifl.shm.ring import Descriptor, Kind, Outbox
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import Outbox
 from lifl.shm.sizes import sum_bytes_of
 from lifl.workers.aggregator import Aggregator, die_with
 

@@ -21,7 +21,8 @@ from lifl.ebpf.record import LAUNCHER, RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import PeerGoneError
 from lifl.shm.arena import AGENT, Arena, ffi
-from lifl.shm.ring import Descriptor, Kind, Spent, counts_of
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import Spent, counts_of
 
 UNDRAINED = 100_000
 HANG_S = 60.0

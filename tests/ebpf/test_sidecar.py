@@ -20,7 +20,8 @@ from lifl.ebpf.record import METRICS_BYTES, RECORD_BYTES, Metrics, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError, PeerGoneError
 from lifl.shm.arena import AGENT, Arena
-from lifl.shm.ring import NO_BLOCK, Descriptor, Kind, counts_of
+from lifl.shm.messages import NO_BLOCK, Descriptor, Kind
+from lifl.shm.ring import counts_of
 from lifl.workers.transport import open_transport
 
 InFork = Callable[[Callable[[], None]], int]
