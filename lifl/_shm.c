@@ -91,6 +91,13 @@ struct end {
   uint64_t cached;
 };
 
+/* The ring from one participant to another, and what this process remembers of its two ends. */
+struct line {
+  struct ring *ring;
+  struct end *produced;
+  struct end *consumed;
+};
+
 struct lifl_arena {
   int fd;
   int protection; /* PROT_READ alone if that is all that the descriptor allows */
@@ -311,7 +318,7 @@ static int allocate(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t sta
     uint32_t last = NONE, length = 0, from = 0;
     while (units) {
       uint32_t first = next_run(a, from, units, &length);
-      if (first == NONE) abort(); /* free_units promised them */
+      if (first == NONE) return LIFL_ECORRUPT; /* free_units promised them; the marked ones stay out of use */
       mark(a, first, length, true);
       a->table[first].units = length;
       a->table[first].next = NONE;
@@ -502,60 +509,70 @@ int lifl_peer_eventfd(lifl_arena *a, uint32_t consumer, int fd) {
   return LIFL_OK;
 }
 
+static bool has_line(const lifl_arena *a, uint32_t producer, uint32_t consumer) {
+  return producer < a->h.participants && consumer < a->h.participants;
+}
+
+/* The line from a producer to a consumer, which the arena must have: see has_line. */
+static struct line ring_at(const lifl_arena *a, uint32_t producer, uint32_t consumer) {
+  uint64_t i = (uint64_t)producer * a->h.participants + consumer;
+  struct line line = {&a->rings[i], &a->produced[i], &a->consumed[i]};
+  return line;
+}
+
 int lifl_ring_capacity(lifl_arena *a, uint32_t producer, uint32_t consumer) {
-  uint32_t p = a->h.participants;
-  return producer < p && consumer < p ? (int)RING_SLOTS : LIFL_EINVAL;
+  return has_line(a, producer, consumer) ? (int)RING_SLOTS : LIFL_EINVAL;
 }
 
 int lifl_ring_push(lifl_arena *a, uint32_t producer, uint32_t consumer, const lifl_desc *desc) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
-  if (me->mine - me->cached >= RING_SLOTS) {
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct ring *r = line.ring;
+  struct end *end = line.produced;
+  if (end->mine - end->cached >= RING_SLOTS) {
     /* SYNC: ring-head. Acquire: the consumer has read the slot that is written over next. */
-    me->cached = atomic_load_explicit(&r->head, memory_order_acquire);
-    if (me->mine - me->cached >= RING_SLOTS) return LIFL_FULL;
+    end->cached = atomic_load_explicit(&r->head, memory_order_acquire);
+    if (end->mine - end->cached >= RING_SLOTS) return LIFL_FULL;
   }
   STEP();
-  r->slots[me->mine % RING_SLOTS] = *desc;
-  me->mine++;
+  r->slots[end->mine % RING_SLOTS] = *desc;
+  end->mine++;
   STEP();
   /* SYNC: ring-tail. Release: who sees the new tail sees the slot, and all that was written to the
    * block before. */
-  atomic_store_explicit(&r->tail, me->mine, memory_order_release);
+  atomic_store_explicit(&r->tail, end->mine, memory_order_release);
   STEP();
   return lifl_peer_wake(a, consumer);
 }
 
 int lifl_ring_pop(lifl_arena *a, uint32_t producer, uint32_t consumer, lifl_desc *desc) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
-  struct end *me = &a->consumed[(uint64_t)producer * p + consumer];
-  if (me->mine == me->cached) {
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct ring *r = line.ring;
+  struct end *end = line.consumed;
+  if (end->mine == end->cached) {
     /* SYNC: ring-tail. Acquire: pairs with the release in push. */
-    me->cached = atomic_load_explicit(&r->tail, memory_order_acquire);
-    if (me->mine == me->cached) return LIFL_EMPTY;
+    end->cached = atomic_load_explicit(&r->tail, memory_order_acquire);
+    if (end->mine == end->cached) return LIFL_EMPTY;
   }
   STEP();
-  *desc = r->slots[me->mine % RING_SLOTS];
-  me->mine++;
+  *desc = r->slots[end->mine % RING_SLOTS];
+  end->mine++;
   /* SYNC: ring-head. Release: the slot has been read and may be written over. */
-  atomic_store_explicit(&r->head, me->mine, memory_order_release);
+  atomic_store_explicit(&r->head, end->mine, memory_order_release);
   STEP();
   return LIFL_OK;
 }
 
 /* Empties a ring whose consumer is proven dead; called by its producer. */
 int lifl_ring_reset(lifl_arena *a, uint32_t producer, uint32_t consumer) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
-  me->cached = me->mine;
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct end *end = line.produced;
+  end->cached = end->mine;
   STEP();
   /* SYNC: ring-head. Release: the next consumer begins where this one is told to. */
-  atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].head, me->mine, memory_order_release);
+  atomic_store_explicit(&line.ring->head, end->mine, memory_order_release);
   return LIFL_OK;
 }
 
@@ -565,30 +582,30 @@ int lifl_ring_reset(lifl_arena *a, uint32_t producer, uint32_t consumer) {
 
 /* Room for one more; its number on this line. */
 int lifl_credit_take(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32_t *number) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct ring *r = line.ring;
+  struct end *end = line.produced;
   /* Signed: a number that was taken, then counted by a reset as gone, then given back leaves the head one ahead. */
-  if ((int64_t)(me->mine - me->cached) >= (int64_t)RING_SLOTS) {
+  if ((int64_t)(end->mine - end->cached) >= (int64_t)RING_SLOTS) {
     /* SYNC: ring-head. Acquire, as in push, though nothing is written over here. */
-    me->cached = atomic_load_explicit(&r->head, memory_order_acquire);
-    if ((int64_t)(me->mine - me->cached) >= (int64_t)RING_SLOTS) return LIFL_FULL;
+    end->cached = atomic_load_explicit(&r->head, memory_order_acquire);
+    if ((int64_t)(end->mine - end->cached) >= (int64_t)RING_SLOTS) return LIFL_FULL;
   }
-  *number = (uint32_t)me->mine++;
+  *number = (uint32_t)end->mine++;
   /* SYNC: ring-tail. Release, as in push: whoever takes this participant's place begins here. */
-  atomic_store_explicit(&r->tail, me->mine, memory_order_release);
+  atomic_store_explicit(&r->tail, end->mine, memory_order_release);
   STEP();
   return LIFL_OK;
 }
 
 /* It was not sent after all: the last one that was taken is given back by who took it. */
 int lifl_credit_untake(lifl_arena *a, uint32_t producer, uint32_t consumer) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct end *end = line.produced;
   /* SYNC: ring-tail. Release, as above. */
-  atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].tail, --me->mine, memory_order_release);
+  atomic_store_explicit(&line.ring->tail, --end->mine, memory_order_release);
   return LIFL_OK;
 }
 
@@ -604,9 +621,8 @@ static void raise_head(struct ring *r, uint64_t to) {
 /* Descriptor `number` of a line has been drained, and what was sent before it will not come any more. A number that
  * was never taken says nothing. */
 int lifl_credit_give(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32_t number) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct ring *r = ring_at(a, producer, consumer).ring;
   uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
   /* SYNC: ring-tail. Acquire, as in pop: it was raised before the descriptor was sent. */
   uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
@@ -621,7 +637,7 @@ int lifl_inbox_counts(lifl_arena *a, uint32_t consumer, uint64_t *sent, uint64_t
   if (consumer >= p) return LIFL_EINVAL;
   *sent = *taken = 0;
   for (uint32_t from = 0; from < p; from++) {
-    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
+    struct ring *r = ring_at(a, from, consumer).ring;
     uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed); /* first: so that it is not beyond the other */
     uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
     *taken += head;
@@ -635,7 +651,7 @@ int lifl_credit_reset(lifl_arena *a, uint32_t consumer) {
   uint32_t p = a->h.participants;
   if (consumer >= p) return LIFL_EINVAL;
   for (uint32_t from = 0; from < p; from++) {
-    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
+    struct ring *r = ring_at(a, from, consumer).ring;
     raise_head(r, atomic_load_explicit(&r->tail, memory_order_acquire));
   }
   return LIFL_OK;
@@ -659,9 +675,8 @@ int lifl_inbox_pop(lifl_arena *a, uint32_t consumer, lifl_desc *desc, uint32_t *
 static bool is_ready(lifl_arena *a, uint32_t consumer) {
   uint32_t p = a->h.participants;
   for (uint32_t from = 0; from < p; from++) {
-    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
-    if (atomic_load_explicit(&r->tail, memory_order_acquire) != a->consumed[(uint64_t)from * p + consumer].mine)
-      return true;
+    struct line line = ring_at(a, from, consumer);
+    if (atomic_load_explicit(&line.ring->tail, memory_order_acquire) != line.consumed->mine) return true;
   }
   return false;
 }
