@@ -1,7 +1,7 @@
-"""Local sockets: frames between processes of one machine, the peer's user, and the sockets that a fork has to close.
+"""Local sockets: frames between processes of a machine, the peer's user, and the sockets that a fork must close.
 
-A frame is a JSON object and any number of byte strings. File descriptors are passed beside the first one. Owns the
-format, the socket's place and who may use it; knows neither rounds nor Flower. Nothing is ever unpickled.
+A frame is a JSON object and any number of byte strings. File descriptors are passed beside the first byte. Owns the
+format, the place of the socket and the right to use it; knows neither rounds nor Flower. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "LIFL_AGENT"
-"""The environment variable by which a server tells the programs that it starts where its socket is."""
+"""The environment variable with the path of a server's socket, for the programs that the server starts."""
 
 _HEAD = struct.Struct("<III")  # bytes of JSON, number of byte strings, bytes of all of them
 MAX_JSON_BYTES = 64 * 2**20
@@ -29,19 +29,19 @@ Frame = tuple[dict[str, Any], list[bytes]]
 
 
 def encode(said: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
-    """A frame's bytes."""
+    """The bytes of a frame."""
     body = json.dumps({**said, "sizes": [len(blob) for blob in blobs]}).encode()
     return b"".join([_HEAD.pack(len(body), len(blobs), sum(map(len, blobs))), body, *blobs])
 
 
 class Reader:
-    """Frames out of a stream of bytes that come in pieces."""
+    """Reads frames from a stream of bytes that comes in pieces."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are complete now; raises ``ValueError`` for what is no frame."""
+        """The frames that `data` completes; raises ``ValueError`` for bytes that are no frame."""
         self._bytes += data
         frames = []
         while len(self._bytes) >= _HEAD.size:
@@ -75,9 +75,9 @@ def _parsed(body: bytes | bytearray) -> tuple[dict[str, Any], list[int]]:
 
 
 def folder() -> Path:
-    """Where servers of this user have their sockets: a folder of mode 0700 that is this user's, made if need be.
+    """The folder of mode 0700 in which servers of this user have their sockets; it is made if need be.
 
-    Raises ``PermissionError`` if something else is in its place.
+    Raises ``PermissionError`` if the path has another owner, another mode, or is no folder.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(runtime) / "lifl" if runtime else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
@@ -90,12 +90,12 @@ def folder() -> Path:
 
 
 def path_for(port: int) -> Path:
-    """The socket of the server that listens on a port."""
+    """The path of the socket of the server that listens on a port."""
     return folder() / f"superlink-{port}.sock"
 
 
 def uid_of_peer(connection: socket.socket) -> int:
-    """The user id of the process at the other end, as the kernel says it."""
+    """The user id of the process at the other end, from the kernel."""
     _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)
 

@@ -1,6 +1,6 @@
-"""What this machine allows: the program loaded, or why not and what to do about it.
+"""The test whether this machine allows the sidecar: the program loaded, or the reason and the remedy.
 
-Nothing is guessed from versions: it is tried.
+Nothing is guessed from versions: the program is loaded.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from lifl.errors import EbpfUnavailableError
 
 LOADERS = ("prebuilt", "bcc")
 VARIABLE = "LIFL_EBPF_LOADER"
-"""Which loader is used if none is named."""
+"""The environment variable with the loader that is used if none is named."""
 
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_BPF": 39}
 CAP_SYS_ADMIN = 21
-"""It includes the two."""
+"""A capability that includes the two others."""
 
 
 @attrs.frozen
 class Support:
-    """Whether the sidecar can be had here.
+    """The availability of the sidecar on this machine.
 
     Attributes
     ----------
     available : bool
     loader : str or None
-        What has loaded the program.
+        The loader that has loaded the program.
     reason : str
-        Why it is not available, or that it is.
+        The reason why the sidecar is not available; else how it was loaded.
     remedy : str
-        What to do to have it; empty if it is available.
+        The way to make it available; empty if it is.
     """
 
     available: bool
@@ -62,7 +62,7 @@ def load(loader: str | None = None) -> Program:
 
 
 def support(loader: str | None = None) -> Support:
-    """Tries it, with a socket in the map, and lets go of it."""
+    """Loads the program, puts a socket into its map, and closes both."""
     from lifl.ebpf.pairs import pair
 
     try:
@@ -81,7 +81,7 @@ def support(loader: str | None = None) -> Support:
 
 
 def explained(error: OSError) -> tuple[str, str]:
-    """Why the kernel refused, and what to do, as far as can be told."""
+    """The reason why the kernel refused, and the remedy, as far as they can be known."""
     kernel = f"Linux {os.uname().release}"
     said = error.strerror or str(error)
     if error.errno in (errno.EPERM, errno.EACCES):
@@ -131,7 +131,7 @@ def _refused(said: str) -> tuple[str, str]:
 
 
 def missing_capabilities() -> list[str]:
-    """Those that are needed and that this process does not have in effect."""
+    """The needed capabilities that this process does not have in effect."""
     effective = int(_status("CapEff") or "0", 16)
     if effective >> CAP_SYS_ADMIN & 1 and effective >> CAPABILITIES["CAP_NET_ADMIN"] & 1:
         return []
@@ -143,7 +143,7 @@ def _has_seccomp_filter() -> bool:
 
 
 def _is_in_first_user_namespace() -> bool:
-    """Its map of users is that of all to themselves."""
+    """True if this process's map of users is the identity over all of them."""
     try:
         return Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]
     except OSError:  # the kernel has no user namespaces
