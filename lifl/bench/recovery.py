@@ -81,7 +81,7 @@ class WatchedNode(Node):
     def kill(self, me: int) -> Death:
         """Kills worker `me`; returns when its successor has been heard."""
         with self.changed:
-            pid = next(worker.pid for worker in self.supervisor._workers.values() if worker.me == me)
+            pid = next(worker.pid for worker in self.supervisor._workers.values() if worker.number == me)
             self.death = death = Death(me)
         death.killed_ns = time.monotonic_ns()
         os.kill(pid, signal.SIGKILL)
@@ -99,16 +99,16 @@ class WatchedNode(Node):
             self.death.held = self.states(self.death.worker)
         super().replace(pidfd)
 
-    def _after_sweep(self, me: int) -> None:
+    def _after_sweep(self, number: int) -> None:
         if self.death is not None:
             self.death.reclaimed_ns = time.monotonic_ns()
-            self.death.left = self.states(me).get(State.READING, 0)
-        self._start(me)
+            self.death.left = self.states(number).get(State.READING, 0)
+        self._start(number)
 
-    def _on_word(self, me: int, has_worked: bool) -> None:
-        self._heard(me, has_worked)
+    def _on_word(self, number: int, has_worked: bool) -> None:
+        self._heard(number, has_worked)
         death = self.death
-        if death is not None and death.worker == me and death.reclaimed_ns:
+        if death is not None and death.worker == number and death.reclaimed_ns:
             death.heard_ns = time.monotonic_ns()
             self.death = None
             death.is_over.set()

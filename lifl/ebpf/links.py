@@ -52,7 +52,7 @@ class Sender(Producer):
         return False
 
     def reset(self) -> None:
-        """Does nothing: the sidecar has already dropped what was on its way, see :meth:`Sidecar.bury`."""
+        """Does nothing: the sidecar has already dropped what was on its way, see :meth:`Sidecar.remove`."""
 
 
 class Receiver:
@@ -61,8 +61,8 @@ class Receiver:
     `on_stray` gets each record for another aggregator.
     """
 
-    def __init__(self, arena: Arena, own: socket.socket, me: int, on_stray: Callable[[Record], None]) -> None:
-        self._arena, self._socket, self._me, self._on_stray = arena, own, me, on_stray
+    def __init__(self, arena: Arena, own: socket.socket, participant: int, on_stray: Callable[[Record], None]) -> None:
+        self._arena, self._socket, self._participant, self._on_stray = arena, own, participant, on_stray
         self._flow, self._record = ffi.new("lifl_flow *"), ffi.new("lifl_link_record *")
         self._spin_s = 0.0
         self._poll = select.poll()
@@ -80,7 +80,7 @@ class Receiver:
             dst = r.dst
             # The kernel decides which worker holds a role, and the route may have changed meanwhile. A record of a role
             # that no worker holds comes to the owner.
-            if dst == self._me or (dst & TOP and self._me != AGENT):
+            if dst == self._participant or (dst & TOP and self._participant != AGENT):
                 return r.src, messages.read(r)
             self._on_stray(Record.unpack(ffi.buffer(r))[0])
         return None
@@ -93,7 +93,7 @@ class Receiver:
         if status == lib.LIFL_GONE:
             raise PeerGoneError("the agent is gone: it has closed its end of the socket")
         if status == lib.LIFL_ESYS:
-            raise PeerGoneError(f"the socket of participant {self._me} is broken: {os.strerror(ffi.errno)}")
+            raise PeerGoneError(f"the socket of participant {self._participant} is broken: {os.strerror(ffi.errno)}")
         return bool(status == lib.LIFL_OK)
 
     def wait(self, spin_s: float, timeout_s: float) -> bool:
@@ -132,14 +132,16 @@ def sent_on(own: socket.socket) -> Callable[[Record], None]:
     return send
 
 
-def ends_of(arena: Arena, socket_fd: int, me: int) -> tuple[Receiver, Outbox]:
+def ends_of(arena: Arena, socket_fd: int, participant: int) -> tuple[Receiver, Outbox]:
     """The inbox and the outbox of a worker, over the socket that it was given."""
     own = socket.socket(fileno=socket_fd)
-    return Receiver(arena, own, me, sent_on(own)), outbox_of(arena, own, me)
+    return Receiver(arena, own, participant, sent_on(own)), outbox_of(arena, own, participant)
 
 
-def outbox_of(arena: Arena, own: socket.socket, me: int, on_backlog: Callable[[], None] | None = None) -> Outbox:
+def outbox_of(
+    arena: Arena, own: socket.socket, participant: int, on_backlog: Callable[[], None] | None = None
+) -> Outbox:
     """The outbox of a participant, over its socket."""
     spent = Spent()
-    ends = [Sender(arena, own, me, target, spent) for target in range(arena.participants)]
+    ends = [Sender(arena, own, participant, target, spent) for target in range(arena.participants)]
     return Outbox(ends, on_backlog, spent)

@@ -50,82 +50,82 @@ class Sidecar:
 
     # ------------------------------------------------------------ participants
 
-    def enter(self, me: int, own: socket.socket, anchor: socket.socket) -> socket.socket:
+    def enter(self, participant: int, own: socket.socket, anchor: socket.socket) -> socket.socket:
         """Puts a participant's socket into the map, and keeps its anchor: the socket works while the anchor is open.
 
         Both may have been made in another network namespace, see :func:`lifl.ebpf.pairs.pair`; nothing passes between
         the two. The caller keeps the socket: the map needs only a copy, and the participant has the other.
         """
-        old, self._anchors[me] = self._anchors.get(me), anchor
+        old, self._anchors[participant] = self._anchors.get(participant), anchor
         if old is not None and old is not anchor:
             old.close()
-        if (unused := self._sockets.pop(me, None)) is not None:  # the socket of a worker that did not start
+        if (unused := self._sockets.pop(participant, None)) is not None:  # the socket of a worker that did not start
             unused.close()
-        key = LAUNCHER if me == AGENT else me
+        key = LAUNCHER if participant == AGENT else participant
         with contextlib.suppress(FileNotFoundError):
             self._program.socks.delete(key)  # the kernel refuses a socket that is in the map already
         self._program.socks.update(key, own.fileno())
-        self.route(me, me)
+        self.route(participant, participant)
         return own
 
-    def admit(self, me: int) -> int:
-        """A socket for worker `me`, in the map; the caller closes its file descriptor.
+    def admit(self, worker: int) -> int:
+        """A socket for a worker, in the map; the caller closes its file descriptor.
 
         Raises :class:`PeerGoneError` if no socket can be made.
         """
-        return (self._sockets.pop(me, None) or self._enter_new(me)).detach()
+        return (self._sockets.pop(worker, None) or self._enter_new(worker)).detach()
 
-    def bury(self, me: int) -> None:
-        """Drops the socket of worker `me`, which is proven dead, with all that the worker had not read.
+    def remove(self, worker: int) -> None:
+        """Drops the socket of a worker, which is proven dead, with all that the worker had not read.
 
         The socket of its successor takes its place at once, and keeps what is sent until the successor starts.
         """
-        check(lib.lifl_credit_reset(self._arena.handle, me), f"credits of participant {me}")
-        self._sockets[me] = self._enter_new(me)
+        check(lib.lifl_credit_reset(self._arena.handle, worker), f"credits of participant {worker}")
+        self._sockets[worker] = self._enter_new(worker)
 
-    def _enter_new(self, me: int) -> socket.socket:
+    def _enter_new(self, participant: int) -> socket.socket:
         try:
-            return self.enter(me, *pair())
+            return self.enter(participant, *pair())
         except OSError as error:
-            raise PeerGoneError(f"no socket for worker {me}: {error}") from error
+            raise PeerGoneError(f"no socket for worker {participant}: {error}") from error
 
     # ------------------------------------------------------------ routes
 
-    def route(self, aggregator: int, me: int | None) -> None:
-        """Sends an aggregator's records to participant `me` from now on; None: the route is gone, the owner gets them.
+    def route(self, aggregator: int, participant: int | None) -> None:
+        """Routes an aggregator's records to a participant from now on. None: removes the route, the owner gets them.
 
         An aggregator is a role, such as the top of a round, or a participant, whose own number leads to itself. The
         change is a single update of a map: a record takes the old way or the new one.
         """
-        if me is not None:
-            self._program.routes.update(aggregator, LAUNCHER if me == AGENT else me)
+        if participant is not None:
+            self._program.routes.update(aggregator, LAUNCHER if participant == AGENT else participant)
             self._routes.add(aggregator)
         elif aggregator in self._routes:
             self._routes.discard(aggregator)
             self._program.routes.delete(aggregator)
 
-    def route_top(self, number: int, me: int | None) -> None:
+    def route_top(self, number: int, worker: int | None) -> None:
         """Sets the worker that adds up the sums of a round; None: the round is over."""
-        self.route(top_of(number), me)
+        self.route(top_of(number), worker)
 
     # ------------------------------------------------------------ participants of this process
 
-    def inbox(self, me: int = AGENT) -> Receiver:
+    def inbox(self, participant: int = AGENT) -> Receiver:
         """The inbox of a participant of this process."""
-        own = self._own(me)
-        return Receiver(self._arena, own, me, self._stray if me == AGENT else sent_on(own))
+        own = self._own(participant)
+        return Receiver(self._arena, own, participant, self._stray if participant == AGENT else sent_on(own))
 
-    def outbox(self, me: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
         """The outbox of a participant of this process."""
-        outbox = outbox_of(self._arena, self._own(me), me, on_backlog)
-        if me == AGENT:
+        outbox = outbox_of(self._arena, self._own(participant), participant, on_backlog)
+        if participant == AGENT:
             self._outbox = outbox
         return outbox
 
-    def _own(self, me: int) -> socket.socket:
-        if me not in self._sockets:
-            self._sockets[me] = self._enter_new(me)
-        return self._sockets[me]
+    def _own(self, participant: int) -> socket.socket:
+        if participant not in self._sockets:
+            self._sockets[participant] = self._enter_new(participant)
+        return self._sockets[participant]
 
     def _stray(self, record: Record) -> None:
         """Handles a record that came to the owner because its receiver had no socket.
@@ -145,9 +145,9 @@ class Sidecar:
         found: dict[int, bytes] = {}
         for key in self._program.metrics:
             # The owner has two keys: records to it count at the launcher's key, its own reports at its number.
-            me = AGENT if key == LAUNCHER else key
-            found[me] = found.get(me, b"") + (self._program.metrics.lookup(key) or b"")
-        return {me: Metrics.merged(counted) for me, counted in found.items()}
+            participant = AGENT if key == LAUNCHER else key
+            found[participant] = found.get(participant, b"") + (self._program.metrics.lookup(key) or b"")
+        return {participant: Metrics.merged(counted) for participant, counted in found.items()}
 
     def close(self) -> None:
         """Closes everything; harmless when closed."""

@@ -31,7 +31,7 @@ from lifl.shm.arena import Arena
 from lifl.shm.messages import Kind
 from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.tensor import TensorSpec
-from lifl.workers.listener import Agent
+from lifl.workers.listener import Listener
 from lifl.workers.pool import Pool
 from lifl.workers.team import Team, headcount
 from lifl.workers.team import cores as cores
@@ -119,7 +119,7 @@ class Node:
         self._is_closed = False
         self._closing = threading.Lock()
         self._gone: PeerGoneError | None = None
-        self._agent: Agent | None = None
+        self._listener: Listener | None = None
         self.tally = Tally()
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
         self._team = team = Team(self.arena, workers, warm, stall_timeout, transport)
@@ -130,7 +130,7 @@ class Node:
             self.pool = Pool(max(workers, 1), team.supervisor, self.engaged)
             self.watch = Watch(self, self._rounds, team)
             if team.supervisor is not None:
-                self._agent = Agent(self, team.supervisor, team.inbox, team.bell, idle_timeout)
+                self._listener = Listener(self, team.supervisor, team.inbox, team.bell, idle_timeout)
         except BaseException:  # there may be no thread to have
             team.close()
             raise
@@ -180,16 +180,16 @@ class Node:
     def replace(self, pidfd: int) -> None:
         """A worker is proven dead: takes up what it left, and starts its successor unless it was told to stop."""
         supervisor = self._supervisor
-        assert supervisor is not None, "whose agent calls this"
+        assert supervisor is not None, "only a listener calls this, and there is none without workers"
         with self.changed:
             self.drain()  # what it said before it died counts
-            dead = supervisor.bury(pidfd)
-            me = dead.me
+            dead = supervisor.remove(pidfd)
+            me = dead.number
             self.tally.deaths[me] += not dead.was_leaving
             if self._is_closed:
                 return
             try:
-                self.transport.bury(me)
+                self.transport.remove(me)
                 self.outbox.reset(me)
                 told = [d for r in list(self._rounds.values()) for d in r.lifecycle.recover(me, dead.died_of_work)]
                 if told or not dead.was_leaving or self.engaged()[me]:
@@ -232,8 +232,8 @@ class Node:
 
     def pump(self) -> None:
         """Gets the work going: in the calling thread, without workers; else the agent's begins to watch them."""
-        if self._agent is not None:
-            self._agent.wake()
+        if self._listener is not None:
+            self._listener.wake()
         if (inline := self._team.inline) is not None:
             with self.changed:
                 while inline.step() or self.drain():
@@ -367,8 +367,8 @@ class Node:
                 self.outbox.push(me, messages.STOP)
             self.changed.notify_all()
         self._team.bell.ring()
-        if self._agent is not None:
-            self._agent.join()
+        if self._listener is not None:
+            self._listener.join()
         self.watch.close()
         self._team.close()
         self.arena.close()

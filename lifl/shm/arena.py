@@ -196,7 +196,7 @@ class Arena:
     def free_bytes(self) -> int:
         """Bytes that an allocation can have now."""
         with self._lock:
-            self._bury_orphans()
+            self._reclaim_orphans()
             return int(lib.lifl_arena_free_units(self.handle) * lib.lifl_unit_bytes())
 
     def close(self) -> None:
@@ -213,7 +213,7 @@ class Arena:
         """
         index, generation = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         with self._lock:
-            self._bury_orphans()
+            self._reclaim_orphans()
             take = lib.lifl_block_reserve if apart else lib.lifl_block_alloc
             status = take(self.handle, nbytes, owner, state, index, generation)
         if check(status, f"block of {nbytes:,} bytes") == lib.LIFL_FULL:
@@ -241,7 +241,7 @@ class Arena:
         """Reclaims a block when its last view, which still lives, is gone. Takes no lock."""
         self._deferred.add(block)
 
-    def _bury_orphans(self) -> None:
+    def _reclaim_orphans(self) -> None:
         while self._orphans:
             block = self._orphans.popleft()
             lib.lifl_block_reclaim(self.handle, block.index, block.generation, self.debug)
@@ -284,13 +284,13 @@ class Arena:
 
     def buffer(self, block: Block) -> Any:
         """A block as a writable buffer. Every view of the buffer keeps it and the mapping alive."""
-        mapping, me = self.map(block.index, block.generation), object()
+        mapping, view = self.map(block.index, block.generation), object()
         living = self._views.setdefault(block.index, set())
-        living.add(me)
+        living.add(view)
 
         def last_view_gone(_: Any) -> None:
             mapping.close()
-            living.discard(me)
+            living.discard(view)
             if not living and block in self._deferred:  # a block may have several buffers
                 self._deferred.discard(block)
                 self._orphans.append(block)

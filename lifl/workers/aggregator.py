@@ -81,15 +81,15 @@ class _Shard:
 
 
 class Aggregator:
-    """A worker: participant `me` of the arena. In each round it has the role that its messages give it.
+    """The code of a worker, participant `worker` of the arena. In each round it has the role that its messages give it.
 
     Its messages go through rings, or through the inbox and outbox that it is given.
     """
 
-    def __init__(self, arena: Arena, me: int, inbox: Receiver | None = None, outbox: Outbox | None = None) -> None:
-        self._arena, self._me = arena, me
-        self._inbox: Receiver = Inbox(arena, me) if inbox is None else inbox
-        self._outbox = Outbox.of_rings(arena, me) if outbox is None else outbox
+    def __init__(self, arena: Arena, worker: int, inbox: Receiver | None = None, outbox: Outbox | None = None) -> None:
+        self._arena, self._worker = arena, worker
+        self._inbox: Receiver = Inbox(arena, worker) if inbox is None else inbox
+        self._outbox = Outbox.of_rings(arena, worker) if outbox is None else outbox
         self._tasks: dict[int, _Task] = {}
         self._shards: list[_Shard] = []
         self._turns = 0
@@ -125,7 +125,7 @@ class Aggregator:
 
     def _fail(self, number: int) -> None:
         """Ends this worker's part in a round that met an error; the owner ends the round. The worker goes on."""
-        log.exception("worker %d: round %d failed", self._me, number)
+        log.exception("worker %d: round %d failed", self._worker, number)
         self._drop(number)
         self._outbox.push(AGENT, messages.failed(number))
 
@@ -193,7 +193,7 @@ class Aggregator:
     def _give_back(self, block: Block | None) -> None:
         """Frees a block that this worker holds, in whatever state it is. None: does nothing."""
         for state in (State.READY, State.ACCUM, State.COMMITTED, State.READING):
-            if block is not None and self._arena.move(block, (self._me, state), (AGENT, State.FREE)):
+            if block is not None and self._arena.move(block, (self._worker, state), (AGENT, State.FREE)):
                 return
 
     def _grant(self, task: _Task, d: Descriptor) -> None:
@@ -238,7 +238,7 @@ class Aggregator:
 
         A descriptor is a hint, and may come twice. If a block kills this worker, the block is READING.
         """
-        return [b for b in blocks if self._arena.move(b, (self._me, State.READY), (self._me, State.READING))]
+        return [b for b in blocks if self._arena.move(b, (self._worker, State.READY), (self._worker, State.READING))]
 
     def _next_batch(self, task: _Task) -> list[Block]:
         most = min(task.flags >> BATCH_SHIFT or self._batch_max, self._batch_max)
@@ -277,7 +277,7 @@ class Aggregator:
         for i, block in enumerate(batch):
             manifest.blocks[i], manifest.generations[i] = block.index, block.generation
         # The commit: from here on the batch counts. The manifest is complete before it, the inputs are freed after it.
-        if not self._arena.move(target.block, (self._me, State.ACCUM), (self._me, State.COMMITTED)):
+        if not self._arena.move(target.block, (self._worker, State.ACCUM), (self._worker, State.COMMITTED)):
             raise RuntimeError(f"block {target.block.index} was taken from under a fold")
         task.spare.pop()
         for _ in told:
@@ -287,10 +287,10 @@ class Aggregator:
         for block, mapping, note in zip(batch, inputs, notes, strict=True):
             note.begin_ns, note.end_ns = begin, end
             mapping.close()
-            self._arena.move(block, (self._me, State.READING), (AGENT, State.FREE))
+            self._arena.move(block, (self._worker, State.READING), (AGENT, State.FREE))
             self._outbox.push(AGENT, messages.folded(task.round, block))
         if source is not None:
-            self._arena.move(source.block, (self._me, State.COMMITTED), (self._me, State.ACCUM))
+            self._arena.move(source.block, (self._worker, State.COMMITTED), (self._worker, State.ACCUM))
             task.spare.append(source)
         task.current = target
 
@@ -300,16 +300,16 @@ class Aggregator:
         begin = lib.lifl_now_ns()
         task.is_sent = True
         top, held = messages.flush_of(flush).top, task.current
-        message = messages.leaf_sum(task.round, self._me, None if held is None else held.block)
+        message = messages.leaf_sum(task.round, self._worker, None if held is None else held.block)
         if held is not None:
             note = self._arena.note(held.block.index)
             note.begin_ns, note.end_ns = begin, lib.lifl_now_ns()
             # The sum goes to the top; all of its inputs were freed after their commit.
-            self._arena.move(held.block, (self._me, State.COMMITTED), (top, State.COMMITTED))
+            self._arena.move(held.block, (self._worker, State.COMMITTED), (top, State.COMMITTED))
             held.mapping.close()
             task.current = None
-        if top == self._me:
-            task.arrived[self._me] = message
+        if top == self._worker:
+            task.arrived[self._worker] = message
             return
         # Everything is given back before the SUM is sent: the owner reclaims it as soon as the top's RESULT is there.
         self._forget(task)
@@ -319,7 +319,7 @@ class Aggregator:
         begin = lib.lifl_now_ns()
         blocks = [block for d in task.arrived.values() if (block := messages.sum_of(d)) is not None]
         for block in blocks:
-            if not self._arena.move(block, (self._me, State.COMMITTED), (self._me, State.READING)):
+            if not self._arena.move(block, (self._worker, State.COMMITTED), (self._worker, State.READING)):
                 raise RuntimeError(f"partial sum {block.index} is stale")
         sums = [self._arena.map(b.index, b.generation) for b in blocks]
         manifests = [self._arena.manifest(s.address) for s in sums]
@@ -336,7 +336,7 @@ class Aggregator:
             mapping.close()
         # The commit: from here on the round needs nothing but the mean.
         block = messages.block_of(flush)
-        self._arena.move(block, (self._me, State.WRITING), (AGENT, State.READY))
+        self._arena.move(block, (self._worker, State.WRITING), (AGENT, State.READY))
         self._forget(task)
         self._end(task.round)
         self._outbox.push(AGENT, messages.result(task.round, block))
@@ -369,7 +369,7 @@ class Aggregator:
         return True
 
 
-def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int, socket_fd: int | None = None) -> None:
+def main(arena_fd: int, bell_fd: int, worker: int, spin_s: float, parent: int, socket_fd: int | None = None) -> None:
     """Runs a worker, in a fork of the spawner `parent`. Messages go through its socket if it has one, else rings."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, which then ends its workers
     die_with(parent)
@@ -380,14 +380,14 @@ def main(arena_fd: int, bell_fd: int, me: int, spin_s: float, parent: int, socke
     ring_for(arena, AGENT, bell_fd)
     inbox: Receiver
     if socket_fd is None:
-        inbox, outbox = Inbox(arena, me), Outbox.of_rings(arena, me)
+        inbox, outbox = Inbox(arena, worker), Outbox.of_rings(arena, worker)
     else:
         from lifl.ebpf.links import ends_of  # late: rings do not need it
 
-        inbox, outbox = ends_of(arena, socket_fd, me)
+        inbox, outbox = ends_of(arena, socket_fd, worker)
     outbox.push(AGENT, messages.HELLO)
     with contextlib.suppress(PeerGoneError):  # the socket may show the owner's death before the kernel's signal comes
-        Aggregator(arena, me, inbox, outbox).run(spin_s)
+        Aggregator(arena, worker, inbox, outbox).run(spin_s)
 
 
 def die_with(parent: int) -> None:

@@ -25,7 +25,7 @@ RETRY_S = 0.002
 """The wait before a descriptor that did not fit into a full ring is tried again: the consumer rings no bell."""
 
 
-class Employer(Protocol):
+class Owner(Protocol):
     """The Node, as the thread uses it. All but :meth:`replace` is called with the Node's lock held."""
 
     outbox: Outbox
@@ -57,11 +57,11 @@ class Employer(Protocol):
         """Ends the Node, which cannot go on, with an error."""
 
 
-class Agent:
+class Listener:
     """The thread of one Node. It starts at once, and ends at a ring of the bell when ``is_closed`` is true."""
 
     def __init__(
-        self, node: Employer, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
+        self, node: Owner, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
     ) -> None:
         self._node, self._supervisor, self._inbox, self._bell = node, supervisor, inbox, bell
         self._idle_timeout = idle_timeout
@@ -70,7 +70,7 @@ class Agent:
         self._is_dozing = False  # no round waits for a worker: sleeps until the bell, and watches none
         # The constructor starts the thread, `Node.close` ends it. A daemon: a Node that is never closed must not keep
         # the interpreter from ending.
-        self._thread = threading.Thread(target=self._hear, name="lifl-agent", daemon=True)
+        self._thread = threading.Thread(target=self._hear, name="lifl-listener", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
@@ -90,7 +90,7 @@ class Agent:
         try:
             self._listen()
         except Exception as error:
-            log.exception("the agent's thread ended")
+            log.exception("the listener's thread ended")
             with self._node.changed:
                 self._node.lose(PeerGoneError(f"the thread that hears the workers ended: {error!r}"))
 
@@ -115,15 +115,15 @@ class Agent:
         """Stops idle workers, and asks the others for a sign of life; returns the seconds until the next watch."""
         supervisor, outbox, left_s = self._supervisor, self._node.outbox, None
         if self._idle_timeout is not None:
-            leaving, left_s = supervisor.dismiss(now, self._node.engaged(), self._idle_timeout)
-            for me in leaving:
-                outbox.push(me, messages.STOP)
+            leaving, left_s = supervisor.retire(now, self._node.engaged(), self._idle_timeout)
+            for worker in leaving:
+                outbox.push(worker, messages.STOP)
         # A worker that got a STOP is watched too: one that is stuck would stay for ever.
         self._is_dozing = not self._node.is_owed and not supervisor.leaving
         if self._is_dozing:
             supervisor.rest()
             return left_s
         self._node.traffic.look()
-        for me in supervisor.tick(now, self._node.used_bytes / SLOWEST_FOLD):
-            outbox.push(me, messages.PING)
+        for worker in supervisor.tick(now, self._node.used_bytes / SLOWEST_FOLD):
+            outbox.push(worker, messages.PING)
         return supervisor.tick_s

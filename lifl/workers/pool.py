@@ -43,24 +43,24 @@ class Pool:
             return (1,) if n and 1 not in without else ()
         there, leaving, engaged = self._supervisor.there, self._supervisor.leaving, self._engaged()
 
-        def rank(me: int) -> tuple[int, int, int]:
-            is_free = me in there and not engaged[me]
-            group = 0 if is_free else 2 if me in there else 3 if me in leaving else 1
+        def rank(worker: int) -> tuple[int, int, int]:
+            is_free = worker in there and not engaged[worker]
+            group = 0 if is_free else 2 if worker in there else 3 if worker in leaving else 1
             # Workers of one group take turns, so that the work is spread.
-            return group, engaged[me], (me - self._turn) % self.most
+            return group, engaged[worker], (worker - self._turn) % self.most
 
         chosen: list[int] = []
         failure: PeerGoneError | None = None
-        for me in sorted((me for me in range(1, 1 + self.most) if me not in without), key=rank):
+        for worker in sorted((worker for worker in range(1, 1 + self.most) if worker not in without), key=rank):
             if len(chosen) == n:
                 break
-            if me not in there and me not in leaving:
+            if worker not in there and worker not in leaving:
                 try:
-                    self._start(me)
+                    self._start(worker)
                 except PeerGoneError as error:  # the workers that run can do the task, in more time
                     failure = error
                     continue
-            chosen.append(me)
+            chosen.append(worker)
         if failure is not None:
             if not chosen:
                 raise failure
@@ -72,17 +72,17 @@ class Pool:
         """Starts workers until `n` run, or as many as there may be."""
         if self._supervisor is None or len(self._supervisor.there) >= min(n, self.most):
             return
-        absent = [me for me in range(1, 1 + self.most) if me not in self.present]
-        for me in absent[: min(n, self.most) - len(self._supervisor.there)]:
+        absent = [worker for worker in range(1, 1 + self.most) if worker not in self.present]
+        for worker in absent[: min(n, self.most) - len(self._supervisor.there)]:
             try:
-                self._start(me)
+                self._start(worker)
             except PeerGoneError as error:  # the round that needs the worker raises, or does without it
                 log.warning("%s", error)
                 return
 
-    def _start(self, me: int) -> None:
+    def _start(self, worker: int) -> None:
         assert self._supervisor is not None
-        self._supervisor.start(me)
+        self._supervisor.start(worker)
         self.cold_starts += 1
 
     @property

@@ -83,8 +83,8 @@ class Spawner:
             self._process.wait()
             raise PeerGoneError(f"no pidfd of the process that starts workers: {error}") from error
 
-    def start_worker(self, me: int, socket_fd: int | None = None) -> tuple[int, int]:
-        """Starts the worker that is participant `me`; returns its pid and its pidfd, which the caller closes.
+    def start_worker(self, participant: int, socket_fd: int | None = None) -> tuple[int, int]:
+        """Starts the worker that is this participant; returns its pid and its pidfd, which the caller closes.
 
         The worker gets a copy of the socket, if there is one; besides, only the caller keeps one. Raises
         :class:`PeerGoneError` if the spawner cannot start it; :attr:`is_gone` is true if it never will. A spawner that
@@ -92,16 +92,16 @@ class Spawner:
         """
         self._number += 1
         given = [] if socket_fd is None else [socket_fd]
-        self._say({"start": me}, given)
+        self._say({"start": participant}, given)
         answer, fds = self._hear()
         if not fds:
-            self._say({"drop": me})  # without its pidfd the worker is of no use
+            self._say({"drop": participant})  # without its pidfd the worker is of no use
             reason = answer.get("error")
             if reason is None:
                 raise PeerGoneError("no descriptor is left for a worker's pidfd: raise the limit (ulimit -n)")
             raise PeerGoneError(f"the process that starts workers could not start one: {reason}")
         with contextlib.suppress(PeerGoneError):  # if the spawner died, so did the worker: its pidfd will show it
-            self._say({"go": me})
+            self._say({"go": participant})
         return int(answer["pid"]), fds[0]
 
     def _say(self, what: dict[str, int], given: list[int] | None = None) -> None:
@@ -207,12 +207,14 @@ class _Workers:
         self._all: list[Any] = []
         self._gate: int | None = None
 
-    def start(self, me: int, given: list[int]) -> tuple[int, int]:
+    def start(self, participant: int, given: list[int]) -> tuple[int, int]:
         """Forks a worker; returns its pid and its pidfd. Raises OSError if no descriptor or no process is left."""
         self.open_gate(is_known=False)
         way_in, self._gate = os.pipe()
         try:
-            worker = self._context.Process(target=self._wait_at, args=(way_in, self._gate, me, given), daemon=True)
+            worker = self._context.Process(
+                target=self._wait_at, args=(way_in, self._gate, participant, given), daemon=True
+            )
             worker.start()
         finally:
             os.close(way_in)
@@ -220,11 +222,11 @@ class _Workers:
         self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
         return worker.pid, os.pidfd_open(worker.pid)
 
-    def _wait_at(self, way_in: int, gate: int, me: int, given: list[int]) -> None:
+    def _wait_at(self, way_in: int, gate: int, participant: int, given: list[int]) -> None:
         os.close(gate)
         if os.read(way_in, 1):  # nothing to read: the worker is not wanted, or its parent is dead
             os.close(way_in)
-            self._begin(me, given)
+            self._begin(participant, given)
 
     def open_gate(self, is_known: bool) -> None:
         """Lets the youngest worker begin if the owner knows it, else end. Harmless when it has begun."""
@@ -269,9 +271,9 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
     control = socket.socket(fileno=socket_fd)
     parent = os.getpid()
 
-    def begin(me: int, given: list[int]) -> None:
+    def begin(participant: int, given: list[int]) -> None:
         control.close()  # an open copy in a worker would hide from the owner that the spawner is dead
-        aggregator.main(arena_fd, bell_fd, me, spin_ns / 1e9, parent, *given)
+        aggregator.main(arena_fd, bell_fd, participant, spin_ns / 1e9, parent, *given)
 
     try:
         agent = os.pidfd_open(agent_pid)

@@ -36,7 +36,7 @@ RESTART_TIMEOUT_S = 15.0
 
 @attrs.define
 class _Worker:
-    me: int
+    number: int
     pid: int
     parent: Spawner
     is_asked: bool = False
@@ -60,7 +60,7 @@ class Dead:
         The spawner had died or been killed; the kernel then kills its workers, whatever they do.
     """
 
-    me: int
+    number: int
     pid: int
     was_heard: bool
     was_leaving: bool
@@ -86,7 +86,7 @@ class Supervisor:
         spin_s: float,
         count: int,
         stall_timeout: float,
-        admit: Callable[[int], int | None] = lambda me: None,
+        admit: Callable[[int], int | None] = lambda number: None,
     ) -> None:
         self._workers: dict[int, _Worker] = {}  # by pidfd
         self._deaths: dict[int, int] = {}  # worker -> its deaths since its last message
@@ -101,9 +101,9 @@ class Supervisor:
         self._poll = select.epoll()
         try:
             self._poll.register(bell_fd, select.EPOLLIN)
-            for me in range(1, 1 + count):
+            for number in range(1, 1 + count):
                 # A single try at first: what is wrong with the first spawner is wrong with the next.
-                self._start(me, tries=1)
+                self._start(number, tries=1)
         except BaseException:
             self.close()
             raise
@@ -135,36 +135,36 @@ class Supervisor:
 
     def by_number(self) -> dict[int, int]:
         """The process ids of the workers that run, leaving or not, by their numbers."""
-        return {worker.me: worker.pid for worker in self._workers.values()}
+        return {worker.number: worker.pid for worker in self._workers.values()}
 
     @property
     def there(self) -> frozenset[int]:
         """The workers that need no start to get work. A removed one counts: its successor gets the work."""
-        return frozenset(worker.me for worker in self._workers.values() if not worker.is_leaving) | self._vacant
+        return frozenset(worker.number for worker in self._workers.values() if not worker.is_leaving) | self._vacant
 
     @property
     def leaving(self) -> frozenset[int]:
         """The workers that got a STOP and are not proven dead yet."""
-        return frozenset(worker.me for worker in self._workers.values() if worker.is_leaving)
+        return frozenset(worker.number for worker in self._workers.values() if worker.is_leaving)
 
-    def start(self, me: int) -> None:
-        """Starts worker `me`. Raises :class:`PeerGoneError` if it cannot be started, with the reason."""
-        self._start(me, MAX_TRIES)
+    def start(self, number: int) -> None:
+        """Starts a worker. Raises :class:`PeerGoneError` with the reason if it cannot be started."""
+        self._start(number, MAX_TRIES)
 
-    def _start(self, me: int, tries: int) -> None:
-        if self._deaths.get(me, 0) > MAX_DEATHS_IN_A_ROW:
-            raise PeerGoneError(f"worker {me} died {MAX_DEATHS_IN_A_ROW} times before it had started")
-        given = self._admit(me)
+    def _start(self, number: int, tries: int) -> None:
+        if self._deaths.get(number, 0) > MAX_DEATHS_IN_A_ROW:
+            raise PeerGoneError(f"worker {number} died {MAX_DEATHS_IN_A_ROW} times before it had started")
+        given = self._admit(number)
         try:
-            pid, pidfd = self._fork(me, given, tries)
+            pid, pidfd = self._fork(number, given, tries)
         finally:
             if given is not None:
                 os.close(given)
-        self._workers[pidfd] = _Worker(me, pid, self.spawner)
-        self._vacant.discard(me)
+        self._workers[pidfd] = _Worker(number, pid, self.spawner)
+        self._vacant.discard(number)
         self._poll.register(pidfd, select.EPOLLIN)
 
-    def _fork(self, me: int, given: int | None, tries: int) -> tuple[int, int]:
+    def _fork(self, number: int, given: int | None, tries: int) -> tuple[int, int]:
         """Asks the spawner for a worker; if that is gone, another one."""
         if self._lost_in_a_row >= MAX_LOST_IN_A_ROW and self.spawner.is_gone:
             self._lost_in_a_row = 0  # a later round may try again
@@ -176,7 +176,7 @@ class Supervisor:
             try:
                 if self.spawner.is_gone:
                     self._replace_spawner()
-                return self.spawner.start_worker(me, given)
+                return self.spawner.start_worker(number, given)
             except PeerGoneError as error:
                 if not self.spawner.is_gone or tries == 1:
                     raise
@@ -193,7 +193,7 @@ class Supervisor:
         old, self.spawner = self.spawner, self._make_spawner(RESTART_TIMEOUT_S)
         log.warning("the process that starts workers (pid %d) is gone: pid %d replaces it", old.pid, self.spawner.pid)
 
-    def bury(self, pidfd: int) -> Dead:
+    def remove(self, pidfd: int) -> Dead:
         """Removes a worker that is proven dead. A call of :meth:`start` or :meth:`leave_empty` must follow."""
         worker = self._workers.pop(pidfd)
         self._poll.unregister(pidfd)
@@ -202,17 +202,17 @@ class Supervisor:
         # spawner's pidfd shows its death. A worker that has not begun may end a little before.
         was_orphaned = worker.parent.is_gone
         if not worker.is_leaving and not was_orphaned:
-            self._deaths[worker.me] = self._deaths.get(worker.me, 0) + 1
-        self._vacant.add(worker.me)
-        return Dead(worker.me, worker.pid, worker.is_heard, worker.is_leaving, was_orphaned)
+            self._deaths[worker.number] = self._deaths.get(worker.number, 0) + 1
+        self._vacant.add(worker.number)
+        return Dead(worker.number, worker.pid, worker.is_heard, worker.is_leaving, was_orphaned)
 
-    def leave_empty(self, me: int) -> None:
-        """Leaves worker `me`, which was removed, without a successor for now."""
-        self._vacant.discard(me)
+    def leave_empty(self, number: int) -> None:
+        """Leaves a worker, which was removed, without a successor for now."""
+        self._vacant.discard(number)
 
     # ------------------------------------------------------------ rest
 
-    def dismiss(self, now_s: float, busy: Container[int], idle_timeout: float) -> tuple[list[int], float | None]:
+    def retire(self, now_s: float, busy: Container[int], idle_timeout: float) -> tuple[list[int], float | None]:
         """The workers that were idle for `idle_timeout` seconds, for the caller to stop; the seconds until the next.
 
         `busy` workers have a part in a round. The seconds are None if no worker is idle.
@@ -221,7 +221,7 @@ class Supervisor:
         for worker in self._workers.values():
             if worker.is_leaving:
                 continue
-            if worker.me in busy:
+            if worker.number in busy:
                 worker.rests_since_s = None
                 continue
             if worker.rests_since_s is None:
@@ -229,20 +229,20 @@ class Supervisor:
             rest = worker.rests_since_s + idle_timeout - now_s
             if rest <= 0:
                 worker.is_leaving = True
-                leaving.append(worker.me)
+                leaving.append(worker.number)
             else:
                 left_s = rest if left_s is None else min(left_s, rest)
         return leaving, left_s
 
     # ------------------------------------------------------------ signs of life
 
-    def heard(self, me: int, has_worked: bool) -> None:
-        """Notes a message of worker `me`: it has worked, or it only lives."""
-        self._deaths[me] = 0
+    def heard(self, number: int, has_worked: bool) -> None:
+        """Notes a message of a worker: it has worked, or it only lives."""
+        self._deaths[number] = 0
         if has_worked:
             self._lost_in_a_row = 0
         for worker in self._workers.values():
-            if worker.me == me:
+            if worker.number == number:
                 worker.is_asked, worker.silent_s, worker.is_heard = False, 0.0, True
                 if has_worked:  # between two looks it may have had a part in rounds
                     worker.rests_since_s = None
@@ -264,11 +264,11 @@ class Supervisor:
         for pidfd, worker in self._workers.items():
             if not worker.is_asked:
                 worker.is_asked = True
-                asked.append(worker.me)
+                asked.append(worker.number)
                 continue
             worker.silent_s += passed
             if worker.silent_s >= self._stall_timeout + work_s:
-                silent = f"worker {worker.me} (pid {worker.pid}) gave no sign of life for {worker.silent_s:.1f} s"
+                silent = f"worker {worker.number} (pid {worker.pid}) gave no sign of life for {worker.silent_s:.1f} s"
                 log.warning("%s: killed", silent)
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)

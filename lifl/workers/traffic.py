@@ -76,12 +76,12 @@ class Traffic:
         if self._last is not None and now_s > self._last[0]:
             seconds, before = now_s - self._last[0], self._last[1]
             self.flows = {}
-            for me, counted in now.items():
+            for worker, counted in now.items():
                 updates, folded, busy_ns = counted.updates, counted.folded, counted.busy_ns
-                if (old := before.get(me)) is not None:
+                if (old := before.get(worker)) is not None:
                     updates, folded, busy_ns = updates - old.updates, folded - old.folded, busy_ns - old.busy_ns
                 execution_s = busy_ns / 1e9 / folded if folded else 0.0
-                self.flows[me] = Flow(updates / seconds, execution_s, self._queued(me))
+                self.flows[worker] = Flow(updates / seconds, execution_s, self._queued(worker))
         self._last = now_s, now
         return self.flows
 
@@ -97,7 +97,7 @@ class Traffic:
         return Interval(updates, now_s - begin[0], busy_ns / 1e9) if updates else None
 
     def _workers(self) -> dict[int, Metrics]:
-        return {me: counted for me, counted in self._read().items() if me != AGENT}
+        return {worker: counted for worker, counted in self._read().items() if worker != AGENT}
 
 
 def _sums(counted: dict[int, Metrics]) -> tuple[int, int]:

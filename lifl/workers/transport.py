@@ -33,19 +33,19 @@ class Transport(Protocol):
     def loader(self) -> str | None:
         """The loader of the kernel's program, "prebuilt" or "bcc"; None if there is no program."""
 
-    def inbox(self, me: int = AGENT) -> Receiver:
+    def inbox(self, participant: int = AGENT) -> Receiver:
         """The inbox of a participant of this process."""
 
-    def outbox(self, me: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
         """The outbox of a participant of this process."""
 
-    def admit(self, me: int) -> int | None:
-        """Prepares the start of worker `me`; a file descriptor for it, which the caller closes, or None."""
+    def admit(self, worker: int) -> int | None:
+        """Prepares the start of a worker; returns a file descriptor for it, which the caller closes, or None."""
 
-    def bury(self, me: int) -> None:
-        """Drops what worker `me`, which is proven dead, had not read."""
+    def remove(self, worker: int) -> None:
+        """Drops what a worker, which is proven dead, had not read."""
 
-    def route_top(self, number: int, me: int | None) -> None:
+    def route_top(self, number: int, worker: int | None) -> None:
         """Sets the worker that adds up the sums of a round; None: the round is over."""
 
     def metrics(self) -> dict[int, Metrics]:
@@ -64,21 +64,21 @@ class Rings:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
 
-    def inbox(self, me: int = AGENT) -> Inbox:
+    def inbox(self, participant: int = AGENT) -> Inbox:
         """The inbox over all rings that end at a participant."""
-        return Inbox(self._arena, me)
+        return Inbox(self._arena, participant)
 
-    def outbox(self, me: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
         """The outbox over all rings that begin at a participant."""
-        return Outbox.of_rings(self._arena, me, on_backlog)
+        return Outbox.of_rings(self._arena, participant, on_backlog)
 
-    def admit(self, me: int) -> None:
+    def admit(self, worker: int) -> None:
         """Does nothing: the rings are there already."""
 
-    def bury(self, me: int) -> None:
+    def remove(self, worker: int) -> None:
         """Does nothing: messages of workers stay for the successor, the owner resets its own ring itself."""
 
-    def route_top(self, number: int, me: int | None) -> None:
+    def route_top(self, number: int, worker: int | None) -> None:
         """Does nothing: a leaf gets the number of the top with its FLUSH."""
 
     def metrics(self) -> dict[int, Metrics]:

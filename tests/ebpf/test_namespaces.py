@@ -249,7 +249,7 @@ def test_one_that_is_killed_has_a_successor_elsewhere(launcher: Sidecar, large: 
     with imprisoned(launcher, large, LEAF, read_an_update):
         assert LEAF in set(launcher._program.socks)
     assert LEAF not in set(launcher._program.socks)
-    launcher.bury(LEAF)
+    launcher.remove(LEAF)
     with ExitStack() as stack:
         for me in (LEAF, TOP):
             stack.enter_context(imprisoned(launcher, large, me, read_an_update)).control.send(b"0")
