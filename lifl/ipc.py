@@ -28,9 +28,9 @@ MAX_BLOB_BYTES = 256 * 2**20
 Frame = tuple[dict[str, Any], list[bytes]]
 
 
-def encode(said: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
+def encode(fields: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
     """The bytes of a frame."""
-    body = json.dumps({**said, "sizes": [len(blob) for blob in blobs]}).encode()
+    body = json.dumps({**fields, "sizes": [len(blob) for blob in blobs]}).encode()
     return b"".join([_HEAD.pack(len(body), len(blobs), sum(map(len, blobs))), body, *blobs])
 
 
@@ -51,7 +51,7 @@ class Reader:
             end = _HEAD.size + json_bytes + blob_bytes
             if len(self._bytes) < end:
                 break
-            said, sizes = _parsed(self._bytes[_HEAD.size : _HEAD.size + json_bytes])
+            fields, sizes = _parsed(self._bytes[_HEAD.size : _HEAD.size + json_bytes])
             at, blobs = _HEAD.size + json_bytes, []
             if len(sizes) != count or sum(sizes) != blob_bytes:
                 raise ValueError(f"a frame says {len(sizes)} byte strings and has {count}")
@@ -59,19 +59,19 @@ class Reader:
                 blobs.append(bytes(self._bytes[at : at + size]))
                 at += size
             del self._bytes[:end]
-            frames.append((said, blobs))
+            frames.append((fields, blobs))
         return frames
 
 
 def _parsed(body: bytes | bytearray) -> tuple[dict[str, Any], list[int]]:
     try:
-        said = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a frame without JSON: {error}") from None
-    sizes = said.pop("sizes", None) if isinstance(said, dict) else None
+    sizes = fields.pop("sizes", None) if isinstance(fields, dict) else None
     if not isinstance(sizes, list) or not all(isinstance(size, int) and size >= 0 for size in sizes):
         raise ValueError("a frame that does not say the sizes of its byte strings")
-    return said, sizes
+    return fields, sizes
 
 
 def folder() -> Path:
@@ -79,8 +79,8 @@ def folder() -> Path:
 
     Raises ``PermissionError`` if the path has another owner, another mode, or is no folder.
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    path = Path(runtime) / "lifl" if runtime else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(given) / "lifl" if given else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()

@@ -49,7 +49,8 @@ class Map:
     """A map of fixed-size keys and values. Owns its file descriptor."""
 
     def __init__(self, fd: int, value_bytes: int) -> None:
-        self.fd, self.value_bytes = fd, value_bytes
+        self.fd = fd
+        self.value_bytes = value_bytes
 
     @classmethod
     def create(cls, kind: int, key_bytes: int, value_bytes: int, most: int, name: str) -> Map:
@@ -122,8 +123,8 @@ def load_sk_msg(instructions: bytes, license_text: str = "Apache-2.0", name: str
         try:
             fd = bpf(_PROG_LOAD, attributes(1))
         except OSError:
-            said = log.value.decode(errors="replace").strip().splitlines()[-3:]
-            raise OSError(error.errno, f"{error.strerror}: {' / '.join(said)}") from None
+            lines = log.value.decode(errors="replace").strip().splitlines()[-3:]
+            raise OSError(error.errno, f"{error.strerror}: {' / '.join(lines)}") from None
     os.set_inheritable(fd, False)
     return fd
 

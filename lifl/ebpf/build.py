@@ -32,9 +32,9 @@ def compiled(clang: str = "clang", source: Path = SOURCE) -> dict[str, Any]:
 
 
 def _version(clang: str) -> str:
-    said = subprocess.run([clang, "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"clang version (\d+)", said)
-    return f"clang {found[1]}" if found else said.splitlines()[0]
+    output = subprocess.run([clang, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"clang version (\d+)", output)
+    return f"clang {found[1]}" if found else output.splitlines()[0]
 
 
 def _read(elf: bytes) -> dict[str, Any]:

@@ -55,13 +55,13 @@ def load() -> Program:
     module = find()
     # Without capabilities bcc reports a failure to compile: this map fails first, with the kernel's reason.
     bpf.Map.create(bpf.SOCKHASH, 4, 4, 1, "lifl_probe").close()
-    with _sources() as (text, flags), _quiet() as said, contextlib.ExitStack() as stack:
+    with _sources() as (text, flags), _quiet() as output, contextlib.ExitStack() as stack:
         try:
             made = module.BPF(text=text.encode(), cflags=flags)
             stack.callback(made.cleanup)
             function = made.load_func(b"lifl_route", module.BPF.SK_MSG)
         except Exception as error:
-            raise EbpfUnavailableError(f"bcc does not compile the program: {said() or error}", REMEDY) from error
+            raise EbpfUnavailableError(f"bcc does not compile the program: {output() or error}", REMEDY) from error
         # Copies of the descriptors: bcc closes its own when it frees the compiler's memory.
         maps = {name: _map(module, made, name) for name in ("socks", "routes", "metrics")}
         program = Program("bcc", maps["socks"], maps["routes"], maps["metrics"], _copy(function.fd))
@@ -138,11 +138,11 @@ def _quiet() -> Iterator[Callable[[], str]]:
         os.dup2(caught.fileno(), 2)
         try:
 
-            def said() -> str:
+            def output() -> str:
                 caught.seek(0)
                 return " / ".join(caught.read().decode(errors="replace").split("\n")[:24]).strip(" /")
 
-            yield said
+            yield output
         finally:
             os.dup2(before, 2)
             os.close(before)

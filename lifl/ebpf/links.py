@@ -35,7 +35,8 @@ class Sender(Producer):
 
     def __init__(self, arena: Arena, own: socket.socket, source: int, target: int, spent: Spent) -> None:
         super().__init__(arena, source, target)
-        self._socket, self._spent = own, spent
+        self._socket = own
+        self._spent = spent
 
     def _send(self, desc: Any) -> bool:
         dst = top_of(desc.round) if desc.kind == Kind.SUM and self._target != AGENT else self._target
@@ -62,8 +63,12 @@ class Receiver:
     """
 
     def __init__(self, arena: Arena, own: socket.socket, participant: int, on_stray: Callable[[Record], None]) -> None:
-        self._arena, self._socket, self._participant, self._on_stray = arena, own, participant, on_stray
-        self._flow, self._record = ffi.new("lifl_flow *"), ffi.new("lifl_link_record *")
+        self._arena = arena
+        self._socket = own
+        self._participant = participant
+        self._on_stray = on_stray
+        self._flow = ffi.new("lifl_flow *")
+        self._record = ffi.new("lifl_link_record *")
         self._spin_s = 0.0
         self._poll = select.poll()
         self._poll.register(own, select.POLLIN)

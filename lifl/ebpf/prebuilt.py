@@ -38,15 +38,15 @@ def load() -> Program:
     return loaded(json.loads((resources.files("lifl.ebpf") / "prebuilt.json").read_text()))
 
 
-def loaded(said: dict[str, Any]) -> Program:
+def loaded(built: dict[str, Any]) -> Program:
     """Makes the maps of a program that ``build`` has made, loads the program and attaches it."""
     maps: dict[str, bpf.Map] = {}
     try:
-        for name, what in said["maps"].items():
+        for name, what in built["maps"].items():
             sizes = what["key_bytes"], what["value_bytes"], what["max_entries"]
             maps[name] = bpf.Map.create(what["type"], *sizes, f"lifl_{name}")
-        uses = [(index, maps[name].fd) for index, name in said["uses"]]
-        program = bpf.load_sk_msg(bpf.linked(bytes.fromhex(said["instructions"]), uses))
+        uses = [(index, maps[name].fd) for index, name in built["uses"]]
+        program = bpf.load_sk_msg(bpf.linked(bytes.fromhex(built["instructions"]), uses))
         try:
             bpf.attach_sk_msg(program, maps["socks"])
         except OSError:

@@ -83,23 +83,23 @@ def support(loader: str | None = None) -> Support:
 def explained(error: OSError) -> tuple[str, str]:
     """The reason why the kernel refused, and the remedy, as far as they can be known."""
     kernel = f"Linux {os.uname().release}"
-    said = error.strerror or str(error)
+    message = error.strerror or str(error)
     if error.errno in (errno.EPERM, errno.EACCES):
-        return _refused(said)
+        return _refused(message)
     if error.errno == errno.ENOSYS and _has_seccomp_filter():
-        return f"a seccomp filter hides bpf(2) from this process ({said})", UNFILTERED
+        return f"a seccomp filter hides bpf(2) from this process ({message})", UNFILTERED
     if error.errno == errno.ENOSYS:
-        return f"{kernel} has no bpf(2) ({said})", "a kernel with CONFIG_BPF_SYSCALL"
+        return f"{kernel} has no bpf(2) ({message})", "a kernel with CONFIG_BPF_SYSCALL"
     if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT, errno.E2BIG):
-        return f"{kernel} has no SK_MSG programs on a SOCKHASH, or no bytecode fits it ({said})", (
+        return f"{kernel} has no SK_MSG programs on a SOCKHASH, or no bytecode fits it ({message})", (
             "Linux 5.15 or newer with CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG, on a little-endian machine"
         )
     if error.errno in (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN) or isinstance(error, TimeoutError):
-        return f"no TCP sockets over the loopback device ({said})", "ip link set lo up"
+        return f"no TCP sockets over the loopback device ({message})", "ip link set lo up"
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"no descriptor is left ({said})", "raise the limit: ulimit -n"
+        return f"no descriptor is left ({message})", "raise the limit: ulimit -n"
     return (
-        f"the kernel refuses the program or its socket ({said})",
+        f"the kernel refuses the program or its socket ({message})",
         "look into dmesg; rings need none of it",
     )
 
@@ -110,14 +110,14 @@ UNFILTERED = (
 )
 
 
-def _refused(said: str) -> tuple[str, str]:
+def _refused(message: str) -> tuple[str, str]:
     if missing := missing_capabilities():
         both = ",".join(name.lower() for name in CAPABILITIES)
-        return f"this process has no {' and '.join(missing)} ({said})", (
+        return f"this process has no {' and '.join(missing)} ({message})", (
             f"run as root, or allow it to this Python: sudo setcap {both}+ep {os.path.realpath(sys.executable)}; "
             "in a container: --cap-add BPF --cap-add NET_ADMIN"
         )
-    although = f"the kernel refuses bpf(2) although the capabilities are there ({said})"
+    although = f"the kernel refuses bpf(2) although the capabilities are there ({message})"
     if _has_seccomp_filter():
         return f"{although}: a seccomp filter is on this process", UNFILTERED
     if not _is_in_first_user_namespace():

@@ -145,7 +145,7 @@ class Node:
         return Counter(me for round_ in self._rounds.values() for me in round_.lifecycle.engaged)
 
     @property
-    def is_owed(self) -> bool:
+    def waits_for_workers(self) -> bool:
         """True while a worker owes a round something. The caller holds the lock."""
         return any(round_.lifecycle.waits_for_workers for round_ in self._rounds.values())
 

@@ -302,10 +302,13 @@ class Mapping:
     """A mapped block: its address and its bytes. The caller closes it; closing twice is harmless."""
 
     def __init__(self, arena: Arena, pointer: Any, nbytes: int) -> None:
-        self.address, self.nbytes = int(ffi.cast("uintptr_t", pointer)), nbytes
+        self.address = int(ffi.cast("uintptr_t", pointer))
+        self.nbytes = nbytes
         # Keeps everything that close needs: the last view may die at the end of the interpreter, when this module's
         # globals are gone. The handle keeps the arena mapped.
-        self._handle, self._pointer, self._unmap = arena.handle, pointer, lib.lifl_block_unmap
+        self._handle = arena.handle
+        self._pointer = pointer
+        self._unmap = lib.lifl_block_unmap
 
     def close(self) -> None:
         """Unmaps a block of several extents; does nothing for a block of one, which lies in the arena's mapping."""
@@ -322,7 +325,8 @@ class Lease:
     """
 
     def __init__(self, arena: Arena, block: Block) -> None:
-        self._arena, self.block = arena, block
+        self._arena = arena
+        self.block = block
         self._buffer: Any = arena.buffer(block)
 
     @property

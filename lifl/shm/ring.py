@@ -26,7 +26,9 @@ class Producer:
     """The writing end of the ring from `source` to `target`. Used by one process, one thread at a time."""
 
     def __init__(self, arena: Arena, source: int, target: int) -> None:
-        self._arena, self._source, self._target = arena, source, target
+        self._arena = arena
+        self._source = source
+        self._target = target
         self._desc = ffi.new("lifl_desc *")
 
     @property
@@ -72,7 +74,8 @@ class Inbox:
     """None: the Node's bell rings for it."""
 
     def __init__(self, arena: Arena, participant: int) -> None:
-        self._arena, self._participant = arena, participant
+        self._arena = arena
+        self._participant = participant
         self._desc = ffi.new("lifl_desc *")
         self._from = ffi.new("uint32_t *")
 

@@ -55,7 +55,7 @@ class _Sum:
 
 @attrs.define
 class _Task:
-    """One open round, as this worker knows it."""
+    """An open round, as this worker knows it."""
 
     round: int
     layout: Layout
@@ -87,7 +87,8 @@ class Aggregator:
     """
 
     def __init__(self, arena: Arena, worker: int, inbox: Receiver | None = None, outbox: Outbox | None = None) -> None:
-        self._arena, self._worker = arena, worker
+        self._arena = arena
+        self._worker = worker
         self._inbox: Receiver = Inbox(arena, worker) if inbox is None else inbox
         self._outbox = Outbox.of_rings(arena, worker) if outbox is None else outbox
         self._tasks: dict[int, _Task] = {}
@@ -250,9 +251,9 @@ class Aggregator:
 
     def _fold(self, task: _Task) -> None:
         begin = lib.lifl_now_ns()
-        told = self._next_batch(task)
-        if not (batch := self._take(told)):
-            for _ in told:
+        candidates = self._next_batch(task)
+        if not (batch := self._take(candidates)):
+            for _ in candidates:
                 task.pending.popleft()
             return
         target, source = task.spare[-1], task.current
@@ -280,7 +281,7 @@ class Aggregator:
         if not self._arena.move(target.block, (self._worker, State.ACCUM), (self._worker, State.COMMITTED)):
             raise RuntimeError(f"block {target.block.index} was taken from under a fold")
         task.spare.pop()
-        for _ in told:
+        for _ in candidates:
             task.pending.popleft()
         end = lib.lifl_now_ns()
         self._outbox.spent.ns += end - begin

@@ -41,7 +41,7 @@ class Owner(Protocol):
         """Bytes of the arena in use: as much as a worker may be reading."""
 
     @property
-    def is_owed(self) -> bool:
+    def waits_for_workers(self) -> bool:
         """True while a round waits for a worker."""
 
     def engaged(self) -> Container[int]:
@@ -63,14 +63,17 @@ class Listener:
     def __init__(
         self, node: Owner, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
     ) -> None:
-        self._node, self._supervisor, self._inbox, self._bell = node, supervisor, inbox, bell
+        self._node = node
+        self._supervisor = supervisor
+        self._inbox = inbox
+        self._bell = bell
         self._idle_timeout = idle_timeout
         if inbox.fd is not None:
             supervisor.listen(inbox.fd)
         self._is_dozing = False  # no round waits for a worker: sleeps until the bell, and watches none
         # The constructor starts the thread, `Node.close` ends it. A daemon: a Node that is never closed must not keep
         # the interpreter from ending.
-        self._thread = threading.Thread(target=self._hear, name="lifl-listener", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lifl-listener", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
@@ -85,7 +88,7 @@ class Listener:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _hear(self) -> None:
+    def _run(self) -> None:
         """Runs the thread. Without it no message would be heard, so an error that ends it ends the Node, loudly."""
         try:
             self._listen()
@@ -119,7 +122,7 @@ class Listener:
             for worker in leaving:
                 outbox.push(worker, messages.STOP)
         # A worker that got a STOP is watched too: one that is stuck would stay for ever.
-        self._is_dozing = not self._node.is_owed and not supervisor.leaving
+        self._is_dozing = not self._node.waits_for_workers and not supervisor.leaving
         if self._is_dozing:
             supervisor.rest()
             return left_s

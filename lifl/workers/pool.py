@@ -29,7 +29,9 @@ class Pool:
     """
 
     def __init__(self, most: int, supervisor: Supervisor | None, engaged: Callable[[], Counter[int]]) -> None:
-        self.most, self._supervisor, self._engaged = most, supervisor, engaged
+        self.most = most
+        self._supervisor = supervisor
+        self._engaged = engaged
         self.cold_starts = 0
         self._turn = 0
 

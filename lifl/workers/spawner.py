@@ -92,26 +92,26 @@ class Spawner:
         """
         self._number += 1
         given = [] if socket_fd is None else [socket_fd]
-        self._say({"start": participant}, given)
-        answer, fds = self._hear()
+        self._send({"start": participant}, given)
+        answer, fds = self._receive()
         if not fds:
-            self._say({"drop": participant})  # without its pidfd the worker is of no use
+            self._send({"drop": participant})  # without its pidfd the worker is of no use
             reason = answer.get("error")
             if reason is None:
                 raise PeerGoneError("no descriptor is left for a worker's pidfd: raise the limit (ulimit -n)")
             raise PeerGoneError(f"the process that starts workers could not start one: {reason}")
         with contextlib.suppress(PeerGoneError):  # if the spawner died, so did the worker: its pidfd will show it
-            self._say({"go": participant})
+            self._send({"go": participant})
         return int(answer["pid"]), fds[0]
 
-    def _say(self, what: dict[str, int], given: list[int] | None = None) -> None:
+    def _send(self, what: dict[str, int], given: list[int] | None = None) -> None:
         try:
             data = json.dumps(what | {"number": self._number}).encode()
             socket.send_fds(self._socket, [data], given or [], socket.MSG_NOSIGNAL)
         except OSError as error:
             raise self._lost(str(error)) from error
 
-    def _hear(self) -> tuple[dict[str, Any], list[int]]:
+    def _receive(self) -> tuple[dict[str, Any], list[int]]:
         """The answer to the last request, and the file descriptor that came with it."""
         # The first answer includes the start of the interpreter.
         timeout_s = FORK_TIMEOUT_S if self._has_answered else self._start_timeout_s
@@ -203,7 +203,8 @@ class _Workers:
         import multiprocess
 
         self._context = multiprocess.get_context("fork")
-        self._selector, self._begin = selector, begin
+        self._selector = selector
+        self._begin = begin
         self._all: list[Any] = []
         self._gate: int | None = None
 
@@ -323,7 +324,7 @@ def obey(control: socket.socket, workers: _Workers) -> bool:
     return True
 
 
-def answer(control: socket.socket, said: dict[str, Any], *fds: int) -> None:
+def answer(control: socket.socket, reply: dict[str, Any], *fds: int) -> None:
     """Sends an answer to the owner. If the owner is gone, the wait for its next request notices that."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        socket.send_fds(control, [json.dumps(said).encode()], fds)
+        socket.send_fds(control, [json.dumps(reply).encode()], fds)

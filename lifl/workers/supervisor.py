@@ -90,7 +90,8 @@ class Supervisor:
     ) -> None:
         self._workers: dict[int, _Worker] = {}  # by pidfd
         self._deaths: dict[int, int] = {}  # worker -> its deaths since its last message
-        self._stall_timeout, self._admit = stall_timeout, admit
+        self._stall_timeout = stall_timeout
+        self._admit = admit
         self._last_tick_s: float | None = None
         self.tick_s = min(LONGEST_TICK_S, stall_timeout / TICKS_PER_STALL)
         self._vacant: set[int] = set()  # removed, and a successor not yet started or ruled out

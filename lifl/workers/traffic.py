@@ -60,7 +60,9 @@ class Traffic:
     def __init__(
         self, read: Callable[[], dict[int, Metrics]], queued: Callable[[int], int], clock: Callable[[], float]
     ) -> None:
-        self._read, self._queued, self._clock = read, queued, clock
+        self._read = read
+        self._queued = queued
+        self._clock = clock
         self._begin: tuple[float, int, int] | None = None  # seconds, updates, nanoseconds of work
         self._last: tuple[float, dict[int, Metrics]] | None = None
         self.flows: dict[int, Flow] = {}

@@ -105,19 +105,19 @@ def open_transport(name: Name | None, arena: Arena) -> Transport:
         try:
             sidecar = Sidecar(arena)
             if name == "auto":
-                _say_once(f"transport auto: eBPF is used, {sidecar.loader}")
+                _log_once(f"transport auto: eBPF is used, {sidecar.loader}")
             return sidecar
         except EbpfUnavailableError as error:
             if name == "ebpf":
                 raise
-            _say_once(f"transport auto: rings are used; {error}")
+            _log_once(f"transport auto: rings are used; {error}")
     return Rings(arena)
 
 
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
         log.info(message)
