@@ -1,12 +1,11 @@
-/* The fold kernels: weighted sums of updates, their mean, Flower's mean, and the copy that looks for
- * NaN and Inf on the way. Pure: pointers in, numbers out; no arena, no clock, no allocation.
+/* The fold kernels: weighted sums of updates, their mean, Flower's mean, and the copy that looks for NaN and Inf on the
+ * way. Pure: pointers in, numbers out; no arena, no clock, no allocation.
  *
- * Every kernel is written once and compiled for three vector widths; the widest that the machine
- * has is taken at run time. There is no fused multiply-add (-ffp-contract=off), so the same inputs
- * in the same order give the same bits on every machine.
+ * Every kernel is written once and compiled for three vector widths; the machine's widest is taken at run time. There is
+ * no fused multiply-add (-ffp-contract=off), so the same inputs in the same order give the same bits on every machine.
  *
- * Sums of int64 are pairs (high, low) of doubles, about 106 bits: a counter above 2^53 keeps its
- * last digit. All others are float64: exact for the smaller integers while |sum| < 2^53. */
+ * Sums of int64 are pairs (high, low) of doubles, about 106 bits: a counter above 2^53 keeps its last digit. All other
+ * sums are float64: exact for the smaller integers while |sum| < 2^53. */
 #define _GNU_SOURCE
 #include "_shm.h"
 
@@ -18,23 +17,24 @@
 #include <emmintrin.h>
 #endif
 
-/* Elements done for all updates before going on. With more updates than one pass takes, long runs (32 KiB of
- * float32), because the hardware fetches ahead within a run; the sums (64 KiB) stay in the second-level cache. In one
- * pass there is nothing to come back to: short ones, whose sums (4 KiB) stay in the first-level cache. */
+/* The number of elements that are done for all updates before the next ones. If the updates need several passes, runs
+ * are long (32 KiB of float32), because the hardware fetches ahead within a run; the sums (64 KiB) stay in the
+ * second-level cache. If one pass takes all updates, runs are short, and the sums (4 KiB) stay in the first-level
+ * cache. */
 #define CHUNK 8192u
 #define SHORT_CHUNK 512u
 #define CHUNK_OF(updates) ((updates) > 4 ? CHUNK : SHORT_CHUNK)
 
-/* Elements between one fetch ahead and the next, a cache line of float32: spread out, because a core has few of
- * them in flight. */
+/* Elements between one fetch ahead and the next, a cache line of float32. The fetches are spread out, because a core
+ * has only few of them in flight. */
 #define BLOCK 16u
 
-/* How many elements ahead of its use an element is fetched: far enough for memory to answer, near enough to be in
- * the first-level cache still. */
+/* The distance, in elements, of a fetch ahead of the use: far enough for memory to answer, near enough that the element
+ * is still in the first-level cache. */
 #define AHEAD 512u
 
-/* A target of this size or more is written past the caches. It would not stay there, and a line that is
- * overwritten as a whole is then not read first. */
+/* A target of this size or more is written past the caches. It would not stay there, and a whole line that is written
+ * past them is not read first. */
 #define STREAM_BYTES (UINT64_C(1) << 21)
 
 #define INLINE static inline __attribute__((always_inline))
@@ -78,8 +78,8 @@ INLINE double double_of_bits(uint64_t bits) {
   return d;
 }
 
-/* The exponent is moved by a multiplication, which handles subnormals too. Finite inputs only:
- * admission has refused the others. */
+/* A multiplication moves the exponent, which handles subnormals too. Inputs are finite: admission has refused the
+ * others. */
 INLINE float half_to_float(uint16_t h) {
   float magnitude = float_of_bits((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
   uint32_t bits;
@@ -89,15 +89,15 @@ INLINE float half_to_float(uint16_t h) {
 
 INLINE float bfloat_to_float(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
-/* One rounding, to nearest even, of a double to a format with `mantissa` bits and the smallest normal
- * exponent `emin`: scale so that the last kept bit is 1, rint, put the exponent back. */
+/* Rounds a double once, to nearest even, to a format with `mantissa` bits and the smallest normal exponent `emin`: it
+ * scales so that the last kept bit is 1, rounds, and puts the exponent back. */
 INLINE uint16_t narrow(double v, int mantissa, int emin, uint16_t infinity) {
   uint64_t bits;
   memcpy(&bits, &v, sizeof bits);
   uint16_t sign = (uint16_t)(bits >> 63 << 15);
   int e = (int)(bits >> 52 & 0x7ff) - 1023;
   e = e < emin ? emin : e;
-  if (e > 1 - emin) return sign | infinity; /* also NaN and Inf, which the caller has flagged */
+  if (e > 1 - emin) return sign | infinity; /* NaN and Inf too, which the caller has flagged */
   double q = rint(fabs(v) * double_of_bits((uint64_t)(mantissa - e + 1023) << 52));
   int64_t out = ((int64_t)(e - emin + 1) << mantissa) + (int64_t)q - (INT64_C(1) << mantissa);
   return sign | (uint16_t)(out > infinity ? infinity : out);
@@ -141,7 +141,7 @@ INLINE int64_t pair_round(struct pair s, double weight, double low) {
   if (q < -0x1p63) return INT64_MIN;
   double f = floor(q), part = (q - f) + rest;
   int64_t whole = f == 0x1p63 ? INT64_MAX : (int64_t)f;
-  if (f == 0x1p63) part += 1; /* 2^63 is no int64: count from the one below */
+  if (f == 0x1p63) part += 1; /* 2^63 is no int64: counts from the one below */
   double under = floor(part), step = rint(part);
   if (part - under == 0.5) step = under + (double)(((uint64_t)whole + (uint64_t)(int64_t)under) & 1);
   if (step > 0 && whole > INT64_MAX - (int64_t)step) return INT64_MAX;
@@ -187,8 +187,8 @@ uint64_t lifl_sum_bytes(uint32_t dtype) {
 
 /* ---------------------------------------------------------------- memory */
 
-/* The hardware fetches ahead within a page and within one run, and too late at the beginning of each: so what is
- * used AHEAD later is fetched, in this run or the next. A fetch outside of mapped memory does nothing. */
+/* Fetches the elements that are used AHEAD later, in this run or the next: the hardware fetches ahead only within a
+ * page and within a run, and too late at the beginning of each. A fetch outside of mapped memory does nothing. */
 INLINE void fetch(const void *x, uint64_t nbytes) {
   for (uint64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char *)x + i, 0, 3);
 }
@@ -211,7 +211,7 @@ INLINE void stream(void *target, const void *source, uint64_t nbytes) {
   memcpy((char *)target + i, (const char *)source + i, nbytes - i);
 }
 
-/* Streamed stores are not ordered by a release: this comes before anyone is told of them. */
+/* A release does not order streamed stores: this fence comes before any message about them. */
 INLINE void end_stream(void) {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -220,8 +220,9 @@ INLINE void end_stream(void) {
 
 /* ---------------------------------------------------------------- fold: sum = previous + sum of w*x */
 
-/* s = p + TERM for one chunk, while what is used AHEAD later is fetched: of these `step` updates, or of the `ahead`
- * updates from xs[next] on that the next pass reads, from element `to`. `p` may be `s`. */
+/* s = p + TERM for one chunk. On the way it fetches the elements used AHEAD later: those of these `step` updates, or,
+ * at the end of the chunk, those that the next pass reads, of the `ahead` updates from xs[next] on, from element `to`.
+ * `p` may be `s`. */
 #define PASS(TERM)                                                                                           \
   for (uint64_t b = 0; b < m; b += BLOCK) {                                                                  \
     uint64_t e = m - b < BLOCK ? m : b + BLOCK, f = b + AHEAD;                                               \
@@ -231,8 +232,8 @@ INLINE void end_stream(void) {
     _Pragma("GCC ivdep") for (uint64_t i = b; i < e; i++) s[i] = p[i] + (TERM);                              \
   }
 
-/* s = p + sum of ws[k] * xs[k][at..], `m` elements. Four updates at a time: the sums are loaded and stored
- * a quarter as often. */
+/* s = p + sum of ws[k] * xs[k][at..], `m` elements. It takes four updates at a time: the sums are loaded and stored a
+ * quarter as often. */
 #define ADD(CODE, T, ...)                                                                                      \
   INLINE void add_##T(double *s, const double *p, const void *const *xs, const double *ws, uint32_t n,         \
                       uint64_t at, uint64_t m) {                                                               \
@@ -308,7 +309,7 @@ int lifl_fold(uint32_t dtype, void *sum, const void *previous, const void *const
 
 /* ---------------------------------------------------------------- finish: mean = (sum of sums + sum of w*x) / weight */
 
-/* s = sum of the sums at `at`, `m` elements; what comes next of them is fetched ahead. */
+/* s = sum of the sums at `at`, `m` elements; the next elements are fetched ahead. */
 INLINE void add_sums(double *s, const double *const *sums, uint32_t n, uint64_t at, uint64_t m) {
   const double *p = sums[0] + at;
   for (uint64_t b = 0; b < m; b += BLOCK, p = sums[0] + at) {
@@ -320,7 +321,7 @@ INLINE void add_sums(double *s, const double *const *sums, uint32_t n, uint64_t 
   }
 }
 
-/* Sums, updates that are in none of them, or both: what is left of a round becomes its mean in one pass. */
+/* Makes the mean in one pass from sums, from updates that are in none of the sums, or from both. */
 #define FINISH(CODE, T, ...)                                                                                    \
   INLINE int finish_##T(void *mean, const double *const *sums, uint32_t n, const void *const *xs, const double *ws, \
                         uint32_t updates, double weight, uint64_t count) {                                      \
@@ -373,7 +374,7 @@ INLINE int finish_i64(int64_t *mean, const struct pair *const *sums, uint32_t n,
   }
 WIDTHS(DEFINE_FINISH)
 
-/* `weight_low` matters for int64 alone, whose sums are that exact. */
+/* `weight_low` matters only for int64, whose sums are that exact. */
 int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n, const void *const *updates,
                 const double *weights, uint32_t num_updates, double weight, double weight_low, uint64_t count) {
   if (n + num_updates == 0 || !(weight > 0)) return LIFL_EINVAL;
@@ -382,10 +383,9 @@ int lifl_finish(uint32_t dtype, void *mean, const void *const *sums, uint32_t n,
 
 /* ---------------------------------------------------------------- Flower's mean, bit by bit */
 
-/* flwr.serverapp.strategy.strategy_utils.aggregate_arrayrecords: m = x0 * f0, then m += xi * fi, with
- * f = weight / total weight a Python float. NumPy computes that in the array's dtype, the factor
- * rounded to it first; in float64 for integers and booleans; float16 in float32, rounded after each
- * step. */
+/* flwr.serverapp.strategy.strategy_utils.aggregate_arrayrecords computes m = x0 * f0, then m += xi * fi, with
+ * f = weight / total weight a Python float. NumPy computes that in the array's dtype, to which it rounds the factor
+ * first; integers and booleans in float64; float16 in float32, rounded after each step. */
 INLINE void flower_f32(float *m, const void *const *xs, const double *fs, uint32_t n, uint64_t count) {
   for (uint64_t at = 0; at < count; at += CHUNK)
     for (uint32_t k = 0; k < n; k++) {
@@ -454,10 +454,9 @@ int lifl_flower(uint32_t dtype, void *mean, const void *const *updates, const do
   CALL(flower, dtype, mean, updates, factors, n, count)
 }
 
-/* ---------------------------------------------------------------- the way in */
+/* ---------------------------------------------------------------- copies into a block */
 
-/* An exponent of all ones is NaN or Inf. Integer arithmetic only: no flags, no traps, and it
- * vectorises. The chunk is looked at while it is in the first-level cache from the copy. */
+/* An exponent of all ones is NaN or Inf. Only integer arithmetic: no flags, no traps, and it vectorises. */
 #define HAS_NONFINITE(NAME, U, MASK)                               \
   INLINE int nonfinite_##NAME(const void *data, uint64_t count) {  \
     const U *x = data;                                             \
@@ -480,8 +479,8 @@ INLINE int has_nonfinite(uint32_t dtype, const void *data, uint64_t count) {
   }
 }
 
-/* A chunk is looked at before it is written: that brings it into the first-level cache. A source that is
- * not aligned to its elements is looked at in the target. */
+/* The check of a chunk comes before the write: it brings the chunk into the first-level cache. A source that is not
+ * aligned to its elements is copied first and checked in the target. */
 #define DEFINE_COPY(WIDTH, TARGET)                                                                             \
   TARGET static int64_t copy_##WIDTH(uint32_t dtype, uint8_t *target, const uint8_t *source, uint64_t count) { \
     uint64_t size = dtype_bytes[dtype], step = 1024 / size;                                                    \
@@ -507,14 +506,14 @@ INLINE int has_nonfinite(uint32_t dtype, const void *data, uint64_t count) {
   }
 WIDTHS(DEFINE_COPY)
 
-/* Copies `count` elements (none when source == target) and returns the index of the first that is not
- * finite, -1 if all are, -2 for an unknown dtype. What was copied before stays copied. */
+/* Copies `count` elements (none when source == target). Returns the index of the first element that is not finite, -1
+ * if all are, -2 for an unknown dtype. Elements that were copied before stay in the target. */
 int64_t lifl_copy_finite(uint32_t dtype, void *target, const void *source, uint64_t count) {
   if (dtype > LIFL_BOOL) return -2;
   CALL(copy, dtype, target, source, count)
 }
 
-/* ---------------------------------------------------------------- what the machine can do at most */
+/* ---------------------------------------------------------------- the bandwidth of memory */
 
 #define DEFINE_READ(WIDTH, TARGET)                                            \
   TARGET static double read_##WIDTH(const uint64_t *x, uint64_t n, uint32_t rounds) { \

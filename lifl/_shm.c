@@ -1,5 +1,5 @@
-/* lifl's C core: the arena, its ownership words, the rings, the wake-ups. The fold kernels are in
- * _fold.c. No Python.h: the tests under tests/c link this file alone.
+/* lifl's C core: the arena, its ownership words, the rings, the wake-ups. _fold.c has the fold kernels. There is no
+ * Python.h: the tests under tests/c link this file alone.
  *
  *   offset 0          header_bytes            blocks_offset                       total_bytes
  *   +--------+--------+---------+-------------+----------+----------+-----+-------+
@@ -7,13 +7,13 @@
  *   | 4096 B | P x 64 | P*P     | N x 64      | 64 KiB   | 64 KiB   |     |       |
  *   +--------+--------+---------+-------------+----------+----------+-----+-------+
  *
- * A block is a chain of extents, each a run of units; its name is its first unit. One run is the
- * rule. When no run is long enough a block takes several, and lifl_block_map lays them side by side
- * in virtual memory: so an allocation succeeds exactly if enough units are free, and the waste per
- * block is under one unit. That replaces size classes.
+ * A block is a chain of extents, each a run of units; its name is its first unit. Nearly always a block is one run.
+ * When no run is long enough the block takes several, and lifl_block_map lays them side by side in virtual memory. An
+ * allocation therefore succeeds exactly if enough units are free, and the waste of a block is under one unit. That
+ * replaces size classes.
  *
- * Offsets, never pointers, are in shared memory. What another process may have written is read once
- * into a local, checked, then used. */
+ * Shared memory holds offsets, never pointers. A value that another process may have written is read once into a local,
+ * checked, then used. */
 #define _GNU_SOURCE
 #include "_shm.h"
 #include "_steps.h"
@@ -61,12 +61,12 @@ struct header { /* [const after init] */
   uint64_t blocks_offset;
 };
 
-/* PARKED_FUTEX and PARKED_EVENTFD are set by the owner before it sleeps; whoever resets the word to
- * AWAKE owes it the wake-up. */
+/* The consumer sets PARKED_FUTEX or PARKED_EVENTFD before it sleeps. The producer that resets the word to AWAKE must
+ * wake it. */
 enum { AWAKE = 0, PARKED_FUTEX = 1, PARKED_EVENTFD = 2 };
 
 struct peer {
-  alignas(LINE) _Atomic uint32_t parked; /* [owner] sets, any producer resets */
+  alignas(LINE) _Atomic uint32_t parked; /* [consumer] sets, [producer] resets */
 };
 
 struct ring {
@@ -75,35 +75,42 @@ struct ring {
   alignas(LINE) lifl_desc slots[RING_SLOTS];
 };
 
-struct entry { /* one per unit; that of a block's first unit is the block's */
-  alignas(LINE) _Atomic uint64_t word; /* [owner] generation:32 owner:16 state:16, by compare-and-swap */
-  uint32_t units;                      /* [agent] of the extent that begins here */
-  uint32_t next;                       /* [agent] the next extent's first unit, or NONE */
-  uint64_t nbytes;                     /* [agent] */
-  lifl_note note;                      /* [owner] */
+struct entry { /* one for each unit; the entry of a block's first unit is that of the block */
+  alignas(LINE) _Atomic uint64_t word; /* [block's owner] generation:32 owner:16 state:16, by compare-and-swap */
+  uint32_t units;                      /* [arena's owner] length of the extent that begins here */
+  uint32_t next;                       /* [arena's owner] first unit of the next extent, or NONE */
+  uint64_t nbytes;                     /* [arena's owner] bytes of the block in use */
+  lifl_note note;                      /* [block's owner] */
 };
 _Static_assert(sizeof(struct entry) == LINE, "one ownership word per cache line");
 
-/* What one end of a ring remembers, so that it looks at the other end's cache line only when the
- * ring seems full or empty. */
+/* The memory of an end of a ring: its own index, and the other end's as last seen. An end looks at the other end's
+ * cache line only when the ring seems full or empty. */
 struct end {
   uint64_t mine;
   uint64_t cached;
 };
 
+/* The ring from one participant to another, and this process's memory of its two ends. */
+struct line {
+  struct ring *ring;
+  struct end *produced;
+  struct end *consumed;
+};
+
 struct lifl_arena {
   int fd;
-  int protection; /* PROT_READ alone if that is all that the descriptor allows */
+  int protection; /* PROT_READ alone if the file descriptor allows no more */
   uint8_t *base;
-  struct header h; /* a private copy: the shared one is never trusted again */
+  struct header h; /* a private copy: the shared one is not read again */
   struct peer *peers;
   struct ring *rings;
   struct entry *table;
   struct end *produced, *consumed;
   int *eventfds;
-  uint64_t *spin_ns; /* per consumer: the adaptive spin's present length */
-  uint32_t *scan;    /* per consumer: where the fan-in goes on */
-  uint64_t *used;    /* the allocator's bitmap, only in the process that created the arena */
+  uint64_t *spin_ns; /* for each consumer: the present length of the adaptive spin */
+  uint32_t *scan;    /* for each consumer: the producer at which its next scan begins */
+  uint64_t *used;    /* the allocator's bitmap; only in the arena's owner */
   uint32_t free_units;
 };
 
@@ -145,7 +152,7 @@ void lifl_arena_detach(lifl_arena *a) {
   errno = saved;
 }
 
-/* Takes ownership of fd; on failure everything is undone and errno kept. */
+/* Takes ownership of fd; on failure it undoes everything and keeps errno. */
 static int open_handle(int fd, const struct header *h, lifl_arena **out) {
   lifl_arena *a = calloc(1, sizeof *a);
   if (!a) {
@@ -171,7 +178,7 @@ static int open_handle(int fd, const struct header *h, lifl_arena **out) {
   a->peers = (struct peer *)(a->base + HEADER_BYTES);
   a->rings = (struct ring *)(a->base + h->rings_offset);
   a->table = (struct entry *)(a->base + h->table_offset);
-  /* A process that takes over an end goes on where its predecessor's shared index stands. */
+  /* A process that takes over an end continues at the shared index of its predecessor. */
   for (uint64_t i = 0; i < p * p; i++) {
     uint64_t head = atomic_load_explicit(&a->rings[i].head, memory_order_acquire);
     uint64_t tail = atomic_load_explicit(&a->rings[i].tail, memory_order_acquire);
@@ -198,8 +205,8 @@ int lifl_arena_create(uint64_t payload_bytes, uint32_t participants, uint64_t no
   layout(&h);
   int fd = memfd_create("lifl", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd < 0) return LIFL_ESYS;
-  /* The memory is taken now: ftruncate alone would succeed on a full machine, and the first touch
-   * of a page would be a SIGBUS in the middle of a round. */
+  /* The memory is taken now: ftruncate alone would succeed on a full machine, and the first use of a page would be a
+   * SIGBUS in the middle of a round. */
   int error = posix_fallocate(fd, 0, (off_t)h.total_bytes);
   if (!error && pwrite(fd, &h, sizeof h, 0) != (ssize_t)sizeof h) error = errno ? errno : EIO;
   if (!error && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) error = errno;
@@ -263,8 +270,7 @@ static void mark(lifl_arena *a, uint32_t first, uint32_t n, bool used) {
   else a->free_units += n;
 }
 
-/* The next run of free units at or after `from`: its first unit (NONE if there is none) and its
- * length, counted up to `most`. */
+/* The next run of free units at or after `from`: its first unit, or NONE, and its length, counted up to `most`. */
 static uint32_t next_run(const lifl_arena *a, uint32_t from, uint32_t most, uint32_t *length) {
   uint32_t n = a->h.units, i = from;
   while (i < n && bit(a->used, i)) i += (i % 64 == 0 && a->used[i / 64] == UINT64_MAX) ? 64 : 1;
@@ -282,7 +288,7 @@ static uint32_t find_run(const lifl_arena *a, uint32_t units) {
   return NONE;
 }
 
-/* The last run of so many free units, or NONE. */
+/* The first unit of the last run of `units` free units, or NONE. */
 static uint32_t find_last_run(const lifl_arena *a, uint32_t units) {
   uint32_t free = 0;
   for (uint32_t i = a->h.units; i-- > 0;) {
@@ -299,8 +305,9 @@ static int allocate(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t sta
   uint64_t wanted = nbytes ? (nbytes + UNIT_BYTES - 1) / UNIT_BYTES : 1;
   if (wanted > a->free_units) return LIFL_FULL;
   uint32_t units = (uint32_t)wanted, head = NONE;
-  /* First fit: what was used before is used again, since its pages are mapped in every process that used it. A page's
-   * first use by a process is a fault of some microseconds, an update of 47 MB has eleven thousand of them. */
+  /* First fit: units that were used before are used again, because their pages are mapped in every process that used
+   * them. The first use of a page by a process is a fault of some microseconds, and an update of 47 MB has eleven
+   * thousand pages. */
   uint32_t run = find(a, units);
   if (run != NONE) {
     mark(a, run, units, true);
@@ -311,7 +318,7 @@ static int allocate(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t sta
     uint32_t last = NONE, length = 0, from = 0;
     while (units) {
       uint32_t first = next_run(a, from, units, &length);
-      if (first == NONE) abort(); /* free_units promised them */
+      if (first == NONE) return LIFL_ECORRUPT; /* free_units promised them; the marked ones stay out of use */
       mark(a, first, length, true);
       a->table[first].units = length;
       a->table[first].next = NONE;
@@ -327,7 +334,7 @@ static int allocate(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t sta
   e->nbytes = nbytes;
   memset(&e->note, 0, sizeof e->note);
   uint32_t g = word_generation(atomic_load_explicit(&e->word, memory_order_relaxed)) + 1;
-  /* SYNC: block-word. Release: who sees the new generation sees the extents and the size. */
+  /* SYNC: block-word. Release: a process that sees the new generation sees the extents and the size. */
   STEP();
   atomic_store_explicit(&e->word, pack(g, owner, state), memory_order_release);
   STEP();
@@ -341,8 +348,8 @@ int lifl_block_alloc(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t st
   return allocate(a, nbytes, owner, state, block, generation, find_run);
 }
 
-/* At the other end: what is reserved and may never be written stays out of the way of what is, and its pages are not
- * taken. */
+/* Allocates at the other end of the arena, for a block that is reserved and may never be written: the low units, whose
+ * pages are mapped, stay free for blocks that are. */
 int lifl_block_reserve(lifl_arena *a, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
                        uint32_t *generation) {
   return allocate(a, nbytes, owner, state, block, generation, find_last_run);
@@ -359,10 +366,10 @@ int lifl_block_reclaim(lifl_arena *a, uint32_t block, uint32_t generation, int p
   struct entry *e = &a->table[block];
   uint64_t w = atomic_load_explicit(&e->word, memory_order_acquire);
   if (word_generation(w) != generation || !bit(a->used, block)) return LIFL_STALE;
-  if (word_state(w) != LIFL_FREE && word_owner(w) != 0) return LIFL_STALE; /* somebody still works on it */
-  /* SYNC: block-word. Acquire as well: the owner's last reads happen before the bytes are reused. The
-   * generation rises here too: this unit may soon lie in the middle of a block of another name, and
-   * a descriptor of the old one must not read that. */
+  if (word_state(w) != LIFL_FREE && word_owner(w) != 0) return LIFL_STALE; /* a worker still uses it */
+  /* SYNC: block-word. Acquire too: the last reads of the block's former owner happen before the bytes are reused. The
+   * generation rises here too: this unit may soon lie in the middle of a block of another name, which a descriptor of
+   * the old one must not read. */
   STEP();
   if (!atomic_compare_exchange_strong_explicit(&e->word, &w, pack(generation + 1, 0, LIFL_FREE),
                                                memory_order_acq_rel, memory_order_relaxed))
@@ -382,8 +389,8 @@ int lifl_block_move(lifl_arena *a, uint32_t block, uint32_t generation, uint32_t
   if (block >= a->h.units || to_owner >= a->h.participants) return LIFL_EINVAL;
   uint64_t expected = pack(generation, from_owner, from_state);
   STEP();
-  /* SYNC: block-word. The one transition: release hands over what was written, acquire takes over
-   * what the former owner wrote. */
+  /* SYNC: block-word. The only transition: release hands over the writes of this owner, acquire takes over those of the
+   * former owner. */
   bool done = atomic_compare_exchange_strong_explicit(&a->table[block].word, &expected,
                                                       pack(generation, to_owner, to_state), memory_order_acq_rel,
                                                       memory_order_relaxed);
@@ -391,7 +398,7 @@ int lifl_block_move(lifl_arena *a, uint32_t block, uint32_t generation, uint32_t
   return done ? LIFL_OK : LIFL_STALE;
 }
 
-/* Walks the chain without trusting it: at most `units` extents, each inside the arena. */
+/* Walks the chain of extents without trust: it accepts at most as many extents as units, each inside the arena. */
 static int extents_of(lifl_arena *a, uint32_t block, uint32_t *count, uint64_t *bytes) {
   uint64_t total = 0;
   uint32_t n = 0;
@@ -436,13 +443,13 @@ int lifl_block_map(lifl_arena *a, uint32_t block, uint32_t generation, void **ad
     *address = a->base + a->h.blocks_offset + (uint64_t)block * UNIT_BYTES;
     return LIFL_OK;
   }
-  /* Several extents: lay them side by side. PROT_NONE first, so that no other mapping gets between. */
+  /* Several extents are laid side by side. A PROT_NONE mapping comes first, so that no other mapping gets between. */
   uint8_t *whole = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (whole == MAP_FAILED) return LIFL_ESYS;
   uint64_t at = 0;
   for (uint32_t i = block; i != NONE; i = a->table[i].next) {
     uint64_t length = (uint64_t)a->table[i].units * UNIT_BYTES;
-    if (i >= a->h.units || length > room - at) { /* changed since it was checked */
+    if (i >= a->h.units || length > room - at) { /* changed since the check */
       munmap(whole, room);
       return LIFL_ECORRUPT;
     }
@@ -473,24 +480,24 @@ int lifl_block_note(lifl_arena *a, uint32_t block, lifl_note **note) {
 /* ---------------------------------------------------------------- rings and wake-ups */
 
 static long futex(_Atomic uint32_t *word, int op, uint32_t value, const struct timespec *timeout) {
-  /* Shared, never FUTEX_PRIVATE: a private wake-up does not reach another process. */
+  /* A shared futex, never FUTEX_PRIVATE: a private wake-up does not reach another process. */
   return syscall(SYS_futex, word, op, value, timeout, NULL, 0);
 }
 
 int lifl_peer_wake(lifl_arena *a, uint32_t consumer) {
   if (consumer >= a->h.participants) return LIFL_EINVAL;
   _Atomic uint32_t *parked = &a->peers[consumer].parked;
-  /* SYNC: park. The only stand-alone fence: the publish before it and the look at `parked` after it
-   * must not swap, else a consumer that parks in between sleeps on a full ring. */
+  /* SYNC: park. One of the two stand-alone fences: the publish before it and the look at `parked` after it must not
+   * swap, else a consumer that parks in between sleeps on a full ring. */
   atomic_thread_fence(memory_order_seq_cst);
   if (atomic_load_explicit(parked, memory_order_relaxed) == AWAKE) return LIFL_OK;
   STEP();
   uint32_t was = atomic_exchange_explicit(parked, AWAKE, memory_order_acq_rel);
-  STEP(); /* whoever dies here owes a wake-up: every sleep is capped */
+  STEP(); /* a process that dies here leaves the consumer asleep: every sleep is capped */
   if (was == PARKED_FUTEX) futex(parked, FUTEX_WAKE, 1, NULL);
   if (was == PARKED_EVENTFD && a->eventfds[consumer] >= 0) {
     uint64_t one = 1;
-    /* EAGAIN means that the counter is full: then it is readable, which is all that is wanted. */
+    /* EAGAIN: the counter is full, so the eventfd is readable, and no more is wanted. */
     if (write(a->eventfds[consumer], &one, sizeof one) < 0 && errno != EAGAIN) return LIFL_ESYS;
   }
   return LIFL_OK;
@@ -502,97 +509,107 @@ int lifl_peer_eventfd(lifl_arena *a, uint32_t consumer, int fd) {
   return LIFL_OK;
 }
 
+static bool has_line(const lifl_arena *a, uint32_t producer, uint32_t consumer) {
+  return producer < a->h.participants && consumer < a->h.participants;
+}
+
+/* The line from a producer to a consumer, which the arena must have: see has_line. */
+static struct line ring_at(const lifl_arena *a, uint32_t producer, uint32_t consumer) {
+  uint64_t i = (uint64_t)producer * a->h.participants + consumer;
+  struct line line = {&a->rings[i], &a->produced[i], &a->consumed[i]};
+  return line;
+}
+
 int lifl_ring_capacity(lifl_arena *a, uint32_t producer, uint32_t consumer) {
-  uint32_t p = a->h.participants;
-  return producer < p && consumer < p ? (int)RING_SLOTS : LIFL_EINVAL;
+  return has_line(a, producer, consumer) ? (int)RING_SLOTS : LIFL_EINVAL;
 }
 
 int lifl_ring_push(lifl_arena *a, uint32_t producer, uint32_t consumer, const lifl_desc *desc) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
-  if (me->mine - me->cached >= RING_SLOTS) {
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct ring *r = line.ring;
+  struct end *end = line.produced;
+  if (end->mine - end->cached >= RING_SLOTS) {
     /* SYNC: ring-head. Acquire: the consumer has read the slot that is written over next. */
-    me->cached = atomic_load_explicit(&r->head, memory_order_acquire);
-    if (me->mine - me->cached >= RING_SLOTS) return LIFL_FULL;
+    end->cached = atomic_load_explicit(&r->head, memory_order_acquire);
+    if (end->mine - end->cached >= RING_SLOTS) return LIFL_FULL;
   }
   STEP();
-  r->slots[me->mine % RING_SLOTS] = *desc;
-  me->mine++;
+  r->slots[end->mine % RING_SLOTS] = *desc;
+  end->mine++;
   STEP();
-  /* SYNC: ring-tail. Release: who sees the new tail sees the slot, and all that was written to the
-   * block before. */
-  atomic_store_explicit(&r->tail, me->mine, memory_order_release);
+  /* SYNC: ring-tail. Release: a consumer that sees the new tail sees the slot, and all that was written to the block
+   * before. */
+  atomic_store_explicit(&r->tail, end->mine, memory_order_release);
   STEP();
   return lifl_peer_wake(a, consumer);
 }
 
 int lifl_ring_pop(lifl_arena *a, uint32_t producer, uint32_t consumer, lifl_desc *desc) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
-  struct end *me = &a->consumed[(uint64_t)producer * p + consumer];
-  if (me->mine == me->cached) {
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct ring *r = line.ring;
+  struct end *end = line.consumed;
+  if (end->mine == end->cached) {
     /* SYNC: ring-tail. Acquire: pairs with the release in push. */
-    me->cached = atomic_load_explicit(&r->tail, memory_order_acquire);
-    if (me->mine == me->cached) return LIFL_EMPTY;
+    end->cached = atomic_load_explicit(&r->tail, memory_order_acquire);
+    if (end->mine == end->cached) return LIFL_EMPTY;
   }
   STEP();
-  *desc = r->slots[me->mine % RING_SLOTS];
-  me->mine++;
+  *desc = r->slots[end->mine % RING_SLOTS];
+  end->mine++;
   /* SYNC: ring-head. Release: the slot has been read and may be written over. */
-  atomic_store_explicit(&r->head, me->mine, memory_order_release);
+  atomic_store_explicit(&r->head, end->mine, memory_order_release);
   STEP();
   return LIFL_OK;
 }
 
-/* Empties a ring whose consumer is proven dead; called by its producer. */
+/* Empties a ring whose consumer is proven dead; the producer calls it. */
 int lifl_ring_reset(lifl_arena *a, uint32_t producer, uint32_t consumer) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
-  me->cached = me->mine;
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct end *end = line.produced;
+  end->cached = end->mine;
   STEP();
-  /* SYNC: ring-head. Release: the next consumer begins where this one is told to. */
-  atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].head, me->mine, memory_order_release);
+  /* SYNC: ring-head. Release: the next consumer begins at this head. */
+  atomic_store_explicit(&line.ring->head, end->mine, memory_order_release);
   return LIFL_OK;
 }
 
 /* ---------------------------------------------------------------- credits
- * When descriptors travel through sockets, the words of the rings bound what is in flight, as if the ring held it:
- * sockets take any number, at a kilobyte of kernel memory each. */
+ * Sockets take any number of descriptors, at a kilobyte of kernel memory each. The head and tail of the ring bound the
+ * number on its way through a socket, as if the ring held them. */
 
-/* Room for one more; its number on this line. */
+/* Takes a credit: room for one more descriptor, and its number on this line. LIFL_FULL: there is no room. */
 int lifl_credit_take(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32_t *number) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
-  /* Signed: a number that was taken, then counted by a reset as gone, then given back leaves the head one ahead. */
-  if ((int64_t)(me->mine - me->cached) >= (int64_t)RING_SLOTS) {
-    /* SYNC: ring-head. Acquire, as in push, though nothing is written over here. */
-    me->cached = atomic_load_explicit(&r->head, memory_order_acquire);
-    if ((int64_t)(me->mine - me->cached) >= (int64_t)RING_SLOTS) return LIFL_FULL;
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct ring *r = line.ring;
+  struct end *end = line.produced;
+  /* Signed: the head may be one ahead, if a number was taken, then dropped by a reset, then given back. */
+  if ((int64_t)(end->mine - end->cached) >= (int64_t)RING_SLOTS) {
+    /* SYNC: ring-head. Acquire, as in push, though no slot is written over here. */
+    end->cached = atomic_load_explicit(&r->head, memory_order_acquire);
+    if ((int64_t)(end->mine - end->cached) >= (int64_t)RING_SLOTS) return LIFL_FULL;
   }
-  *number = (uint32_t)me->mine++;
-  /* SYNC: ring-tail. Release, as in push: whoever takes this participant's place begins here. */
-  atomic_store_explicit(&r->tail, me->mine, memory_order_release);
+  *number = (uint32_t)end->mine++;
+  /* SYNC: ring-tail. Release, as in push: a successor of this participant begins here. */
+  atomic_store_explicit(&r->tail, end->mine, memory_order_release);
   STEP();
   return LIFL_OK;
 }
 
-/* It was not sent after all: the last one that was taken is given back by who took it. */
+/* Gives back the last credit that this participant took, because the descriptor was not sent after all. */
 int lifl_credit_untake(lifl_arena *a, uint32_t producer, uint32_t consumer) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct end *me = &a->produced[(uint64_t)producer * p + consumer];
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct line line = ring_at(a, producer, consumer);
+  struct end *end = line.produced;
   /* SYNC: ring-tail. Release, as above. */
-  atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].tail, --me->mine, memory_order_release);
+  atomic_store_explicit(&line.ring->tail, --end->mine, memory_order_release);
   return LIFL_OK;
 }
 
-/* A head only rises: who drains and who buries may both say how far the other has come. */
+/* Raises a head, which never falls: the consumer that drains and the owner that resets may do so at the same time. */
 static void raise_head(struct ring *r, uint64_t to) {
   uint64_t seen = atomic_load_explicit(&r->head, memory_order_relaxed);
   /* SYNC: ring-head. Release, as in pop. */
@@ -601,41 +618,40 @@ static void raise_head(struct ring *r, uint64_t to) {
   }
 }
 
-/* Descriptor `number` of a line has been drained, and what was sent before it will not come any more. A number that
- * was never taken says nothing. */
+/* Gives back the credits of descriptor `number` of a line, which has been drained, and of all before it, which will not
+ * come any more. A number that was never taken has no effect. */
 int lifl_credit_give(lifl_arena *a, uint32_t producer, uint32_t consumer, uint32_t number) {
-  uint32_t p = a->h.participants;
-  if (producer >= p || consumer >= p) return LIFL_EINVAL;
-  struct ring *r = &a->rings[(uint64_t)producer * p + consumer];
+  if (!has_line(a, producer, consumer)) return LIFL_EINVAL;
+  struct ring *r = ring_at(a, producer, consumer).ring;
   uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
-  /* SYNC: ring-tail. Acquire, as in pop: it was raised before the descriptor was sent. */
+  /* SYNC: ring-tail. Acquire, as in pop: the tail was raised before the descriptor was sent. */
   uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
   uint64_t to = head + (number + 1 - (uint32_t)head);
   if ((int64_t)(tail - to) >= 0) raise_head(r, to);
   return LIFL_OK;
 }
 
-/* How many descriptors were ever sent to a participant, and how many of them it has taken: through either transport. */
+/* The numbers of descriptors that were ever sent to a participant and that it has taken, over either transport. */
 int lifl_inbox_counts(lifl_arena *a, uint32_t consumer, uint64_t *sent, uint64_t *taken) {
   uint32_t p = a->h.participants;
   if (consumer >= p) return LIFL_EINVAL;
   *sent = *taken = 0;
   for (uint32_t from = 0; from < p; from++) {
-    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
-    uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed); /* first: so that it is not beyond the other */
+    struct ring *r = ring_at(a, from, consumer).ring;
+    uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed); /* before the tail: so not beyond it */
     uint64_t tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
     *taken += head;
-    *sent += (int64_t)(tail - head) > 0 ? tail : head; /* but a reset may have put it there, see lifl_credit_take */
+    *sent += (int64_t)(tail - head) > 0 ? tail : head; /* a reset may put the head ahead, see lifl_credit_take */
   }
   return LIFL_OK;
 }
 
-/* The consumer is proven dead, and its socket with all that it had not drained: every line to it is empty. */
+/* Empties every line to a consumer that is proven dead: its socket is gone with all that it had not drained. */
 int lifl_credit_reset(lifl_arena *a, uint32_t consumer) {
   uint32_t p = a->h.participants;
   if (consumer >= p) return LIFL_EINVAL;
   for (uint32_t from = 0; from < p; from++) {
-    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
+    struct ring *r = ring_at(a, from, consumer).ring;
     raise_head(r, atomic_load_explicit(&r->tail, memory_order_acquire));
   }
   return LIFL_OK;
@@ -644,7 +660,7 @@ int lifl_credit_reset(lifl_arena *a, uint32_t consumer) {
 int lifl_inbox_pop(lifl_arena *a, uint32_t consumer, lifl_desc *desc, uint32_t *producer) {
   uint32_t p = a->h.participants;
   if (consumer >= p) return LIFL_EINVAL;
-  /* Round robin from the one after the last that gave: no producer can starve the others. */
+  /* The scan begins after the producer whose descriptor came last: no producer can starve the others. */
   for (uint32_t i = 0; i < p; i++) {
     uint32_t from = (a->scan[consumer] + i) % p;
     if (lifl_ring_pop(a, from, consumer, desc) == LIFL_OK) {
@@ -659,9 +675,8 @@ int lifl_inbox_pop(lifl_arena *a, uint32_t consumer, lifl_desc *desc, uint32_t *
 static bool is_ready(lifl_arena *a, uint32_t consumer) {
   uint32_t p = a->h.participants;
   for (uint32_t from = 0; from < p; from++) {
-    struct ring *r = &a->rings[(uint64_t)from * p + consumer];
-    if (atomic_load_explicit(&r->tail, memory_order_acquire) != a->consumed[(uint64_t)from * p + consumer].mine)
-      return true;
+    struct line line = ring_at(a, from, consumer);
+    if (atomic_load_explicit(&line.ring->tail, memory_order_acquire) != line.consumed->mine) return true;
   }
   return false;
 }
@@ -674,14 +689,14 @@ static void relax(void) {
 #endif
 }
 
-/* Parks the consumer; true if something came meanwhile, and then it is awake again. */
+/* Parks the consumer; true if a descriptor came meanwhile, and then the consumer is awake again. */
 static bool park(lifl_arena *a, uint32_t consumer, uint32_t how) {
   _Atomic uint32_t *parked = &a->peers[consumer].parked;
   STEP();
   atomic_store_explicit(parked, how, memory_order_relaxed);
   STEP();
-  /* SYNC: park. Pairs with the fence in lifl_peer_wake: either the producer sees `parked` or this
-   * look sees its descriptor. Without it 1,351 of 200,000 wake-ups were lost. */
+  /* SYNC: park. Pairs with the fence in lifl_peer_wake: either the producer sees `parked`, or this look sees its
+   * descriptor. Without the fence 1,351 of 200,000 wake-ups were lost. */
   atomic_thread_fence(memory_order_seq_cst);
   if (!is_ready(a, consumer)) return false;
   atomic_store_explicit(parked, AWAKE, memory_order_relaxed);
@@ -697,8 +712,8 @@ int lifl_inbox_wait(lifl_arena *a, uint32_t consumer, uint64_t spin_ns, uint64_t
   if (consumer >= a->h.participants) return LIFL_EINVAL;
   if (is_ready(a, consumer)) return LIFL_OK;
   if (spin_ns) {
-    /* Adaptive: a spin that was answered doubles the next one, one in vain halves it, so a busy
-     * consumer spins and an idle one soon sleeps at once. */
+    /* Adaptive: a spin that was answered doubles the next one, a spin in vain halves it. A busy consumer spins, and an
+     * idle one soon sleeps at once. */
     uint64_t *budget = &a->spin_ns[consumer];
     uint64_t floor = spin_ns / 64 + 1;
     if (*budget < floor) *budget = floor;
@@ -719,8 +734,8 @@ int lifl_inbox_wait(lifl_arena *a, uint32_t consumer, uint64_t spin_ns, uint64_t
   if (park(a, consumer, PARKED_FUTEX)) return LIFL_OK;
   _Atomic uint32_t *parked = &a->peers[consumer].parked;
   struct timespec t = {(time_t)(timeout_ns / 1000000000u), (long)(timeout_ns % 1000000000u)};
-  /* Returns at once if a producer has reset the word since; EINTR ends the wait as a time-out does,
-   * so that the caller can run its signal handlers. */
+  /* The call returns at once if a producer has reset the word since. EINTR ends the wait like a time-out, so that the
+   * caller can run its signal handlers. */
   futex(parked, FUTEX_WAIT, PARKED_FUTEX, &t);
   atomic_store_explicit(parked, AWAKE, memory_order_relaxed);
   return is_ready(a, consumer) ? LIFL_OK : LIFL_TIMEOUT;

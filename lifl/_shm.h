@@ -1,9 +1,9 @@
-/* The declarations of lifl's C core: read by cffi (so no preprocessor beyond the guard, and no
- * `_Atomic`) and included by _shm.c. Every function is safe to call without the GIL.
+/* The declarations of lifl's C core. cffi reads them, so there is no preprocessor beyond the guard and no `_Atomic`;
+ * _shm.c includes them. Every function is safe to call without the GIL.
  *
- * Two kinds of number cross this seam: a *unit* is LIFL_UNIT_BYTES of the arena and names a block by
- * its first unit; a *generation* rises each time a block is allocated or reclaimed, so that an old descriptor of
- * a recycled block fails instead of reading another update's bytes. */
+ * Two kinds of number name a block: the *unit*, lifl_unit_bytes() of the arena, at which the block begins, and a
+ * *generation*, which rises each time the block is allocated or reclaimed. An old descriptor of a recycled block
+ * therefore fails instead of showing the bytes of another update. */
 #ifndef LIFL_SHM_H
 #define LIFL_SHM_H
 #include <stdint.h>
@@ -11,14 +11,14 @@
 
 enum lifl_status {
   LIFL_OK = 0,
-  LIFL_EMPTY = 1,    /* a ring has nothing */
+  LIFL_EMPTY = 1,    /* a ring or a socket has no descriptor */
   LIFL_FULL = 2,     /* a ring or the arena has no room */
-  LIFL_TIMEOUT = 3,  /* nothing came in time */
-  LIFL_STALE = 4,    /* the block has another generation, state or owner by now */
+  LIFL_TIMEOUT = 3,  /* no descriptor came in time */
+  LIFL_STALE = 4,    /* the block has another generation, state or owner now */
   LIFL_OVERFLOW = 5, /* a mean left the range of its dtype */
   LIFL_GONE = 6,     /* the other end of a socket is closed */
   LIFL_EINVAL = -1,  /* an argument is out of its bounds */
-  LIFL_ESYS = -2,    /* a system call failed: errno says which way */
+  LIFL_ESYS = -2,    /* a system call failed: errno has the reason */
   LIFL_ECORRUPT = -3 /* the arena's header or tables contradict themselves */
 };
 
@@ -35,8 +35,8 @@ enum lifl_dtype {
   LIFL_BOOL = 9
 };
 
-/* Life of an update: FREE -> WRITING -> READY -> READING -> FREE;
- * of a partial sum: FREE -> ACCUM -> COMMITTED -> READING -> FREE. */
+/* The life of an update is FREE -> WRITING -> READY -> READING -> FREE, that of a partial sum
+ * FREE -> ACCUM -> COMMITTED -> READING -> FREE. */
 enum lifl_state {
   LIFL_FREE = 0,
   LIFL_WRITING = 1,
@@ -46,7 +46,8 @@ enum lifl_state {
   LIFL_COMMITTED = 5
 };
 
-/* What travels through a ring: 16 bytes, a hint about a block and never its content. */
+/* The content of a ring's slot: a message, 16 bytes. It is a hint about a block and never the content of the block.
+ * lifl/shm/messages.py has the kinds and the meaning of their argument. */
 typedef struct {
   uint32_t block;
   uint32_t generation;
@@ -55,27 +56,28 @@ typedef struct {
   uint16_t arg;
 } lifl_desc;
 
-/* What is known of a block beside its bytes. */
+/* Facts about a block beside its bytes. */
 typedef struct {
-  double weight;      /* of an update, > 0 */
-  uint64_t tag;       /* the submitter's number for it */
-  uint64_t begin_ns;  /* CLOCK_MONOTONIC when its fold began */
-  uint64_t end_ns;    /* and when it was committed */
+  double weight;           /* of an update, > 0; of a mean, the sum of the weights of its updates */
+  uint64_t num_updates;    /* of a mean */
+  uint64_t begin_ns;       /* the begin of the fold, by CLOCK_MONOTONIC */
+  uint64_t end_ns;         /* the commit */
+  uint32_t has_overflowed; /* of a mean: 1 if a number or the weight left the range of its dtype */
 } lifl_note;
 
-/* What a partial sum contains; the bytes of the sum follow it at LIFL_MANIFEST_BYTES. */
+/* The contents of a partial sum; the bytes of the sum follow at lifl_manifest_bytes(). */
 typedef struct {
-  uint64_t epoch;        /* the higher of two committed sums of one leaf is the newer */
-  uint64_t num_updates;  /* in the sum, all batches */
-  double weight;         /* of the sum, all batches */
-  double weight_low;     /* what float64 cannot hold of it: weight + weight_low is exact to 2^-106 */
-  uint32_t batch;        /* inputs of the last batch, listed below */
+  uint64_t epoch;        /* of two committed sums of a leaf, the one with the higher epoch is the newer */
+  uint64_t num_updates;  /* in the sum, over all batches */
+  double weight;         /* of the sum, over all batches */
+  double weight_low;     /* the part that a float64 cannot hold: weight + weight_low is exact to 2^-106 */
+  uint32_t batch;        /* number of inputs of the last batch, listed below */
   uint32_t round;
   uint32_t blocks[64];
   uint32_t generations[64];
 } lifl_manifest;
 
-/* What travels through a socket: ebpf/record.h, in the words of cffi. */
+/* The record of ebpf/record.h, which passes through a socket, in a form that cffi reads. */
 typedef struct {
   uint32_t dst;
   uint16_t src;
@@ -89,14 +91,14 @@ typedef struct {
   uint16_t arg;
 } lifl_link_record;
 
-/* What has come through a socket and has not been popped: `have` bytes, of which `next` have been. */
+/* Bytes that came through a socket: `have` of them, of which the first `next` have been popped. */
 typedef struct {
   uint32_t have;
   uint32_t next;
   uint8_t bytes[4096];
 } lifl_flow;
 
-typedef struct lifl_arena lifl_arena; /* one process's handle on an arena */
+typedef struct lifl_arena lifl_arena; /* the handle of a process on an arena */
 
 uint64_t lifl_unit_bytes(void);
 uint64_t lifl_manifest_bytes(void);
@@ -114,7 +116,7 @@ uint32_t lifl_arena_participants(const lifl_arena *arena);
 uint64_t lifl_arena_node_id(const lifl_arena *arena);
 uint64_t lifl_arena_total_bytes(const lifl_arena *arena);
 
-/* The allocator's state is private to the process that created the arena: only it allocates. */
+/* The allocator's state is private to the process that created the arena, its owner: only the owner allocates. */
 int lifl_block_alloc(lifl_arena *arena, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,
                      uint32_t *generation);
 int lifl_block_reserve(lifl_arena *arena, uint64_t nbytes, uint32_t owner, uint32_t state, uint32_t *block,

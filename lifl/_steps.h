@@ -1,4 +1,4 @@
-/* Where a process may be killed: tests/crash kills between any two of these. Nothing in a release. */
+/* A point at which a process may be killed: tests/crash kills between any two of them. Nothing in a release. */
 #ifndef LIFL_STEPS_H
 #define LIFL_STEPS_H
 #ifdef LIFL_STEPS

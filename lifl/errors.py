@@ -1,7 +1,7 @@
-"""Every exception that lifl raises on purpose. Imports nothing of lifl.
+"""The exceptions that lifl raises on purpose. Imports nothing of lifl.
 
-A message says what happened, the value it got, and what to do. Wrong arguments are plain
-``ValueError`` or ``TypeError``; full and empty are return values.
+Each message has the event, the value that caused it, and the remedy. Wrong arguments are plain ``ValueError`` or
+``TypeError``; full and empty are return values.
 """
 
 
@@ -10,7 +10,7 @@ class LiflError(Exception):
 
 
 class ShmError(LiflError, OSError):
-    """Shared memory could not be had or used: ``errno`` and what was asked for."""
+    """Shared memory could not be taken or used: ``errno``, and the request."""
 
 
 class ArenaCorruptError(ShmError):
@@ -30,11 +30,11 @@ class CheckpointError(LiflError):
 
 
 MAX_REASON = 500
-"""Characters of a refusal's reason: it may quote what a client sent, and is logged and kept in reports."""
+"""Characters in the reason of a refusal, which may quote a client's data, and which logs and reports keep."""
 
 
 def shortened(reason: str) -> str:
-    """`reason` in at most ``MAX_REASON`` characters: its beginning, and its end, where a traceback has the cause."""
+    """The reason in at most ``MAX_REASON`` characters: its beginning, and its end, where a traceback has the cause."""
     if len(reason) <= MAX_REASON:
         return reason
     end = MAX_REASON * 3 // 5
@@ -42,19 +42,19 @@ def shortened(reason: str) -> str:
 
 
 class AdmissionError(LiflError, ValueError):
-    """One update was refused. The round goes on without it.
+    """An update was refused. The round goes on without it.
 
     Attributes
     ----------
     client_id : str
-        Whose update it was.
+        The client that sent the update.
     rule : str
-        Which rule it broke: ``keys``, ``shape``, ``dtype``, ``weight``, ``values`` (NaN or Inf), ``norm``
+        The rule that it broke: ``keys``, ``shape``, ``dtype``, ``weight``, ``values`` (NaN or Inf), ``norm``
         (too far from the base model to be clipped), ``quota``, ``duplicate``, ``closed``, ``format`` (a reply
         that cannot be read), ``error`` (the client failed) or ``poison`` (workers died while they folded it;
         only in reports).
     value : object
-        What it sent instead.
+        The value that the client sent.
     """
 
     def __init__(self, client_id: str, rule: str, reason: str, value: object = None) -> None:
@@ -75,13 +75,13 @@ class PlanError(LiflError, ValueError):
 
 
 class EbpfUnavailableError(LiflError):
-    """The eBPF sidecar cannot run here.
+    """The eBPF sidecar cannot run on this machine.
 
     Attributes
     ----------
     reason : str
     remedy : str
-        What to do; empty if there is nothing.
+        The way to make it run; empty if none is known.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:

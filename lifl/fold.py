@@ -1,9 +1,9 @@
-"""The weighted mean: fast, over addresses, and slow, to be read.
+"""The weighted mean: a fast one over addresses, and a slow one to be read.
 
-Pure: no clock, no process, no arena. A *state* is a partial sum; ``init`` makes an empty one, ``fold``
-adds updates to it, ``finish`` divides. With float64 sums the tree and the order in which updates come
-change the result by less than :func:`tolerance`; ``flower_mean`` repeats Flower's own arithmetic bit by
-bit. FedAvg: McMahan et al., AISTATS 2017, algorithm 1.
+Pure: no clock, no process, no arena. A *state* is a partial sum; ``init`` makes an empty one, ``fold`` adds updates to
+it, ``finish`` divides. With float64 sums, the tree and the order of the updates change the result by less than
+:func:`tolerance`; ``flower_mean`` repeats Flower's own arithmetic bit by bit. FedAvg: McMahan et al., AISTATS 2017,
+algorithm 1.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
-# ---------------------------------------------------------------- over addresses: what workers call
+# ---------------------------------------------------------------- over addresses: for workers
 
 
 def fold_at(layout: Layout, total: int, previous: int | None, updates: Sequence[int], weights: Sequence[float]) -> None:
-    """Sum at `total` = sum at `previous` (or 0) + the weighted updates; every segment in one pass.
+    """Computes the sum at `total` = sum at `previous` (or 0) + the weighted updates; every segment in one pass.
 
     Each update is read once; `previous` and `total` must not overlap. Releases the GIL.
     """
@@ -52,14 +52,14 @@ def add_weights(weight: tuple[float, float], more: Sequence[float]) -> tuple[flo
     """A sum of weights as a pair of floats, nearest float64 first: exact to about 2^-106."""
     try:
         high = math.fsum((*weight, *more))
-    except OverflowError:  # only without admission, which bounds weights
+    except OverflowError:  # impossible for admitted updates: admission bounds weights
         return math.inf, 0.0
     return high, math.fsum((*weight, *more, -high))
 
 
 WHOLE = (0, 1)
 SHARD_ALIGNMENT = 512
-"""Elements: a shard begins at a multiple of it, so that two of them share no cache line of a block."""
+"""Each shard begins at a multiple of so many elements: no two shards share a cache line of a block."""
 
 
 def shard_bounds(count: int, part: tuple[int, int]) -> tuple[int, int]:
@@ -81,11 +81,12 @@ def finish_at(
     weights: Sequence[float] = (),
     part: tuple[int, int] = WHOLE,
 ) -> bool:
-    """Mean at `mean` = (sum of the sums + the weighted updates) / `weight`, in the range of one shard.
+    """Computes the mean at `mean` = (sum of the sums + the weighted updates) / `weight`, in the range of a shard.
 
-    Every sum and update is read once. False if a mean left the range of its dtype. Releases the GIL.
+    Every sum and update is read once. False if a number of the mean left the range of its dtype, or the weight that of
+    float64. Releases the GIL.
     """
-    finite = True
+    finite = math.isfinite(weight[0])
     for s in layout.segments:
         begin, end = shard_bounds(s.count, part)
         if begin < end:
@@ -105,7 +106,7 @@ def finish_at(
 def flower_at(
     layout: Layout, mean: int, updates: Sequence[int], factors: Sequence[float], part: tuple[int, int] = WHOLE
 ) -> None:
-    """Flower's mean of updates in the order given, in the range of one shard; `layout` is a ``flower_layout``."""
+    """Computes Flower's mean of updates in their order, in the range of a shard; `layout` is a ``flower_layout``."""
     for s in layout.segments:
         begin, end = shard_bounds(s.count, part)
         if begin < end:
@@ -119,7 +120,7 @@ def flower_at(
 
 @attrs.frozen
 class Sum:
-    """A partial sum: `buffer` holds ``spec.layout.sum_bytes`` (None while nothing has been folded)."""
+    """A partial sum: `buffer` holds ``spec.layout.sum_bytes``; None before the first fold."""
 
     spec: TensorSpec
     buffer: Array | None = None
@@ -133,7 +134,7 @@ def init(spec: TensorSpec) -> Sum:
 
 
 def fold(state: Sum, updates: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> Sum:
-    """A new sum with `updates` added, each times its weight; `state` stays as it was.
+    """A new sum with `updates` added, each times its weight; `state` is not changed.
 
     Raises ``ValueError`` if an update does not match the spec, or the two sequences differ in length.
     """
@@ -148,7 +149,7 @@ def fold(state: Sum, updates: Sequence[Mapping[str, Array]], weights: Sequence[f
 
 
 def merge(state: Sum, *others: Sum) -> dict[str, Array]:
-    """The mean over several partial sums, as the top of a tree computes it."""
+    """The mean over several partial sums, computed as by the top of a tree."""
     sums = [s for s in (state, *others) if s.buffer is not None]
     mean = np.zeros(state.spec.layout.mean_bytes, np.uint8)
     addresses = [kernels.address_of(s.buffer) for s in sums]
@@ -173,7 +174,7 @@ def flower_mean(spec: TensorSpec, updates: Sequence[Mapping[str, Array]], weight
 
 
 def flower_factors(weights: Sequence[float]) -> list[float]:
-    """Each weight's share, computed as Flower does: Python's sum, then Python's division."""
+    """The share of each weight, computed as in Flower: Python's sum, then Python's division."""
     total = sum(weights)
     return [w / total for w in weights]
 
@@ -237,7 +238,7 @@ def _nearest(value: Fraction, dtype: str) -> float:
 
 
 def tolerance(updates: Sequence[Mapping[str, Array]], weights: Sequence[float], spec: TensorSpec) -> dict[str, Array]:
-    """How far, per element, any tree over any order may be from :func:`mean_reference`.
+    """The largest distance from :func:`mean_reference`, for each element, of any tree over any order.
 
     With n updates, u = 2^-53 and S = sum(w_k |x_k|) / W: each product, addition and the final division
     and the sum of the weights W rounds once, at most 2n + 2 roundings of relative size u, so the float64

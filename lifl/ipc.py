@@ -1,7 +1,7 @@
-"""Local sockets: frames between processes of one machine, the peer's user, and the sockets that a fork has to close.
+"""Local sockets: frames between processes of a machine, the peer's user, and the sockets that a fork must close.
 
-A frame is a JSON object and any number of byte strings. File descriptors are passed beside the first one. Owns the
-format, the socket's place and who may use it; knows neither rounds nor Flower. Nothing is ever unpickled.
+A frame is a JSON object and any number of byte strings. File descriptors are passed beside the first byte. Owns the
+format, the place of the socket and the right to use it; knows neither rounds nor Flower. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "LIFL_AGENT"
-"""The environment variable by which a server tells the programs that it starts where its socket is."""
+"""The environment variable with the path of a server's socket, for the programs that the server starts."""
 
 _HEAD = struct.Struct("<III")  # bytes of JSON, number of byte strings, bytes of all of them
 MAX_JSON_BYTES = 64 * 2**20
@@ -28,20 +28,20 @@ MAX_BLOB_BYTES = 256 * 2**20
 Frame = tuple[dict[str, Any], list[bytes]]
 
 
-def encode(said: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
-    """A frame's bytes."""
-    body = json.dumps({**said, "sizes": [len(blob) for blob in blobs]}).encode()
+def encode(fields: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
+    """The bytes of a frame."""
+    body = json.dumps({**fields, "sizes": [len(blob) for blob in blobs]}).encode()
     return b"".join([_HEAD.pack(len(body), len(blobs), sum(map(len, blobs))), body, *blobs])
 
 
 class Reader:
-    """Frames out of a stream of bytes that come in pieces."""
+    """Reads frames from a stream of bytes that comes in pieces."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are complete now; raises ``ValueError`` for what is no frame."""
+        """The frames that `data` completes; raises ``ValueError`` for bytes that are no frame."""
         self._bytes += data
         frames = []
         while len(self._bytes) >= _HEAD.size:
@@ -51,7 +51,7 @@ class Reader:
             end = _HEAD.size + json_bytes + blob_bytes
             if len(self._bytes) < end:
                 break
-            said, sizes = _parsed(self._bytes[_HEAD.size : _HEAD.size + json_bytes])
+            fields, sizes = _parsed(self._bytes[_HEAD.size : _HEAD.size + json_bytes])
             at, blobs = _HEAD.size + json_bytes, []
             if len(sizes) != count or sum(sizes) != blob_bytes:
                 raise ValueError(f"a frame says {len(sizes)} byte strings and has {count}")
@@ -59,28 +59,28 @@ class Reader:
                 blobs.append(bytes(self._bytes[at : at + size]))
                 at += size
             del self._bytes[:end]
-            frames.append((said, blobs))
+            frames.append((fields, blobs))
         return frames
 
 
 def _parsed(body: bytes | bytearray) -> tuple[dict[str, Any], list[int]]:
     try:
-        said = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a frame without JSON: {error}") from None
-    sizes = said.pop("sizes", None) if isinstance(said, dict) else None
+    sizes = fields.pop("sizes", None) if isinstance(fields, dict) else None
     if not isinstance(sizes, list) or not all(isinstance(size, int) and size >= 0 for size in sizes):
         raise ValueError("a frame that does not say the sizes of its byte strings")
-    return said, sizes
+    return fields, sizes
 
 
 def folder() -> Path:
-    """Where servers of this user have their sockets: a folder of mode 0700 that is this user's, made if need be.
+    """The folder of mode 0700 in which servers of this user have their sockets; it is made if need be.
 
-    Raises ``PermissionError`` if something else is in its place.
+    Raises ``PermissionError`` if the path has another owner, another mode, or is no folder.
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    path = Path(runtime) / "lifl" if runtime else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(given) / "lifl" if given else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
@@ -90,12 +90,12 @@ def folder() -> Path:
 
 
 def path_for(port: int) -> Path:
-    """The socket of the server that listens on a port."""
+    """The path of the socket of the server that listens on a port."""
     return folder() / f"superlink-{port}.sock"
 
 
 def uid_of_peer(connection: socket.socket) -> int:
-    """The user id of the process at the other end, as the kernel says it."""
+    """The user id of the process at the other end, from the kernel."""
     _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)
 

@@ -1,7 +1,7 @@
-"""What an update looks like: names, shapes, dtypes, and where each tensor lies in a block.
+"""The form of an update: names, shapes and dtypes of its tensors, and the place of each in a block.
 
-Pure: touches no arena, process or clock. The layout groups tensors by dtype, so that an update is at
-most ten runs of numbers however many tensors it has, and a fold needs ten calls, not ten thousand.
+Pure: touches no arena, process or clock. The layout groups tensors by dtype. An update is then at most ten runs of
+numbers, however many tensors it has, and a fold needs ten calls, not ten thousand.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ITEM_BYTES = {
     "bool": 1,
 }
 NUMPY_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in DTYPES}
-"""NumPy has no bfloat16: its views show the raw bits as uint16; ``torch`` views are ``torch.bfloat16``."""
+"""The NumPy dtype of each element type. NumPy has no bfloat16: views show raw bits as uint16; torch views have it."""
 
 ALIGNMENT_BYTES = 64
 _HEAD = struct.Struct("<IIQQQ")
@@ -56,7 +56,7 @@ Array = npt.NDArray[Any]
 
 
 def dtype_name(array: Any) -> str:
-    """The name of an array's or a tensor's element type, ``"float32"`` for ``torch.float32`` too.
+    """The name of the element type of an array or a tensor, ``"float32"`` for ``torch.float32`` too.
 
     Byte-swapped dtypes keep their mark (``">f4"``), so that they compare unequal to the native one.
     """
@@ -68,14 +68,14 @@ def dtype_name(array: Any) -> str:
 
 @attrs.frozen
 class Tensor:
-    """One named tensor of a model.
+    """A named tensor of a model.
 
     Attributes
     ----------
     name : str
-        Its key in the model's mapping.
+        The key in the model's mapping.
     dtype : str
-        One of ``DTYPES``.
+        An element of ``DTYPES``.
     shape : tuple of int
         ``()`` for a 0-d array; any length may be 0.
     """
@@ -95,7 +95,7 @@ class Tensor:
 
 @attrs.frozen
 class Segment:
-    """All the elements of one dtype, one after another: what a kernel is called for.
+    """All the elements of a dtype, one after another: the input of a single kernel call.
 
     Offsets are bytes from the start of an update, of a sum (after its manifest), and of a mean.
     """
@@ -109,7 +109,7 @@ class Segment:
 
 @attrs.frozen
 class Layout:
-    """Where everything lies; computed from a TensorSpec, or read from a round's control block."""
+    """The places of all segments in a block; computed from a TensorSpec, or read from a round's control block."""
 
     segments: tuple[Segment, ...]
     update_bytes: int
@@ -117,7 +117,7 @@ class Layout:
     mean_bytes: int
 
     def encode(self, flags: int) -> bytes:
-        """The control block by which a worker learns of a round; `flags` is the worker's business."""
+        """The bytes of the layout at the start of a round's control block; `flags` only pass through."""
         head = _HEAD.pack(len(self.segments), flags, self.update_bytes, self.sum_bytes, self.mean_bytes)
         rows = (
             _SEGMENT.pack(CODES[s.dtype], 0, s.count, s.update_offset, s.sum_offset, s.mean_offset)
@@ -151,12 +151,12 @@ class Layout:
 
 
 def sum_item_bytes(dtype: str) -> int:
-    """Bytes of one element's sum: a float64, or a pair of them for int64."""
+    """Bytes of an element's sum: a float64, or a pair of them for int64."""
     return 16 if dtype == "int64" else 8
 
 
 def flower_dtype(dtype: str) -> str:
-    """The dtype of Flower's mean: NumPy promotes integers and booleans times a float to float64."""
+    """The dtype of Flower's mean of a dtype: NumPy promotes integers and booleans times a float to float64."""
     return dtype if dtype in ("float16", "float32", "float64") else "float64"
 
 
@@ -166,9 +166,9 @@ def _align(n: int) -> int:
 
 @attrs.frozen
 class TensorSpec(Mapping[str, Tensor]):
-    """Names, shapes and dtypes of a model: what every update of a round must have exactly.
+    """The names, shapes and dtypes of a model. Every update of a round must have exactly these.
 
-    A mapping from name to :class:`Tensor`, in the model's order. Made by :meth:`from_arrays`.
+    A mapping from name to :class:`Tensor`, in the model's order. :meth:`from_arrays` makes it.
     """
 
     tensors: tuple[Tensor, ...]
@@ -210,7 +210,7 @@ class TensorSpec(Mapping[str, Tensor]):
 
     @cached_property
     def _groups(self) -> dict[str, int]:
-        """dtype -> number of elements, in order of first appearance."""
+        """The number of elements of each dtype, in order of first appearance."""
         groups: dict[str, int] = {}
         for tensor in self.tensors:
             groups[tensor.dtype] = groups.get(tensor.dtype, 0) + tensor.size
@@ -218,17 +218,17 @@ class TensorSpec(Mapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one update's numbers, without padding."""
+        """Bytes of the numbers of an update, without padding."""
         return sum(n * ITEM_BYTES[dtype] for dtype, n in self._groups.items())
 
     @cached_property
     def layout(self) -> Layout:
-        """Where an update, its sum and the mean (same dtypes) lie."""
+        """The layout of an update, its sum and the mean (same dtypes)."""
         return self._layout(lambda dtype: dtype)
 
     @cached_property
     def flower_layout(self) -> Layout:
-        """The same for ``order="flower"``, whose means of integers are float64."""
+        """The layout for ``order="flower"``, in which means of integers are float64."""
         return self._layout(flower_dtype)
 
     def _layout(self, mean_dtype: Any) -> Layout:
@@ -242,7 +242,7 @@ class TensorSpec(Mapping[str, Tensor]):
 
     @cached_property
     def offsets(self) -> tuple[tuple[str, int, int, int], ...]:
-        """Per tensor, in order: its name, dtype code, byte offset in an update, element count."""
+        """For each tensor, in order: name, dtype code, byte offset in an update, element count."""
         start = {s.dtype: s.update_offset for s in self.layout.segments}
         done = dict.fromkeys(self._groups, 0)
         rows = []
@@ -260,7 +260,7 @@ class TensorSpec(Mapping[str, Tensor]):
         return self._views(buffer, self.layout, lambda dtype: dtype)
 
     def flower_views(self, buffer: Any) -> dict[str, Array]:
-        """Likewise of a mean made with ``order="flower"``."""
+        """NumPy views of a mean made with ``order="flower"``, without a copy, as :meth:`views`."""
         return self._views(buffer, self.flower_layout, flower_dtype)
 
     def _views(self, buffer: Any, layout: Layout, mean_dtype: Any) -> dict[str, Array]:
@@ -280,7 +280,7 @@ class TensorSpec(Mapping[str, Tensor]):
 
 
 def torch_views(spec: TensorSpec, views: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    """The same memory as torch tensors; bfloat16 ones are ``torch.bfloat16``. Imports torch."""
+    """The memory of `views` as torch tensors; those of bfloat16 are ``torch.bfloat16``. Imports torch."""
     import torch
 
     tensors = {}

@@ -23,7 +23,8 @@ from lifl.ebpf.links import ends_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.sidecar import Sidecar
 from lifl.shm.arena import AGENT, Arena, Block, State
-from lifl.shm.ring import Descriptor, Kind, Outbox, Receiver
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import Outbox, Receiver
 
 LEAF, TOP = 1, 2
 ROUND = 1

@@ -87,7 +87,7 @@ def idle_nodes(workers: int, transport: TransportName | None = None) -> Iterator
             before = set(threading.enumerate())
             timeout = IDLE_TIMEOUT_S if way == "zero" else None
             node = stack.enter_context(Node(MEMORY_BYTES, workers, idle_timeout=timeout, transport=transport))
-            thread = next(t for t in threading.enumerate() if t not in before and t.name == "lifl-agent")
+            thread = next(t for t in threading.enumerate() if t not in before and t.name == "lifl-listener")
             assert node._supervisor is not None
             assert thread.native_id is not None
             nodes.append(IdleNode(way, node, thread.native_id, node._supervisor.spawner.pid))

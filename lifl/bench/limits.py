@@ -23,9 +23,10 @@ from lifl.bench.handoff import one_way
 from lifl.errors import PeerGoneError
 from lifl.node import calibration
 from lifl.node.node import Node, cores
-from lifl.shm import kernels
+from lifl.shm import kernels, messages
 from lifl.shm.arena import AGENT, Arena
-from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.shm.messages import Kind
+from lifl.shm.ring import Bell, Inbox, Outbox
 from lifl.tensor import Array, TensorSpec
 from lifl.workers.spawner import Spawner
 
@@ -163,7 +164,7 @@ def start_workers() -> dict[str, float]:
 
     def ask(worker: int) -> None:
         # A worker answers ABORT with ABORTED for every round, also for an unknown one.
-        outbox.push(worker, Descriptor(Kind.ABORT, 1))
+        outbox.push(worker, messages.abort(1))
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while (item := inbox.try_pop()) is None or item[1].kind != Kind.ABORTED:  # a new worker first sends HELLO
             if time.monotonic() > deadline:
@@ -185,7 +186,7 @@ def start_workers() -> dict[str, float]:
         ask(1)
         seconds["worker_warm_s"] = time.perf_counter() - begin
         for worker in (1, 2):
-            outbox.push(worker, Descriptor(Kind.STOP, 0))
+            outbox.push(worker, messages.STOP)
     finally:
         if spawner is not None:
             spawner.close()

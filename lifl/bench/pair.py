@@ -26,7 +26,8 @@ from lifl.bench.echo import ASKER, ECHO, PAYLOAD, Measure, forked, share_a_core,
 from lifl.bench.sockets import END, PING
 from lifl.errors import PeerGoneError
 from lifl.shm.arena import Arena
-from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Producer, ring_for
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import Bell, Inbox, Producer, ring_for
 from lifl.workers.aggregator import die_with
 
 BOOT = (

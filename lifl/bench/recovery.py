@@ -86,7 +86,7 @@ class WatchedNode(Node):
     def kill(self, worker: int) -> Death:
         """Kills a worker; returns after the first message of its successor."""
         with self.changed:
-            pid = next(process.pid for process in self.supervisor._workers.values() if process.me == worker)
+            pid = next(process.pid for process in self.supervisor._workers.values() if process.number == worker)
             self.death = death = Death(worker)
         death.killed_ns = time.monotonic_ns()
         os.kill(pid, signal.SIGKILL)
@@ -104,16 +104,16 @@ class WatchedNode(Node):
             self.death.held = self.states(self.death.worker)
         super().replace(pidfd)
 
-    def _after_sweep(self, me: int) -> None:
+    def _after_sweep(self, number: int) -> None:
         if self.death is not None:
             self.death.reclaimed_ns = time.monotonic_ns()
-            self.death.left = self.states(me).get(State.READING, 0)
-        self._start(me)
+            self.death.left = self.states(number).get(State.READING, 0)
+        self._start(number)
 
-    def _on_message(self, me: int, has_worked: bool) -> None:
-        self._heard(me, has_worked)
+    def _on_message(self, number: int, has_worked: bool) -> None:
+        self._heard(number, has_worked)
         death = self.death
-        if death is not None and death.worker == me and death.reclaimed_ns:
+        if death is not None and death.worker == number and death.reclaimed_ns:
             death.heard_ns = time.monotonic_ns()
             self.death = None
             death.is_over.set()

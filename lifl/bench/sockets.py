@@ -14,9 +14,10 @@ from lifl.bench.echo import ASKER, ECHO, PAYLOAD, Measure, forked, timed
 from lifl.ebpf.links import Receiver, ends_of
 from lifl.ebpf.sidecar import Sidecar
 from lifl.shm.arena import Arena
-from lifl.shm.ring import IDLE_WAIT_S, Descriptor, Kind
+from lifl.shm.messages import STOP, Descriptor, Kind
+from lifl.shm.ring import IDLE_WAIT_S
 
-PING, END = Descriptor(Kind.UPDATE, 1), Descriptor(Kind.STOP, 0)
+PING, END = Descriptor(Kind.UPDATE, 1), STOP
 
 
 @contextmanager

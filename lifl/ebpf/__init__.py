@@ -1,5 +1,6 @@
-"""The second transport: descriptors routed between the sockets of aggregators in the kernel, and counted there.
+"""The second transport: the kernel routes descriptors between the sockets of participants, and counts them.
 
-`record` is what travels, `bpf` the system call, `prebuilt` and `compiled` the two ways to load the program, `probe`
-what this machine allows, `sidecar` a launcher's program, maps and sockets, `links` both ends as the rings have them.
+`record` has the bytes of a message, `bpf` the system call, `prebuilt` and `compiled` the two loaders of the program,
+`probe` the reasons why this machine may refuse it, `sidecar` the owner's program, maps and sockets, `links` the two
+ends of a socket, with the interface of the rings.
 """

@@ -1,7 +1,7 @@
-"""bpf(2): maps and programs by their file descriptors. Knows nothing of what they are for.
+"""The system call bpf(2): maps and programs by their file descriptors. Does not know their purpose.
 
-Every call raises ``OSError`` as the kernel gives it. What is made here is the caller's to close; the kernel lets go of
-a program and its maps when nobody has a descriptor any more, so that nothing outlives a process that was killed.
+Every call raises the ``OSError`` of the kernel. The caller closes what it makes here. The kernel frees a program and
+its maps when no process has a descriptor any more, so nothing outlives a process that was killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def bpf(command: int, attributes: bytes) -> int:
-    """The system call; its result, which is a descriptor for what makes one."""
+    """Makes the system call; returns its result, a file descriptor for commands that make an object."""
     number = _SYS_BPF.get(platform.machine())
     if number is None:
         raise OSError(errno.ENOSYS, f"bpf(2) has no number that lifl knows on {platform.machine()}")
@@ -39,22 +39,23 @@ def bpf(command: int, attributes: bytes) -> int:
 
 
 def possible_cpus() -> int:
-    """How many values a per-CPU map has for a key."""
+    """The number of values that a per-CPU map has for a key."""
     with open("/sys/devices/system/cpu/possible") as file:
         last = file.read().strip().split(",")[-1].split("-")[-1]
     return int(last) + 1
 
 
 class Map:
-    """A map of fixed-size keys and values. Owns its descriptor."""
+    """A map of fixed-size keys and values. Owns its file descriptor."""
 
     def __init__(self, fd: int, value_bytes: int) -> None:
-        self.fd, self.value_bytes = fd, value_bytes
+        self.fd = fd
+        self.value_bytes = value_bytes
 
     @classmethod
     def create(cls, kind: int, key_bytes: int, value_bytes: int, most: int, name: str) -> Map:
         """A new map."""
-        values = possible_cpus() if kind == PERCPU_HASH else 1  # first: no descriptor may be left for that
+        values = possible_cpus() if kind == PERCPU_HASH else 1  # before the map: it needs a file descriptor too
         fd = bpf(_MAP_CREATE, struct.pack("=5I2I16s", kind, key_bytes, value_bytes, most, 0, 0, 0, name.encode()[:15]))
         os.set_inheritable(fd, False)
         return cls(fd, value_bytes * values)
@@ -64,16 +65,16 @@ class Map:
         return bpf(command, struct.pack("=IIQQQ", self.fd, 0, *pointers, flags))
 
     def update(self, key: int, value: int) -> None:
-        """Sets the value of a 32-bit key, at once for whoever looks."""
+        """Sets the value of a 32-bit key, atomically for every reader."""
         data = ctypes.create_string_buffer(struct.pack("=I", value), 4)
         self._call(_UPDATE, _key(key), data)
 
     def delete(self, key: int) -> None:
-        """Takes a key out; ``FileNotFoundError`` if it is not there."""
+        """Removes a key; raises ``FileNotFoundError`` if it is not there."""
         self._call(_DELETE, _key(key), None)
 
     def lookup(self, key: int) -> bytes | None:
-        """The bytes of its value, of all CPUs one after another; None if it is not there."""
+        """The bytes of a key's value, of all CPUs one after another; None if the key is not there."""
         data = ctypes.create_string_buffer(self.value_bytes)
         try:
             self._call(_LOOKUP, _key(key), data)
@@ -82,7 +83,7 @@ class Map:
         return data.raw
 
     def __iter__(self) -> Iterator[int]:
-        """Its keys; one that is added meanwhile may be left out."""
+        """The keys; a key that is added meanwhile may be left out."""
         key: Bytes | None = None
         while True:
             following = ctypes.create_string_buffer(4)
@@ -94,7 +95,7 @@ class Map:
             key = following
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Closes the file descriptor."""
         os.close(self.fd)
 
 
@@ -103,7 +104,7 @@ def _key(key: int) -> Bytes:
 
 
 def load_sk_msg(instructions: bytes, license_text: str = "Apache-2.0", name: str = "lifl_route") -> int:
-    """Loads an SK_MSG program; its descriptor. What the verifier has against it is in the error's text."""
+    """Loads an SK_MSG program; returns its file descriptor. The error's text has the verifier's objections."""
     code = ctypes.create_string_buffer(instructions, len(instructions))
     licensed = ctypes.create_string_buffer(license_text.encode())
     log = ctypes.create_string_buffer(_LOG_BYTES)
@@ -122,23 +123,23 @@ def load_sk_msg(instructions: bytes, license_text: str = "Apache-2.0", name: str
         try:
             fd = bpf(_PROG_LOAD, attributes(1))
         except OSError:
-            said = log.value.decode(errors="replace").strip().splitlines()[-3:]
-            raise OSError(error.errno, f"{error.strerror}: {' / '.join(said)}") from None
+            lines = log.value.decode(errors="replace").strip().splitlines()[-3:]
+            raise OSError(error.errno, f"{error.strerror}: {' / '.join(lines)}") from None
     os.set_inheritable(fd, False)
     return fd
 
 
 def attach_sk_msg(program: int, sockets: Map) -> None:
-    """From now on the program sees what is sent through sockets that are put into the map."""
+    """Attaches the program to a map: it sees each message sent through a socket in the map from now on."""
     bpf(_PROG_ATTACH, struct.pack("=IIII", sockets.fd, program, _SK_MSG_VERDICT, 0))
 
 
 def linked(instructions: bytes, uses: Sequence[tuple[int, int]]) -> bytes:
-    """The instructions with the descriptors of maps where they are named: pairs of instruction and descriptor."""
+    """The instructions with file descriptors in place of map names; `uses` has pairs of instruction and descriptor."""
     code = bytearray(instructions)
     for index, fd in uses:
         at = index * 8
         opcode, registers, offset, _ = struct.unpack_from("=BBhi", code, at)
-        # BPF_PSEUDO_MAP_FD in the source register of the 64-bit load.
+        # BPF_PSEUDO_MAP_FD stands in the source register of the 64-bit load.
         struct.pack_into("=BBhi", code, at, opcode, registers & 0x0F | 1 << 4, offset, fd)
     return bytes(code)

@@ -1,7 +1,7 @@
-"""Makes prebuilt.json from lifl.bpf.c: ``python -m lifl.ebpf.build [--check]``. For who changes the program.
+"""Makes prebuilt.json from lifl.bpf.c, after a change of the program: ``python -m lifl.ebpf.build [--check]``.
 
-Needs clang with its bpf target, and the kernel's UAPI headers. Owns the reading of the object file, so that who loads
-the program needs no ELF.
+Needs clang with its bpf target, and the kernel's UAPI headers. Owns the reading of the object file, so that the loader
+of the program needs no ELF.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SOURCE, BYTECODE = HERE / "lifl.bpf.c", HERE / "prebuilt.json"
 
 
 def compiled(clang: str = "clang", source: Path = SOURCE) -> dict[str, Any]:
-    """A program as it is in prebuilt.json: its maps, its instructions, and where these name which map."""
+    """The program as prebuilt.json has it: its maps, its instructions, and the places where these name a map."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "lifl.bpf.o"
-        # Debian keeps the headers of an architecture in a folder that only its own target knows.
+        # Debian has the headers of an architecture in a folder that only the compiler for it knows.
         headers = [f"-I{HERE}", f"-I/usr/include/{platform.machine()}-linux-gnu"]
         command = [clang, "-O2", "-g0", "-mcpu=v2", "-target", "bpf", "-Wall", "-Wextra", "-Werror", *headers]
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
@@ -32,9 +32,9 @@ def compiled(clang: str = "clang", source: Path = SOURCE) -> dict[str, Any]:
 
 
 def _version(clang: str) -> str:
-    said = subprocess.run([clang, "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"clang version (\d+)", said)
-    return f"clang {found[1]}" if found else said.splitlines()[0]
+    output = subprocess.run([clang, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"clang version (\d+)", output)
+    return f"clang {found[1]}" if found else output.splitlines()[0]
 
 
 def _read(elf: bytes) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _read(elf: bytes) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the file, or with ``--check`` says whether it is what the source makes."""
+    """Writes the file; with ``--check`` only compares it with what the source makes."""
     made = json.dumps(compiled(), indent=1) + "\n"
     if "--check" in arguments:
         is_same = made == BYTECODE.read_text()

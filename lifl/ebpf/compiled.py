@@ -1,7 +1,7 @@
-"""The loader that compiles: the BPF Compiler Collection (bcc) of the distribution makes the same source at load time.
+"""The loader "bcc": the BPF Compiler Collection of the distribution compiles the same source at load time.
 
-For machines for which the bytecode that ships with lifl is wrong, and for who wants to change the program. Debian and
-Ubuntu have it as python3-bpfcc. The PyPI project named bcc is another thing.
+For machines that the bytecode shipped with lifl does not fit, and for changes of the program. Debian and Ubuntu have it
+as python3-bpfcc. The PyPI project named bcc is a different one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STUBS = {
         "",
     ),
 }
-"""What bcc includes of a kernel's source by itself; the program needs no more of it than the types."""
+"""The headers of a kernel's source that bcc includes by itself, as stubs: the program needs only the types."""
 
 
 def load() -> Program:
@@ -53,16 +53,16 @@ def load() -> Program:
     Raises :class:`EbpfUnavailableError` without bcc, ``OSError`` if the kernel refuses it.
     """
     module = find()
-    # Without capabilities bcc says that it failed to compile: what is refused is to be seen before.
+    # Without capabilities bcc reports a failure to compile: this map fails first, with the kernel's reason.
     bpf.Map.create(bpf.SOCKHASH, 4, 4, 1, "lifl_probe").close()
-    with _sources() as (text, flags), _quiet() as said, contextlib.ExitStack() as stack:
+    with _sources() as (text, flags), _quiet() as output, contextlib.ExitStack() as stack:
         try:
             made = module.BPF(text=text.encode(), cflags=flags)
             stack.callback(made.cleanup)
             function = made.load_func(b"lifl_route", module.BPF.SK_MSG)
         except Exception as error:
-            raise EbpfUnavailableError(f"bcc does not compile the program: {said() or error}", REMEDY) from error
-        # Copies: bcc closes its own, and lets go of the compiler's memory with them.
+            raise EbpfUnavailableError(f"bcc does not compile the program: {output() or error}", REMEDY) from error
+        # Copies of the descriptors: bcc closes its own when it frees the compiler's memory.
         maps = {name: _map(module, made, name) for name in ("socks", "routes", "metrics")}
         program = Program("bcc", maps["socks"], maps["routes"], maps["metrics"], _copy(function.fd))
     try:
@@ -74,7 +74,7 @@ def load() -> Program:
 
 
 def find() -> ModuleType:
-    """The distribution's bcc, which a virtual environment does not see; raises :class:`EbpfUnavailableError`."""
+    """The bcc of the distribution, which a virtual environment does not see; raises :class:`EbpfUnavailableError`."""
     wrong = ""
     try:
         import bcc
@@ -82,36 +82,36 @@ def find() -> ModuleType:
         if hasattr(bcc, "BPF"):
             return cast(ModuleType, bcc)
         wrong = f"; the package bcc at {getattr(bcc, '__file__', '?')} is another project of that name"
-    except Exception as error:  # whatever a package of that name does when it is imported
-        if getattr(error, "name", None) != "bcc":  # it is there
+    except Exception as error:  # a package of that name may raise anything when it is imported
+        if getattr(error, "name", None) != "bcc":  # a package named bcc is there
             wrong = f"; the package bcc that is there cannot be imported ({error})"
     _forget()
     if not (DISTRIBUTION / "bcc" / "__init__.py").is_file():
         raise EbpfUnavailableError(f"bcc, the BPF Compiler Collection, is not installed{wrong}", REMEDY)
-    # Only this package: the others of the distribution would hide the environment's.
+    # Only this package: other packages of the distribution would hide those of the environment.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "bcc").symlink_to(DISTRIBUTION / "bcc")
         sys.path.insert(0, folder)
         try:
             import bcc
-        except Exception as error:  # its library is missing, or it is for another Python
+        except Exception as error:  # its library is missing, or the package is for another Python
             _forget()
             raise EbpfUnavailableError(f"the bcc in {DISTRIBUTION} cannot be imported: {error}", REMEDY) from error
         finally:
             sys.path.remove(folder)
-    bcc.__path__ = [str(DISTRIBUTION / "bcc")]  # for what it imports later, when the link is gone
+    bcc.__path__ = [str(DISTRIBUTION / "bcc")]  # for its later imports, when the link is gone
     return cast(ModuleType, bcc)
 
 
 def _forget() -> None:
-    """The wrong package's modules must not be taken for those of the right one."""
+    """Removes the modules of the wrong package, which would be taken for those of the right one."""
     for name in [name for name in sys.modules if name == "bcc" or name.startswith("bcc.")]:
         del sys.modules[name]
 
 
 @contextlib.contextmanager
 def _sources() -> Iterator[tuple[str, list[str]]]:
-    """The program's text and flags; while it is compiled, a stub of a kernel's source, if the headers are missing."""
+    """The program's text and flags. If kernel headers are missing, there is a stub of them during the compilation."""
     folder = resources.files("lifl.ebpf")
     header = (folder / "record.h").read_text()
     text = (folder / "lifl.bpf.c").read_text().replace('#include "record.h"', header)
@@ -131,25 +131,25 @@ def _sources() -> Iterator[tuple[str, list[str]]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Callable[[], str]]:
-    """The compiler writes to the process's standard error itself: that is caught, for the error's text."""
+    """Catches the standard error of this process, to which the compiler writes itself; yields a reader of it."""
     with tempfile.TemporaryFile() as caught:
         sys.stderr.flush()
         before = os.dup(2)
         os.dup2(caught.fileno(), 2)
         try:
 
-            def said() -> str:
+            def output() -> str:
                 caught.seek(0)
                 return " / ".join(caught.read().decode(errors="replace").split("\n")[:24]).strip(" /")
 
-            yield said
+            yield output
         finally:
             os.dup2(before, 2)
             os.close(before)
 
 
 def _map(module: ModuleType, made: Any, name: str) -> bpf.Map:
-    """A table of bcc's, as a descriptor of our own: of a SOCKHASH it makes no object."""
+    """A table of bcc as a map with its own file descriptor; bcc has no object for a SOCKHASH."""
     sizes = {"metrics": METRICS_BYTES * bpf.possible_cpus()}
     return bpf.Map(_copy(module.lib.bpf_table_fd(made.module, name.encode())), sizes.get(name, 4))
 

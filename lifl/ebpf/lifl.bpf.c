@@ -1,15 +1,16 @@
-/* The sidecar: routes records between the sockets of aggregators inside the kernel, and counts them on the way.
+/* The sidecar: routes records between the sockets of participants inside the kernel, and counts them on the way.
  *
- * Runs in the sender's context, once for each record (SK_MSG, attached to the SOCKHASH that holds the aggregators'
- * sockets). A sender names an aggregator; `routes` says whose socket that is now, which the sender never sees.
+ * The program runs in the sender's context, once for each record (SK_MSG, attached to the SOCKHASH that holds the
+ * participants' sockets). A sender names an aggregator; `routes` has the key of the socket that this aggregator has
+ * now, which the sender never sees.
  *
- * Relies on: SK_MSG on TCP sockets with bpf_msg_redirect_hash(BPF_F_INGRESS), apply_bytes, cork_bytes, pull_data (4.17,
- * 4.18); per-CPU hash maps (4.6); CAP_BPF instead of root, and the clock for programs that are not under the GPL (5.8).
- * Measured on 6.18. For UDP and Unix sockets an insertion succeeds and the program silently never runs.
+ * It relies on SK_MSG on TCP sockets with bpf_msg_redirect_hash(BPF_F_INGRESS), apply_bytes, cork_bytes, pull_data
+ * (4.17, 4.18); per-CPU hash maps (4.6); CAP_BPF instead of root, and the clock for programs that are not under the GPL
+ * (5.8). Measured on 6.18. For UDP and Unix sockets an insertion succeeds and the program silently never runs.
  *
- * The same source is compiled ahead by clang (build.py; the bytecode ships with lifl) and at load time by bcc, which has
- * its own way to say what a map is: hence the first block. Nothing but UAPI headers, so that there is nothing to
- * relocate. */
+ * clang compiles this source ahead (build.py; the bytecode ships with lifl), and bcc compiles it at load time. bcc has
+ * its own way to declare a map: the first block is for bcc. There are only UAPI headers, so that nothing has to be
+ * relocated. */
 #ifdef LIFL_BCC
 
 #include <uapi/linux/bpf.h>
@@ -59,30 +60,31 @@ INLINE int redirect(struct sk_msg_md *msg, __u32 *key) {
 
 #endif
 
-/* What is known of an aggregator; made at the first record. NULL only if the map is full: then it is not counted. */
+/* The counters of a participant; made at its first record. NULL only if the map is full: then nothing is counted. */
 INLINE struct lifl_metrics *of(__u32 id) {
   struct lifl_metrics *found = find(&id);
   if (!found) {
     struct lifl_metrics none = {};
-    add(&id, &none); /* fails if another CPU was first, which is as well */
+    add(&id, &none); /* fails if another CPU was first: then that entry is found */
     found = find(&id);
   }
   return found;
 }
 
-/* An addition that another task cannot come in between: a program may be preempted on its CPU. */
+/* An atomic addition: another task may preempt the program on its CPU. */
 #define COUNT(what, n) __sync_fetch_and_add(&(what), (n))
 
 PROGRAM int lifl_route(struct sk_msg_md *msg) {
-  /* One verdict for each record: a send of many is cut up, one in pieces is put together. Not both at once: of a send
-   * that ends a begun record and goes on, the kernel (6.18) lets go of what goes on. Senders send whole records. */
+  /* One verdict for each record: apply_bytes cuts up a send of many records, cork_bytes assembles one in pieces. Both
+   * together fail: if a send ends a begun record and goes on, the kernel (6.18) drops the rest. Senders send whole
+   * records. */
   if (msg->size < LIFL_RECORD_BYTES) {
     bpf_msg_cork_bytes(msg, LIFL_RECORD_BYTES);
     return SK_PASS;
   }
   bpf_msg_apply_bytes(msg, LIFL_RECORD_BYTES);
   __u32 launcher = LIFL_LAUNCHER, key = launcher;
-  long is_short = bpf_msg_pull_data(msg, 0, LIFL_RECORD_BYTES, 0); /* if its bytes lie apart; fails without memory */
+  long is_short = bpf_msg_pull_data(msg, 0, LIFL_RECORD_BYTES, 0); /* if the bytes lie apart; fails without memory */
   void *data = (void *)(long)msg->data, *end = (void *)(long)msg->data_end;
   if (is_short || data + LIFL_RECORD_BYTES > end) {
     redirect(msg, &launcher);
@@ -92,8 +94,8 @@ PROGRAM int lifl_route(struct sk_msg_md *msg) {
   __u32 dst = record->dst, src = record->src, kind = record->kind, busy_us = record->busy_us;
   __u32 *route = route_of(&dst);
   if (route) key = *route;
-  /* Never SK_DROP, which sticks to the sender; never SK_PASS while there is a launcher: in a batch a record that is
-   * passed goes where the one before it went. */
+  /* Never SK_DROP, which sticks to the sender; never SK_PASS without a redirect while there is a launcher: in a batch a
+   * record that is only passed takes the way of the one before it. */
   int is_delivered = redirect(msg, &key) == SK_PASS;
   if (!is_delivered) redirect(msg, &launcher);
 

@@ -1,7 +1,7 @@
-"""Both ends of a socket in the sidecar's map, as the rings have them: what a participant sends and what it receives.
+"""The two ends of a socket in the sidecar's map, with the interface of the rings: a sender and a receiver.
 
-A participant has one socket for both. What it sends is routed in the kernel by the aggregator that the record names;
-how much is on its way is bounded by credits in the arena. No capability is needed here.
+A participant has one socket for both. The kernel routes each record by the aggregator that the record names; credits in
+the arena bound the number of records on their way. No capability is needed here.
 """
 
 from __future__ import annotations
@@ -11,42 +11,38 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.errors import PeerGoneError
+from lifl.shm import messages
 from lifl.shm.arena import AGENT, Arena, check, ffi, lib
-from lifl.shm.ring import WAIT_CAP_S, Descriptor, Kind, Outbox, Spent
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import WAIT_CAP_S, Outbox, Producer, Spent
 
 TOP = 0x80000000
-"""The top of round r is the aggregator TOP | r, whoever that is: a leaf's sum is sent there."""
+"""The top of round r is the aggregator TOP | r, in whatever worker; leaves send their sums there."""
 MAX_BUSY_US = 2**32 - 1
 
 
 def top_of(number: int) -> int:
-    """The aggregator that adds up the sums of a round."""
+    """The number of the aggregator that adds up the sums of a round."""
     return TOP | number & (TOP - 1)
 
 
-class Sender:
-    """From one participant to another. One process, one thread at a time."""
+class Sender(Producer):
+    """The way from `source` to `target`, through the socket of `source`. Used by one process, one thread at a time."""
 
     def __init__(self, arena: Arena, own: socket.socket, source: int, target: int, spent: Spent) -> None:
-        self._arena, self._socket, self._source, self._target, self._spent = arena, own, source, target, spent
-        self._desc = ffi.new("lifl_desc *")
+        super().__init__(arena, source, target)
+        self._socket = own
+        self._spent = spent
 
-    @property
-    def capacity(self) -> int:
-        """Descriptors that may be on their way."""
-        return int(check(lib.lifl_ring_capacity(self._arena.handle, self._source, self._target), "credits"))
-
-    def try_push(self, descriptor: Descriptor) -> bool:
-        """Sends a descriptor; false if as many are on their way as may be, or if it cannot be taken in now."""
-        d = self._desc
-        d.kind, d.round, d.block, d.generation, d.arg = descriptor
-        dst = top_of(d.round) if d.kind == Kind.SUM and self._target != AGENT else self._target
+    def _send(self, desc: Any) -> bool:
+        dst = top_of(desc.round) if desc.kind == Kind.SUM and self._target != AGENT else self._target
         busy_us = min(self._spent.ns // 1000, MAX_BUSY_US)
         fd = self._socket.fileno()
-        status = lib.lifl_link_send(self._arena.handle, fd, self._source, self._target, dst, busy_us, d)
+        status = lib.lifl_link_send(self._arena.handle, fd, self._source, self._target, dst, busy_us, desc)
         if status == lib.LIFL_OK:
             self._spent.ns -= busy_us * 1000
             return True
@@ -57,57 +53,63 @@ class Sender:
         return False
 
     def reset(self) -> None:
-        """Forgets what is on its way, because its receiver is proven dead: the sidecar's :meth:`bury` has done so."""
+        """Does nothing: the sidecar has already dropped what was on its way, see :meth:`Sidecar.remove`."""
 
 
 class Receiver:
-    """What comes through a participant's socket. One process, one thread at a time.
+    """The incoming descriptors of a participant, from its socket. Used by one process, one thread at a time.
 
-    `on_stray` gets what is meant for another aggregator.
+    `on_stray` gets each record for another aggregator.
     """
 
-    def __init__(self, arena: Arena, own: socket.socket, me: int, on_stray: Callable[[Record], None]) -> None:
-        self._arena, self._socket, self._me, self._on_stray = arena, own, me, on_stray
-        self._flow, self._record = ffi.new("lifl_flow *"), ffi.new("lifl_link_record *")
+    def __init__(self, arena: Arena, own: socket.socket, participant: int, on_stray: Callable[[Record], None]) -> None:
+        self._arena = arena
+        self._socket = own
+        self._participant = participant
+        self._on_stray = on_stray
+        self._flow = ffi.new("lifl_flow *")
+        self._record = ffi.new("lifl_link_record *")
         self._spin_s = 0.0
         self._poll = select.poll()
         self._poll.register(own, select.POLLIN)
 
     @property
     def fd(self) -> int:
-        """Readable when something has come."""
+        """The socket's descriptor: readable when something has come."""
         return self._socket.fileno()
 
     def try_pop(self) -> tuple[int, Descriptor] | None:
-        """The next descriptor and who sent it, or ``None``; in order per sender."""
+        """The number of a sender and its next descriptor, or ``None``. Descriptors of one sender come in order."""
         r = self._record
         while self._is_there(lib.lifl_link_pop(self._arena.handle, self._socket.fileno(), self._flow, r)):
             dst = r.dst
-            # A role is whose the kernel says, which may have changed meanwhile; what nobody has comes to the agent.
-            if dst == self._me or (dst & TOP and self._me != AGENT):
-                return r.src, Descriptor(r.kind, r.round, r.block, r.generation, r.arg)
+            # The kernel decides which worker holds a role, and the route may have changed meanwhile. A record of a role
+            # that no worker holds comes to the owner.
+            if dst == self._participant or (dst & TOP and self._participant != AGENT):
+                return r.src, messages.read(r)
             self._on_stray(Record.unpack(ffi.buffer(r))[0])
         return None
 
     def _fill(self, *, waits: bool = False) -> bool:
-        _ = self._arena.handle  # raises in a fork, before it takes what is for the process that it was made of
+        _ = self._arena.handle  # raises in a fork, which must not take what is for its parent
         return self._is_there(lib.lifl_link_fill(self._socket.fileno(), waits, self._flow))
 
     def _is_there(self, status: int) -> bool:
         if status == lib.LIFL_GONE:
             raise PeerGoneError("the agent is gone: it has closed its end of the socket")
         if status == lib.LIFL_ESYS:
-            raise PeerGoneError(f"the socket of participant {self._me} is broken: {os.strerror(ffi.errno)}")
+            raise PeerGoneError(f"the socket of participant {self._participant} is broken: {os.strerror(ffi.errno)}")
         return bool(status == lib.LIFL_OK)
 
     def wait(self, spin_s: float, timeout_s: float) -> bool:
-        """Waits until there is something: looks again for up to `spin_s` seconds (adaptive), then sleeps.
+        """Waits until there is a descriptor: looks again for up to `spin_s` seconds (adaptive), then sleeps.
 
-        False at the time-out, or when a signal came; from ``WAIT_CAP_S`` on there is no time-out. On a ring sleeps are
-        capped because a wake-up can be lost with who owed it; a socket's cannot, and it tells of the agent's death too.
+        False at the time-out, or when a signal came; a `timeout_s` from ``WAIT_CAP_S`` on means no time-out. On a ring
+        sleeps are capped because a wake-up can be lost with a sender that is killed. A socket loses none, and it shows
+        the death of the owner too.
         """
         if spin_s:
-            # As the rings do: a spin that was answered doubles the next one, one in vain halves it.
+            # As in lifl_inbox_wait: a spin that was answered doubles the next one, a spin in vain halves it.
             self._spin_s = min(max(self._spin_s, spin_s / 64), spin_s)
             end_s = time.monotonic() + min(self._spin_s, timeout_s)
             while time.monotonic() < end_s:
@@ -120,29 +122,31 @@ class Receiver:
         return self._fill() or bool(self._poll.poll(timeout_s * 1000) and self._fill())
 
     def arm(self) -> bool:
-        """True: a socket with something in it is readable, so that nothing has to be asked for."""
+        """True if no whole record is buffered here; a socket with more in it is readable without being asked."""
         return bool(self._flow.have - self._flow.next < RECORD_BYTES)
 
 
 def sent_on(own: socket.socket) -> Callable[[Record], None]:
-    """What a worker does with a record for another: the kernel is asked once more who that is."""
+    """A worker's way with a record for another aggregator: it sends it again, and the kernel routes it anew."""
 
     def send(record: Record) -> None:
-        # If the kernel cannot take it in now, who should have it is dying, and its successor is told again.
+        # If the kernel cannot take the record now, its receiver is dying, and the successor gets its messages anew.
         if lib.lifl_link_forward(own.fileno(), True, record.pack()) == lib.LIFL_ESYS:
             raise PeerGoneError(f"a stray descriptor could not be sent on: {os.strerror(ffi.errno)}")
 
     return send
 
 
-def ends_of(arena: Arena, socket_fd: int, me: int) -> tuple[Receiver, Outbox]:
-    """What a worker receives and sends, through the socket that it was given."""
+def ends_of(arena: Arena, socket_fd: int, participant: int) -> tuple[Receiver, Outbox]:
+    """The inbox and the outbox of a worker, over the socket that it was given."""
     own = socket.socket(fileno=socket_fd)
-    return Receiver(arena, own, me, sent_on(own)), outbox_of(arena, own, me)
+    return Receiver(arena, own, participant, sent_on(own)), outbox_of(arena, own, participant)
 
 
-def outbox_of(arena: Arena, own: socket.socket, me: int, on_backlog: Callable[[], None] | None = None) -> Outbox:
-    """What a participant sends, through its socket."""
+def outbox_of(
+    arena: Arena, own: socket.socket, participant: int, on_backlog: Callable[[], None] | None = None
+) -> Outbox:
+    """The outbox of a participant, over its socket."""
     spent = Spent()
-    ends = [Sender(arena, own, me, target, spent) for target in range(arena.participants)]
+    ends = [Sender(arena, own, participant, target, spent) for target in range(arena.participants)]
     return Outbox(ends, on_backlog, spent)

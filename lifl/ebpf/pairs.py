@@ -1,6 +1,6 @@
 """Pairs of connected TCP sockets.
 
-TCP, because of others the kernel takes no notice: UDP and Unix sockets are let into the map, and never met again.
+Only TCP works: the kernel lets UDP and Unix sockets into the map, and then never runs the program for them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ TIMEOUT_S = 5.0
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """A participant's socket and its anchor, over this network namespace's loopback; blocking, not inheritable.
+    """A participant's socket and its anchor, over the loopback of this network namespace; blocking, not inheritable.
 
-    Raises ``OSError`` if that is not up.
+    Raises ``OSError`` if the loopback is not up.
     """
     with socket.create_server(("127.0.0.1", 0), backlog=1) as listening:
         listening.settimeout(TIMEOUT_S)
         own = socket.create_connection(listening.getsockname(), timeout=TIMEOUT_S)
         try:
-            while True:  # whoever else connects to this port is sent away
+            while True:  # any other process that connects to this port is refused
                 anchor, peer = listening.accept()
                 if peer == own.getsockname():
                     break

@@ -1,4 +1,4 @@
-"""The loader that needs nothing: bytecode that ships with lifl, and bpf(2) itself."""
+"""The loader "prebuilt", which needs nothing else: it loads the bytecode that ships with lifl by bpf(2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lifl.ebpf import bpf
 
 @attrs.define
 class Program:
-    """The program with its maps, loaded and attached. Owns their descriptors."""
+    """The program with its maps, loaded and attached. Owns their file descriptors."""
 
     loader: str
     socks: bpf.Map
@@ -25,28 +25,28 @@ class Program:
     fd: int
 
     def close(self) -> None:
-        """Lets go of all of it."""
+        """Closes all file descriptors, and with them the program and its maps."""
         for one in (self.socks, self.routes, self.metrics):
             one.close()
         os.close(self.fd)
 
 
 def load() -> Program:
-    """Loads the program that ships with lifl and attaches it; raises ``OSError`` as the kernel gives it."""
+    """Loads the program that ships with lifl and attaches it; raises the ``OSError`` of the kernel."""
     if sys.byteorder != "little":
         raise OSError(errno.EOPNOTSUPP, "the bytecode that ships with lifl is for little-endian machines")
     return loaded(json.loads((resources.files("lifl.ebpf") / "prebuilt.json").read_text()))
 
 
-def loaded(said: dict[str, Any]) -> Program:
-    """Makes the maps of a program that ``build`` has made, loads it and attaches it."""
+def loaded(built: dict[str, Any]) -> Program:
+    """Makes the maps of a program that ``build`` has made, loads the program and attaches it."""
     maps: dict[str, bpf.Map] = {}
     try:
-        for name, what in said["maps"].items():
+        for name, what in built["maps"].items():
             sizes = what["key_bytes"], what["value_bytes"], what["max_entries"]
             maps[name] = bpf.Map.create(what["type"], *sizes, f"lifl_{name}")
-        uses = [(index, maps[name].fd) for index, name in said["uses"]]
-        program = bpf.load_sk_msg(bpf.linked(bytes.fromhex(said["instructions"]), uses))
+        uses = [(index, maps[name].fd) for index, name in built["uses"]]
+        program = bpf.load_sk_msg(bpf.linked(bytes.fromhex(built["instructions"]), uses))
         try:
             bpf.attach_sk_msg(program, maps["socks"])
         except OSError:

@@ -1,6 +1,6 @@
-"""What this machine allows: the program loaded, or why not and what to do about it.
+"""The test whether this machine allows the sidecar: the program loaded, or the reason and the remedy.
 
-Nothing is guessed from versions: it is tried.
+Nothing is guessed from versions: the program is loaded.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from lifl.errors import EbpfUnavailableError
 
 LOADERS = ("prebuilt", "bcc")
 VARIABLE = "LIFL_EBPF_LOADER"
-"""Which loader is used if none is named."""
+"""The environment variable with the loader that is used if none is named."""
 
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_BPF": 39}
 CAP_SYS_ADMIN = 21
-"""It includes the two."""
+"""A capability that includes the two others."""
 
 
 @attrs.frozen
 class Support:
-    """Whether the sidecar can be had here.
+    """The availability of the sidecar on this machine.
 
     Attributes
     ----------
     available : bool
     loader : str or None
-        What has loaded the program.
+        The loader that has loaded the program.
     reason : str
-        Why it is not available, or that it is.
+        The reason why the sidecar is not available; else how it was loaded.
     remedy : str
-        What to do to have it; empty if it is available.
+        The way to make it available; empty if it is.
     """
 
     available: bool
@@ -62,7 +62,7 @@ def load(loader: str | None = None) -> Program:
 
 
 def support(loader: str | None = None) -> Support:
-    """Tries it, with a socket in the map, and lets go of it."""
+    """Loads the program, puts a socket into its map, and closes both."""
     from lifl.ebpf.pairs import pair
 
     try:
@@ -81,25 +81,25 @@ def support(loader: str | None = None) -> Support:
 
 
 def explained(error: OSError) -> tuple[str, str]:
-    """Why the kernel refused, and what to do, as far as can be told."""
+    """The reason why the kernel refused, and the remedy, as far as they can be known."""
     kernel = f"Linux {os.uname().release}"
-    said = error.strerror or str(error)
+    message = error.strerror or str(error)
     if error.errno in (errno.EPERM, errno.EACCES):
-        return _refused(said)
+        return _refused(message)
     if error.errno == errno.ENOSYS and _has_seccomp_filter():
-        return f"a seccomp filter hides bpf(2) from this process ({said})", UNFILTERED
+        return f"a seccomp filter hides bpf(2) from this process ({message})", UNFILTERED
     if error.errno == errno.ENOSYS:
-        return f"{kernel} has no bpf(2) ({said})", "a kernel with CONFIG_BPF_SYSCALL"
+        return f"{kernel} has no bpf(2) ({message})", "a kernel with CONFIG_BPF_SYSCALL"
     if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT, errno.E2BIG):
-        return f"{kernel} has no SK_MSG programs on a SOCKHASH, or no bytecode fits it ({said})", (
+        return f"{kernel} has no SK_MSG programs on a SOCKHASH, or no bytecode fits it ({message})", (
             "Linux 5.15 or newer with CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG, on a little-endian machine"
         )
     if error.errno in (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN) or isinstance(error, TimeoutError):
-        return f"no TCP sockets over the loopback device ({said})", "ip link set lo up"
+        return f"no TCP sockets over the loopback device ({message})", "ip link set lo up"
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"no descriptor is left ({said})", "raise the limit: ulimit -n"
+        return f"no descriptor is left ({message})", "raise the limit: ulimit -n"
     return (
-        f"the kernel refuses the program or its socket ({said})",
+        f"the kernel refuses the program or its socket ({message})",
         "look into dmesg; rings need none of it",
     )
 
@@ -110,14 +110,14 @@ UNFILTERED = (
 )
 
 
-def _refused(said: str) -> tuple[str, str]:
+def _refused(message: str) -> tuple[str, str]:
     if missing := missing_capabilities():
         both = ",".join(name.lower() for name in CAPABILITIES)
-        return f"this process has no {' and '.join(missing)} ({said})", (
+        return f"this process has no {' and '.join(missing)} ({message})", (
             f"run as root, or allow it to this Python: sudo setcap {both}+ep {os.path.realpath(sys.executable)}; "
             "in a container: --cap-add BPF --cap-add NET_ADMIN"
         )
-    although = f"the kernel refuses bpf(2) although the capabilities are there ({said})"
+    although = f"the kernel refuses bpf(2) although the capabilities are there ({message})"
     if _has_seccomp_filter():
         return f"{although}: a seccomp filter is on this process", UNFILTERED
     if not _is_in_first_user_namespace():
@@ -131,7 +131,7 @@ def _refused(said: str) -> tuple[str, str]:
 
 
 def missing_capabilities() -> list[str]:
-    """Those that are needed and that this process does not have in effect."""
+    """The needed capabilities that this process does not have in effect."""
     effective = int(_status("CapEff") or "0", 16)
     if effective >> CAP_SYS_ADMIN & 1 and effective >> CAPABILITIES["CAP_NET_ADMIN"] & 1:
         return []
@@ -143,7 +143,7 @@ def _has_seccomp_filter() -> bool:
 
 
 def _is_in_first_user_namespace() -> bool:
-    """Its map of users is that of all to themselves."""
+    """True if this process's map of users is the identity over all of them."""
     try:
         return Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]
     except OSError:  # the kernel has no user namespaces

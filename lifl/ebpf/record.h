@@ -1,26 +1,27 @@
-/* What travels through a socket between aggregators, and what the kernel counts of it. Included by lifl.bpf.c; the
- * Python side packs the same bytes (lifl/ebpf/record.py), which a test compares. */
+/* The record that passes through a socket between participants, and the kernel's counters. lifl.bpf.c and _link.c
+ * include this; the Python side packs the same bytes (lifl/ebpf/record.py), and a test compares the two. */
 #ifndef LIFL_RECORD_H
 #define LIFL_RECORD_H
 
-/* Records are of one size, because a receiver does not see where a message began. */
+/* All records have this size, because a receiver does not see where a record begins. */
 #define LIFL_RECORD_BYTES 32
 
-/* The launcher's own socket: what has no route, or whose socket is gone, goes there. */
+/* The key of the launcher's socket. The launcher is the owner of the Node; it gets each record that has no route, or
+ * whose receiver's socket is gone. */
 #define LIFL_LAUNCHER 0xffffffffu
 
 #define LIFL_MAX_SOCKETS 1024
 #define LIFL_MAX_ROUTES 4096
 
-/* Kinds of descriptor that are counted apart (lifl/shm/ring.py has them all): an update on its way to a leaf, and back. */
+/* The kinds with counters of their own (lifl/shm/messages.py has all kinds): an update to a leaf, and its report. */
 #define LIFL_KIND_UPDATE 3
 #define LIFL_KIND_FOLDED 9
 
 struct lifl_record {
-  __u32 dst;     /* the aggregator that should have it; who that is, is the routing table's affair */
+  __u32 dst;     /* the aggregator that gets it; the routing table has its participant */
   __u16 src;     /* the participant that sent it */
-  __u16 line;    /* the participant whose room it takes up: credits are kept per sender and this */
-  __u32 seq;     /* its number on that line */
+  __u16 line;    /* the receiver whose credit it holds: there are credits for each pair of src and line */
+  __u32 seq;     /* its number among the records from src on that line */
   __u32 busy_us; /* execution time of the sender since its last record, in microseconds */
   /* The descriptor, as it is in a ring: block, generation, round, kind, arg. */
   __u32 block;
@@ -30,17 +31,17 @@ struct lifl_record {
   __u16 arg;
 };
 
-/* What is known of one participant, by its key among the sockets. Of each CPU there is one: sums are exact, of the first
- * times the least counts, of the last the most. */
+/* The counters of a participant, by the key of its socket. There is one for each CPU: sums are exact, the first time is
+ * the least of all CPUs, the last time the greatest. */
 struct lifl_metrics {
   __u64 records;  /* redirected to it */
-  __u64 bytes;    /* of these */
-  __u64 updates;  /* of these: updates to fold */
-  __u64 first_ns; /* CLOCK_MONOTONIC at which the first of them passed; 0: none */
-  __u64 last_ns;  /* and the last */
+  __u64 bytes;    /* of these records */
+  __u64 updates;  /* updates among these records */
+  __u64 first_ns; /* time of the first record, by CLOCK_MONOTONIC; 0: none */
+  __u64 last_ns;  /* time of the last record */
   __u64 folded;   /* updates that it has reported as folded */
   __u64 busy_ns;  /* execution time that it has reported */
-  __u64 missed;   /* meant for it and redirected to the launcher, for it had no socket; the launcher's: without a route */
+  __u64 missed;   /* redirected to the launcher for want of its socket; at the launcher's key: of a route */
 };
 
 #endif

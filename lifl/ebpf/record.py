@@ -1,4 +1,4 @@
-"""The bytes of a record, as record.h has them: a descriptor, where it is to go, and whose room it takes up."""
+"""The bytes of a record and of its counters, as record.h has them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 RECORD_BYTES = 32
 LAUNCHER = 0xFFFFFFFF
-"""The key of the launcher's own socket."""
+"""The key of the owner's socket."""
 MAX_SOCKETS = 1024
 MAX_ROUTES = 4096
 
@@ -20,7 +20,7 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 
 class Record(NamedTuple):
-    """One record; see record.h."""
+    """A record as it passes through a socket; record.h describes the fields."""
 
     dst: int
     src: int
@@ -34,17 +34,17 @@ class Record(NamedTuple):
     arg: int
 
     def pack(self) -> bytes:
-        """Its 32 bytes."""
+        """The 32 bytes of the record."""
         return _RECORD.pack(*self)
 
     @classmethod
     def unpack(cls, data: Buffer) -> list[Record]:
-        """The records in some bytes, which are whole ones."""
+        """The records in `data`, which holds whole ones."""
         return [cls._make(fields) for fields in _RECORD.iter_unpack(data)]
 
 
 class Metrics(NamedTuple):
-    """What the kernel knows of one aggregator; see record.h. Times are nanoseconds of the monotonic clock."""
+    """The kernel's counters of one participant; see record.h. Times are nanoseconds of the monotonic clock."""
 
     records: int = 0
     bytes: int = 0
@@ -57,7 +57,7 @@ class Metrics(NamedTuple):
 
     @classmethod
     def merged(cls, of_cpus: Buffer) -> Metrics:
-        """What each CPU has counted, together."""
+        """The counters of all CPUs, put together."""
         parts = [cls(*fields) for fields in _METRICS.iter_unpack(of_cpus)]
         sums = [sum(column) for column in zip(*parts, strict=True)]
         firsts = [part.first_ns for part in parts if part.first_ns]

@@ -1,7 +1,7 @@
-"""The launcher's side: a program with its maps, the sockets of all participants, and the routes between them.
+"""The owner's side of the sockets: the program with its maps, the sockets of all participants, and the routes.
 
-Owns all of these. Only this process needs capabilities; a worker gets its socket and nothing else. The kernel lets go
-of everything when this process ends.
+Owns all of these. Only this process needs capabilities; a worker gets its socket and nothing else. The kernel frees
+everything when this process ends.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from lifl.ebpf.links import Receiver, outbox_of, sent_on, top_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import LAUNCHER, Metrics, Record
 from lifl.errors import EbpfUnavailableError, PeerGoneError
+from lifl.shm import messages
 from lifl.shm.arena import AGENT, Arena, check, lib
-from lifl.shm.ring import Descriptor, Outbox
+from lifl.shm.ring import Outbox
 
 
 class Sidecar:
-    """One Node's; the transport "ebpf".
+    """The transport "ebpf" of one Node.
 
-    Raises :class:`EbpfUnavailableError` where it cannot be had, with the reason and what to do.
+    Raises :class:`EbpfUnavailableError` where it is not available, with the reason and the remedy.
 
     Attributes
     ----------
@@ -37,7 +38,7 @@ class Sidecar:
         self._program = probe.load(loader)
         self.loader = self._program.loader
         self._anchors: dict[int, socket.socket] = {}
-        self._sockets: dict[int, socket.socket] = {}  # of participants in this process, or that are to start
+        self._sockets: dict[int, socket.socket] = {}  # of participants in this process, and of workers that will start
         self._is_closed = False
         self._outbox: Outbox | None = None
         self._routes: set[int] = set()
@@ -47,110 +48,109 @@ class Sidecar:
             self.close()
             raise EbpfUnavailableError(*probe.explained(error)) from error
 
-    # ------------------------------------------------------------ who is there
+    # ------------------------------------------------------------ participants
 
-    def enter(self, me: int, own: socket.socket, anchor: socket.socket) -> socket.socket:
-        """Puts a participant's socket into the map, and keeps its anchor: while that is open, so is the socket.
+    def enter(self, participant: int, own: socket.socket, anchor: socket.socket) -> socket.socket:
+        """Puts a participant's socket into the map, and keeps its anchor: the socket works while the anchor is open.
 
         Both may have been made in another network namespace, see :func:`lifl.ebpf.pairs.pair`; nothing passes between
-        the two. The socket stays the caller's: a copy of it is enough here, and the participant has the other.
+        the two. The caller keeps the socket: the map needs only a copy, and the participant has the other.
         """
-        old, self._anchors[me] = self._anchors.get(me), anchor
+        old, self._anchors[participant] = self._anchors.get(participant), anchor
         if old is not None and old is not anchor:
             old.close()
-        if (unused := self._sockets.pop(me, None)) is not None:  # of a worker that did not start
+        if (unused := self._sockets.pop(participant, None)) is not None:  # the socket of a worker that did not start
             unused.close()
-        key = LAUNCHER if me == AGENT else me
+        key = LAUNCHER if participant == AGENT else participant
         with contextlib.suppress(FileNotFoundError):
-            self._program.socks.delete(key)  # to put a living one in again is refused
+            self._program.socks.delete(key)  # the kernel refuses a socket that is in the map already
         self._program.socks.update(key, own.fileno())
-        self.route(me, me)
+        self.route(participant, participant)
         return own
 
-    def admit(self, me: int) -> int:
-        """A socket for worker `me`, in the map; the descriptor is the caller's to close.
+    def admit(self, worker: int) -> int:
+        """A socket for a worker, in the map; the caller closes its file descriptor.
 
-        Raises :class:`PeerGoneError` if there can be none.
+        Raises :class:`PeerGoneError` if no socket can be made.
         """
-        return (self._sockets.pop(me, None) or self._enter_new(me)).detach()
+        return (self._sockets.pop(worker, None) or self._enter_new(worker)).detach()
 
-    def bury(self, me: int) -> None:
-        """Worker `me` is proven dead: its socket is gone, with all that it had not read.
+    def remove(self, worker: int) -> None:
+        """Drops the socket of a worker, which is proven dead, with all that the worker had not read.
 
-        Its successor's takes its place at once, and keeps what is sent until that starts.
+        The socket of its successor takes its place at once, and keeps what is sent until the successor starts.
         """
-        check(lib.lifl_credit_reset(self._arena.handle, me), f"credits of participant {me}")
-        self._sockets[me] = self._enter_new(me)
+        check(lib.lifl_credit_reset(self._arena.handle, worker), f"credits of participant {worker}")
+        self._sockets[worker] = self._enter_new(worker)
 
-    def _enter_new(self, me: int) -> socket.socket:
+    def _enter_new(self, participant: int) -> socket.socket:
         try:
-            return self.enter(me, *pair())
+            return self.enter(participant, *pair())
         except OSError as error:
-            raise PeerGoneError(f"no socket for worker {me}: {error}") from error
+            raise PeerGoneError(f"no socket for worker {participant}: {error}") from error
 
     # ------------------------------------------------------------ routes
 
-    def route(self, aggregator: int, me: int | None) -> None:
-        """What is sent to an aggregator goes to participant `me` from now on; None: to nobody, so to the launcher.
+    def route(self, aggregator: int, participant: int | None) -> None:
+        """Routes an aggregator's records to a participant from now on. None: removes the route, the owner gets them.
 
-        An aggregator is a role, such as a round's top, or a participant, whose own number leads to itself. One update
-        of a map: a record takes the old way or the new one.
+        An aggregator is a role, such as the top of a round, or a participant, whose own number leads to itself. The
+        change is a single update of a map: a record takes the old way or the new one.
         """
-        if me is not None:
-            self._program.routes.update(aggregator, LAUNCHER if me == AGENT else me)
+        if participant is not None:
+            self._program.routes.update(aggregator, LAUNCHER if participant == AGENT else participant)
             self._routes.add(aggregator)
         elif aggregator in self._routes:
             self._routes.discard(aggregator)
             self._program.routes.delete(aggregator)
 
-    def route_top(self, number: int, me: int | None) -> None:
-        """Who adds up the sums of a round."""
-        self.route(top_of(number), me)
+    def route_top(self, number: int, worker: int | None) -> None:
+        """Sets the worker that adds up the sums of a round; None: the round is over."""
+        self.route(top_of(number), worker)
 
     # ------------------------------------------------------------ participants of this process
 
-    def inbox(self, me: int = AGENT) -> Receiver:
-        """What a participant of this process receives."""
-        own = self._own(me)
-        return Receiver(self._arena, own, me, self._stray if me == AGENT else sent_on(own))
+    def inbox(self, participant: int = AGENT) -> Receiver:
+        """The inbox of a participant of this process."""
+        own = self._own(participant)
+        return Receiver(self._arena, own, participant, self._stray if participant == AGENT else sent_on(own))
 
-    def outbox(self, me: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
-        """What a participant of this process sends."""
-        outbox = outbox_of(self._arena, self._own(me), me, on_backlog)
-        if me == AGENT:
+    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+        """The outbox of a participant of this process."""
+        outbox = outbox_of(self._arena, self._own(participant), participant, on_backlog)
+        if participant == AGENT:
             self._outbox = outbox
         return outbox
 
-    def _own(self, me: int) -> socket.socket:
-        if me not in self._sockets:
-            self._sockets[me] = self._enter_new(me)
-        return self._sockets[me]
+    def _own(self, participant: int) -> socket.socket:
+        if participant not in self._sockets:
+            self._sockets[participant] = self._enter_new(participant)
+        return self._sockets[participant]
 
     def _stray(self, record: Record) -> None:
-        """It came to the launcher because who should have it had no socket.
+        """Handles a record that came to the owner because its receiver had no socket.
 
-        What the agent itself has sent is told again when a successor is there. Another's is sent on, once more to the
-        aggregator that it names: its successor has a socket, or the agent hears of it again.
+        The owner's own messages are sent anew when a successor is there. The record of a worker is sent once more to
+        the aggregator that it names: its successor has a socket by now, or the record comes back here.
         """
         if record.src != AGENT and self._outbox is not None:
-            d = Descriptor(record.kind, record.round, record.block, record.generation, record.arg)
-            self._outbox.push(record.line, d)
+            self._outbox.push(record.line, messages.read(record))
 
     # ------------------------------------------------------------ what passed
 
     def metrics(self) -> dict[int, Metrics]:
-        """What the kernel has counted so far, of each participant; nothing when closed."""
+        """The kernel's counters of each participant; empty when closed."""
         if self._is_closed:
             return {}
         found: dict[int, bytes] = {}
         for key in self._program.metrics:
-            # The agent has two: what it gets is counted at the launcher's key, what it reports at its own.
-            me = AGENT if key == LAUNCHER else key
-            found[me] = found.get(me, b"") + (self._program.metrics.lookup(key) or b"")
-        return {me: Metrics.merged(counted) for me, counted in found.items()}
+            # The owner has two keys: records to it count at the launcher's key, its own reports at its number.
+            participant = AGENT if key == LAUNCHER else key
+            found[participant] = found.get(participant, b"") + (self._program.metrics.lookup(key) or b"")
+        return {participant: Metrics.merged(counted) for participant, counted in found.items()}
 
     def close(self) -> None:
-        """Lets go of everything; harmless when closed."""
+        """Closes everything; harmless when closed."""
         sockets = [*self._sockets.values(), *self._anchors.values()]
         self._sockets, self._anchors, self._outbox = {}, {}, None
         for one in sockets:

@@ -27,8 +27,10 @@ import attrs
 from lifl.errors import LiflError, PeerGoneError
 from lifl.node.microbench import measure_memory
 from lifl.planner.costs import Costs
+from lifl.shm import messages
 from lifl.shm.arena import AGENT, Arena, require
-from lifl.shm.ring import Bell, Descriptor, Inbox, Kind, Outbox
+from lifl.shm.messages import Kind
+from lifl.shm.ring import Bell, Inbox, Outbox
 from lifl.workers.spawner import Spawner
 
 STARTS = 3
@@ -116,7 +118,7 @@ class _Workers:
 
     def _ask(self, worker: int) -> None:
         # A worker answers ABORT with ABORTED for every round, also for an unknown one.
-        self._outbox.push(worker, Descriptor(Kind.ABORT, 1))
+        self._outbox.push(worker, messages.abort(1))
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while (item := self._inbox.try_pop()) is None or item[1].kind != Kind.ABORTED:  # HELLO comes first
             if time.monotonic() > deadline:
@@ -129,7 +131,7 @@ class _Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for worker in range(1, 1 + len(self._pidfds)):
-            self._outbox.push(worker, Descriptor(Kind.STOP, 0))
+            self._outbox.push(worker, messages.STOP)
         self._end.close()
         for pidfd in self._pidfds:
             os.close(pidfd)

@@ -26,11 +26,12 @@ from lifl.round.record import Tally
 from lifl.round.round import Round
 from lifl.round.settings import Order, Terms, Timing
 from lifl.shm import arena as shm
+from lifl.shm import messages
 from lifl.shm.arena import Arena
-from lifl.shm.ring import Descriptor, Kind
+from lifl.shm.messages import Kind
 from lifl.shm.sizes import default_bytes, parse_bytes
 from lifl.tensor import TensorSpec
-from lifl.workers.listener import Agent
+from lifl.workers.listener import Listener
 from lifl.workers.pool import Pool
 from lifl.workers.team import Team, headcount
 from lifl.workers.team import cores as cores
@@ -120,7 +121,7 @@ class Node:
         self._is_closed = False
         self._closing = threading.Lock()  # held by the one thread that closes the Node; taken before `changed`
         self._gone: PeerGoneError | None = None
-        self._agent: Agent | None = None
+        self._listener: Listener | None = None
         self.tally = Tally()
         self.arena = Arena.create(parse_bytes(memory), 1 + max(workers, 1), debug=debug)
         self._team = team = Team(self.arena, workers, warm, stall_timeout, transport)
@@ -131,7 +132,7 @@ class Node:
             self.pool = Pool(max(workers, 1), team.supervisor, self.engaged)
             self.watch = Watch(self, self._rounds, team)
             if team.supervisor is not None:
-                self._agent = Agent(self, team.supervisor, team.inbox, team.bell, idle_timeout)
+                self._listener = Listener(self, team.supervisor, team.inbox, team.bell, idle_timeout)
         except BaseException:  # the machine may have no thread left
             team.close()
             raise
@@ -146,7 +147,7 @@ class Node:
         return Counter(worker for round_ in self._rounds.values() for worker in round_.lifecycle.engaged)
 
     @property
-    def is_owed(self) -> bool:
+    def waits_for_workers(self) -> bool:
         """True while a worker has work of a round, or has to let go of one. The caller holds the lock."""
         return any(round_.lifecycle.waits_for_workers for round_ in self._rounds.values())
 
@@ -181,16 +182,16 @@ class Node:
     def replace(self, pidfd: int) -> None:
         """Takes up what a worker that is proven dead left, and starts its successor unless it had to stop."""
         supervisor = self._supervisor
-        assert supervisor is not None, "only the thread that listens to workers calls this"
+        assert supervisor is not None, "only a listener calls this, and there is none without workers"
         with self.changed:
             self.drain()  # the descriptors that it sent before it died count
-            dead = supervisor.bury(pidfd)
-            worker = dead.me
+            dead = supervisor.remove(pidfd)
+            worker = dead.number
             self.tally.deaths[worker] += not dead.was_leaving
             if self._is_closed:
                 return
             try:
-                self.transport.bury(worker)
+                self.transport.remove(worker)
                 self.outbox.reset(worker)
                 told = [d for r in list(self._rounds.values()) for d in r.lifecycle.recover(worker, dead.died_of_work)]
                 if told or not dead.was_leaving or self.engaged()[worker]:
@@ -233,8 +234,8 @@ class Node:
 
     def pump(self) -> None:
         """Sets workers to work and lets the listener's thread watch them; without workers the calling thread works."""
-        if self._agent is not None:
-            self._agent.wake()
+        if self._listener is not None:
+            self._listener.wake()
         if (inline := self._team.inline) is not None:
             with self.changed:
                 while inline.step() or self.drain():
@@ -371,11 +372,11 @@ class Node:
         with self.changed:
             self._is_closed = True
             for worker in self.pool.present:
-                self.outbox.push(worker, Descriptor(Kind.STOP, 0))
+                self.outbox.push(worker, messages.STOP)
             self.changed.notify_all()
         self._team.bell.ring()
-        if self._agent is not None:
-            self._agent.join()
+        if self._listener is not None:
+            self._listener.join()
         self.watch.close()
         self._team.close()
         self.arena.close()

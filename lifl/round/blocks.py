@@ -19,8 +19,9 @@ from lifl.round.record import Update
 from lifl.round.recovery import Remains
 from lifl.round.settings import Terms
 from lifl.shm import control_block as order
+from lifl.shm import messages
 from lifl.shm.arena import AGENT, Block, State
-from lifl.shm.ring import NO_BLOCK, Descriptor, Kind
+from lifl.shm.messages import Descriptor, Flush
 from lifl.shm.sizes import sum_bytes_of, units_of
 from lifl.tensor import Layout
 
@@ -111,10 +112,10 @@ class Assignment:
         self._sums[leaf] = pair
         self._outstanding[leaf] = self._given[leaf] = 0
         self.working.add(leaf)
-        self._host.outbox.push(leaf, Descriptor(Kind.OPEN, self._number, self.control.index, self.control.generation))
+        self._host.outbox.push(leaf, messages.open_round(self._number, self.control))
         for block in pair:
             self._host.arena.move(block, (AGENT, State.WRITING), (leaf, State.ACCUM))
-            self._host.outbox.push(leaf, Descriptor(Kind.GRANT, self._number, block.index, block.generation))
+            self._host.outbox.push(leaf, messages.grant(self._number, block))
         return True
 
     def _take_pair(self) -> list[Block]:
@@ -158,12 +159,11 @@ class Assignment:
 
     def _told(self, update: Update) -> Descriptor:
         # An update that a worker died of is folded alone, so that a second death points at the culprit only.
-        block, alone = update.block, int(update.deaths > 0)
-        return Descriptor(Kind.UPDATE, self._number, block.index, block.generation, alone)
+        return messages.update(self._number, update.block, is_alone=update.deaths > 0)
 
     def flush(self) -> None:
         """Makes the leaves commit and send their sums, to the top in a tree, else to the owner: all updates are in."""
-        block = (NO_BLOCK, 0)
+        mean = None
         if self.shape.shards:
             self._take_back()
         else:
@@ -171,8 +171,8 @@ class Assignment:
             self.top = self._choose_top()
             self._host.transport.route_top(self._number, self.top)
             self._host.arena.move(self.mean, (AGENT, State.WRITING), (self.top, State.WRITING))
-            block = (self.mean.index, self.mean.generation)
-        self._flushed = Descriptor(Kind.FLUSH, self._number, *block, self.top << 8 | len(self._sums))
+            mean = self.mean
+        self._flushed = messages.flush(self._number, mean, Flush(self.top, len(self._sums)))
         for leaf in self._sums:
             self._host.outbox.push(leaf, self._flushed)
 
@@ -197,7 +197,7 @@ class Assignment:
     @property
     def aborted(self) -> Descriptor:
         """The descriptor that makes a worker let go of the round, and give back sums that reach it later."""
-        return Descriptor(Kind.ABORT, self._number)
+        return messages.abort(self._number)
 
     # ------------------------------------------------------------ back from them
 
@@ -287,10 +287,10 @@ class Assignment:
             if self.top != AGENT:
                 self._host.outbox.push(self.top, self._sum_of(worker))
             return []
-        told = [Descriptor(Kind.OPEN, self._number, self.control.index, self.control.generation)]
+        told = [messages.open_round(self._number, self.control)]
         if remains.sum is not None:
-            told.append(Descriptor(Kind.GRANT, self._number, remains.sum.index, remains.sum.generation, 1))
-        told += [Descriptor(Kind.GRANT, self._number, b.index, b.generation) for b in remains.spare]
+            told.append(messages.grant(self._number, remains.sum, holds_sum=True))
+        told += [messages.grant(self._number, block) for block in remains.spare]
         told += map(self._told, again)
         if self._flushed is not None:
             told += self._sums_for_top() if worker == self.top else ()
@@ -301,8 +301,8 @@ class Assignment:
         """The SUM of a leaf that has sent its own, or has none; the top may get it twice."""
         for block in self._sums[leaf]:
             if recovery.word(self._host.arena, block)[0] == self.top:
-                return Descriptor(Kind.SUM, self._number, block.index, block.generation, leaf)
-        return Descriptor(Kind.SUM, self._number, arg=leaf)
+                return messages.leaf_sum(self._number, leaf, block)
+        return messages.leaf_sum(self._number, leaf, None)
 
     def _sums_for_top(self) -> Iterable[Descriptor]:
         """The sums that the other leaves had handed over to a top that died, whether or not the top had read them."""
@@ -314,5 +314,5 @@ class Assignment:
             for block in self._sums[leaf]:
                 self._host.arena.move(block, (self.top, State.READING), (self.top, State.COMMITTED))
             said = self._sum_of(leaf)
-            if said.block != NO_BLOCK or not self._given[leaf]:
+            if messages.sum_of(said) is not None or not self._given[leaf]:
                 yield said

@@ -170,8 +170,7 @@ class RoundCore:
             self._check_phase(loan.client_id)
             update = Update(loan.client_id, weight, block, self.lifecycle.books.now_s(), clipped)
             update.landed_s = begin - self.lifecycle.books.opened_s
-            note = host.arena.note(block.index)
-            note.weight, note.tag = weight, len(self.lifecycle.books.updates)
+            host.arena.note(block.index).weight = weight
             loan.hand_over()
             self._clients.count(loan.client_id)
             self.lifecycle.count(update)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -24,8 +23,9 @@ from lifl.round.host import Host
 from lifl.round.mean import Finish
 from lifl.round.record import Books, Update
 from lifl.round.settings import Terms
+from lifl.shm import messages
 from lifl.shm.arena import Block
-from lifl.shm.ring import Descriptor, Kind
+from lifl.shm.messages import Descriptor, Kind
 
 MAX_DEATHS = 2
 MAX_DEATHS_IN_VAIN = 8
@@ -216,7 +216,7 @@ class Lifecycle:
             self._assignment.working.discard(sender)
             self._make_mean()
         elif d.kind == Kind.SHARDED:
-            if self._finish.made(sender, d.arg >> 8, not d.arg & 1):
+            if self._finish.made(sender, *messages.made_of(d)):
                 self._all_made()
         elif d.kind == Kind.RESULT:
             self._note_top(sender)
@@ -269,13 +269,11 @@ class Lifecycle:
 
     def _finished(self) -> None:
         note = self._host.arena.note(self._assignment.mean.index)
-        if note.tag != len(self.books.updates):
-            message = (
-                f"round {self.number}: the mean contains {note.tag} updates, {len(self.books.updates)} were accepted"
-            )
+        if note.num_updates != (accepted := len(self.books.updates)):
+            message = f"round {self.number}: the mean contains {note.num_updates} updates, {accepted} were accepted"
             self.fail(ArenaCorruptError(errno.EBADMSG, message))
             return
-        if not math.isfinite(note.weight):
+        if note.has_overflowed:
             message = f"round {self.number}: a weighted sum left the range of float64: use smaller weights"
             self.fail(RoundError(message))
             return

@@ -7,7 +7,6 @@ host's lock held.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,9 +15,10 @@ from lifl.round.blocks import Assignment
 from lifl.round.host import Host
 from lifl.round.record import Update
 from lifl.shm import control_block as order
+from lifl.shm import messages
 from lifl.shm.arena import Block
 from lifl.shm.control_block import MeanRecipe, Source
-from lifl.shm.ring import Descriptor, Kind
+from lifl.shm.messages import Descriptor
 
 
 class Finish:
@@ -90,8 +90,7 @@ class Finish:
         return contents
 
     def _told(self, shard: int) -> Descriptor:
-        control, arg = self._work.control, shard << 8 | len(self._makers)
-        return Descriptor(Kind.SHARD, self._number, control.index, control.generation, arg)
+        return messages.shard(self._number, self._work.control, (shard, len(self._makers)))
 
     # ------------------------------------------------------------ back from the workers
 
@@ -112,9 +111,8 @@ class Finish:
             self._suspects = deque(self._work.held)
             return False
         note = self._host.arena.note(self._work.mean.index)
-        note.tag = len(self._work.held) + sum(self._contents(block)[2] for block in self._sums)
-        if not self._is_finite:
-            note.weight = math.inf
+        note.num_updates = len(self._work.held) + sum(self._contents(block)[2] for block in self._sums)
+        note.has_overflowed = not self._is_finite
         times = self.times()
         note.begin_ns, note.end_ns = min(begin for _, begin, _ in times), max(end for _, _, end in times)
         return True

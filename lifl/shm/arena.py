@@ -1,7 +1,7 @@
-"""The only importer of ``lifl._shm_ffi``: statuses become exceptions, addresses become objects.
+"""The arena, its blocks and the leases on them; turns the C core's statuses into exceptions.
 
-Owns an arena's lifetime, its blocks and the leases on them. It never decides who may have a block:
-that is ``lifl.node.node``'s. Kernels take addresses (``int``) and release the GIL.
+The only importer of ``lifl._shm_ffi``. Owns the lifetime of an arena. It never decides who may have a block: the Node
+does. Kernels take addresses (``int``) and release the GIL.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ lib: Any = None
 MISSING: str | None = None
 try:
     import lifl._shm_ffi as _shm_ffi
-except ImportError as _error:  # not Linux, or not built: importing lifl works, making a Node says why
+except ImportError as _error:  # not Linux, or not built: importing lifl works, making a Node raises
     if sys.platform.startswith("linux"):
         MISSING = f"the extension lifl._shm_ffi is missing ({_error}): run `pip install .` with a C compiler"
     else:
@@ -34,11 +34,11 @@ else:
     ffi, lib = _shm_ffi.ffi, _shm_ffi.lib
 
 AGENT = 0
-"""The participant that owns the arena: it alone allocates."""
+"""The number of the participant that owns the arena and the Node: it alone allocates blocks."""
 
 
 class State(IntEnum):
-    """``enum lifl_state``: what an ownership word says of its block."""
+    """The state of a block, as its ownership word has it (``enum lifl_state``)."""
 
     FREE = 0
     WRITING = 1
@@ -50,7 +50,7 @@ class State(IntEnum):
 
 @attrs.frozen
 class Block:
-    """A block's name: stale once the block has been allocated again."""
+    """The name of a block: stale once the block has been allocated again."""
 
     index: int
     generation: int
@@ -58,13 +58,13 @@ class Block:
 
 
 def require() -> None:
-    """Raises :class:`ShmError` that says what this machine lacks, if it lacks anything."""
+    """Raises :class:`ShmError` with the reason if this machine cannot have an arena."""
     if MISSING:
         raise ShmError(errno.ENOSYS, MISSING)
 
 
 def check(status: int, what: str) -> int:
-    """Turns a negative status into its exception; the others are answers and returned."""
+    """Raises the exception of a negative status; returns any other, which is an answer."""
     if status >= 0:
         return status
     if status == lib.LIFL_ESYS:
@@ -79,7 +79,7 @@ GROUP = Path("/sys/fs/cgroup")
 
 
 def limit_bytes() -> int | None:
-    """What the control group may use of memory at most; None if it is not bounded."""
+    """Bytes of memory that the control group may use at most; None if it is not bounded."""
     try:
         limit = (GROUP / "memory.max").read_text().strip()
         return None if limit == "max" else int(limit)
@@ -88,7 +88,7 @@ def limit_bytes() -> int | None:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping: the machine's, or the control group's if less."""
+    """Bytes that this process can have without swapping: the machine's, or the control group's if less."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     room = int(fields["MemAvailable"].split()[0]) * 1024
     if (limit := limit_bytes()) is None:
@@ -113,19 +113,20 @@ if hasattr(os, "register_at_fork"):  # not on Windows, where importing lifl must
 
 
 class Arena:
-    """One memfd of blocks, rings and ownership words, as one process sees it.
+    """An arena as one process sees it: a memfd with blocks, rings and ownership words.
 
-    Made by :meth:`create` (the agent) or :meth:`attach` (its workers). Views of blocks keep the mapping
-    alive after :meth:`close`, so they stay valid; nothing else works then.
+    The owner makes it by :meth:`create`, a worker by :meth:`attach`. Views of blocks keep the mapping alive after
+    :meth:`close`, so they stay valid; nothing else works then.
     """
 
     def __init__(self, handle: Any, participants: int, debug: bool) -> None:
         self._handle = ffi.gc(handle, lib.lifl_arena_detach)
+        # Guards the allocator's bitmap in C: threads of the owner allocate and reclaim at the same time.
         self._lock = threading.Lock()
-        # A block that is given back while a view of it lives waits in _deferred. The last view may die
-        # in the garbage collector, while a lock is held, so that only leaves a note in _orphans; the
-        # next allocation sees to it.
-        self._views: dict[int, set[object]] = {}  # of each block that had any, those that live
+        # A block that is given back while a view of it lives waits in _deferred. The last view may die in the garbage
+        # collector, while this thread holds a lock; its finaliser therefore takes none and puts the block into
+        # _orphans, which the next allocation reclaims.
+        self._views: dict[int, set[object]] = {}  # block -> its views that live
         self._deferred: set[Block] = set()
         self._orphans: deque[Block] = deque()
         self.participants = participants
@@ -135,12 +136,12 @@ class Arena:
 
     @classmethod
     def create(cls, nbytes: int, participants: int, *, node_id: int = 0, debug: bool = False) -> Arena:
-        """A new arena with room for `nbytes` of blocks, all of it taken from the machine now.
+        """A new arena with room for `nbytes` of blocks. All of that memory is taken from the machine now.
 
         Raises
         ------
         ShmError
-            ENOMEM if the machine has less; whatever memfd_create and posix_fallocate say.
+            ENOMEM if the machine has less memory, or the error of memfd_create or posix_fallocate.
         """
         require()
         room = available_bytes()
@@ -155,7 +156,7 @@ class Arena:
 
     @classmethod
     def attach(cls, fd: int) -> Arena:
-        """The arena behind a file descriptor, which stays the caller's.
+        """The arena behind a file descriptor; the caller keeps and closes the descriptor.
 
         Raises
         ------
@@ -178,42 +179,41 @@ class Arena:
 
     @property
     def fd(self) -> int:
-        """The memfd, to be passed to another process."""
+        """The memfd, for another process to attach to."""
         return int(lib.lifl_arena_fd(self.handle))
 
     @property
     def total_bytes(self) -> int:
-        """All that the arena takes, tables and rings included."""
+        """Bytes of the whole arena, tables and rings included."""
         return int(lib.lifl_arena_total_bytes(self.handle))
 
     @property
     def block_bytes(self) -> int:
-        """Room for blocks, free or not."""
+        """Bytes for blocks, free or in use."""
         return int(lib.lifl_arena_units(self.handle) * lib.lifl_unit_bytes())
 
     @property
     def free_bytes(self) -> int:
-        """Room that an allocation can have now."""
+        """Bytes that an allocation can have now."""
         with self._lock:
-            self._bury_orphans()
+            self._reclaim_orphans()
             return int(lib.lifl_arena_free_units(self.handle) * lib.lifl_unit_bytes())
 
     def close(self) -> None:
-        """Lets go of the arena; it is unmapped when the last view is gone."""
+        """Ends the use of the arena; it is unmapped when the last view is gone."""
         self._handle = None
 
     def alloc(
         self, nbytes: int, owner: int = AGENT, state: State = State.WRITING, *, apart: bool = False
     ) -> Block | None:
-        """A block of `nbytes` (at least one unit), or ``None`` if not enough units are free.
+        """A new block of `nbytes` (at least one unit), or ``None`` if not enough units are free.
 
-        `apart` takes it from the end of the arena: for what is reserved and perhaps never written, so that it
-        keeps away from memory that is in use.
-        Its content is whatever was there: poisoned with 0xA5 if the arena was made with ``debug``.
+        `apart` takes it from the end of the arena, away from memory in use: for a block that is reserved and perhaps
+        never written. The block keeps the bytes that were there: 0xA5 if the arena was made with ``debug``.
         """
         index, generation = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         with self._lock:
-            self._bury_orphans()
+            self._reclaim_orphans()
             take = lib.lifl_block_reserve if apart else lib.lifl_block_alloc
             status = take(self.handle, nbytes, owner, state, index, generation)
         if check(status, f"block of {nbytes:,} bytes") == lib.LIFL_FULL:
@@ -223,12 +223,12 @@ class Arena:
     def reclaim(self, block: Block) -> bool:
         """Gives a block back, now or when its last view is gone.
 
-        False if it is somebody else's or has been given back before.
+        False if another participant owns the block, or it has been given back before.
         """
-        if self._handle is None or self.forked:  # there is nothing to give back, or to give back to
+        if self._handle is None or self.forked:  # the arena is closed, or belongs to the parent of this fork
             return False
-        # Noted before looking, so that a view that dies in between is not missed; doing both is
-        # harmless, the second reclaim finds the block free.
+        # First into _deferred, then the look at the views: a view that dies in between is not missed. If both reclaim
+        # the block, the second one finds it free.
         self._deferred.add(block)
         if self._views.get(block.index):
             return True
@@ -238,28 +238,28 @@ class Arena:
         return bool(check(status, f"reclaim {block}") == lib.LIFL_OK)
 
     def defer(self, block: Block) -> None:
-        """Reclaims a block that has a view when that is gone. Takes no lock."""
+        """Reclaims a block when its last view, which still lives, is gone. Takes no lock."""
         self._deferred.add(block)
 
-    def _bury_orphans(self) -> None:
+    def _reclaim_orphans(self) -> None:
         while self._orphans:
             block = self._orphans.popleft()
             lib.lifl_block_reclaim(self.handle, block.index, block.generation, self.debug)
 
     def move(self, block: Block, source: tuple[int, State], target: tuple[int, State]) -> bool:
-        """One compare-and-swap of the ownership word, (owner, state) to (owner, state); false if stale."""
+        """Changes owner and state by a single compare-and-swap of the ownership word; false if `source` is stale."""
         status = lib.lifl_block_move(self.handle, block.index, block.generation, *source, *target)
         return bool(check(status, f"move {block}") == lib.LIFL_OK)
 
     def describe(self, index: int) -> tuple[int, int, State, int, int]:
-        """A block's generation, owner, state, bytes and number of extents, as the words say now."""
+        """The generation, owner, state, bytes and number of extents that a block has now."""
         g, owner, state, extents = (ffi.new("uint32_t *") for _ in range(4))
         nbytes = ffi.new("uint64_t *")
         check(lib.lifl_block_read(self.handle, index, g, owner, state, nbytes, extents), f"block {index}")
         return g[0], owner[0], State(state[0]), nbytes[0], extents[0]
 
     def note(self, index: int) -> Any:
-        """What is known of a block beside its bytes (``lifl_note``); written by its owner only."""
+        """The note of a block (``lifl_note``): facts beside its bytes, which only its owner writes."""
         out = ffi.new("lifl_note **")
         check(lib.lifl_block_note(self.handle, index, out), f"note of block {index}")
         return out[0]
@@ -269,7 +269,7 @@ class Arena:
         return ffi.cast("lifl_manifest *", address)
 
     def map(self, index: int, generation: int) -> Mapping:
-        """A block's bytes as one run of addresses, also if it has several extents.
+        """The bytes of a block as one run of addresses, even if it has several extents.
 
         Raises
         ------
@@ -283,14 +283,14 @@ class Arena:
         return Mapping(self, address[0], int(nbytes[0]))
 
     def buffer(self, block: Block) -> Any:
-        """A block as a writable buffer that every view of it keeps alive, and the mapping with it."""
-        mapping, me = self.map(block.index, block.generation), object()
+        """A block as a writable buffer. Every view of the buffer keeps it and the mapping alive."""
+        mapping, view = self.map(block.index, block.generation), object()
         living = self._views.setdefault(block.index, set())
-        living.add(me)
+        living.add(view)
 
         def last_view_gone(_: Any) -> None:
             mapping.close()
-            living.discard(me)
+            living.discard(view)
             if not living and block in self._deferred:  # a block may have several buffers
                 self._deferred.discard(block)
                 self._orphans.append(block)
@@ -299,16 +299,19 @@ class Arena:
 
 
 class Mapping:
-    """A mapped block: its address, its bytes. Closed by its owner; closing twice is harmless."""
+    """A mapped block: its address and its bytes. The caller closes it; closing twice is harmless."""
 
     def __init__(self, arena: Arena, pointer: Any, nbytes: int) -> None:
-        self.address, self.nbytes = int(ffi.cast("uintptr_t", pointer)), nbytes
-        # Everything that close needs is kept here: the last view may die when the interpreter ends and
-        # this module's globals are gone. The handle keeps the arena mapped as long as this is.
-        self._handle, self._pointer, self._unmap = arena.handle, pointer, lib.lifl_block_unmap
+        self.address = int(ffi.cast("uintptr_t", pointer))
+        self.nbytes = nbytes
+        # Keeps everything that close needs: the last view may die at the end of the interpreter, when this module's
+        # globals are gone. The handle keeps the arena mapped.
+        self._handle = arena.handle
+        self._pointer = pointer
+        self._unmap = lib.lifl_block_unmap
 
     def close(self) -> None:
-        """Undoes what laying several extents side by side took; nothing for a block of one."""
+        """Unmaps a block of several extents; does nothing for a block of one, which lies in the arena's mapping."""
         if self._handle is not None:
             self._unmap(self._handle, self._pointer, self.nbytes)
             self._handle = None
@@ -322,12 +325,13 @@ class Lease:
     """
 
     def __init__(self, arena: Arena, block: Block) -> None:
-        self._arena, self.block = arena, block
+        self._arena = arena
+        self.block = block
         self._buffer: Any = arena.buffer(block)
 
     @property
     def buffer(self) -> Any:
-        """The block's bytes: writable, valid while the lease lives."""
+        """The bytes of the block: writable, valid while the lease lives."""
         if self._buffer is None:
             raise LeaseError(f"the lease on block {self.block.index} has ended: its memory is not yours any more")
         if self._arena.forked:
@@ -336,11 +340,11 @@ class Lease:
 
     @property
     def is_live(self) -> bool:
-        """False once it was released, handed over or abandoned."""
+        """False once the lease was released, handed over or abandoned."""
         return self._buffer is not None
 
     def _end(self) -> bool:
-        """Forgets the buffer; true if nobody else holds a view of it."""
+        """Drops the buffer; true if no view of it lives."""
         seen = weakref.ref(self.buffer)
         self._buffer = None
         return seen() is None
@@ -365,10 +369,10 @@ class Lease:
         self._arena.reclaim(self.block)
 
     def hand_over(self) -> None:
-        """Ends the lease without giving the block back: it has a new owner."""
+        """Ends the lease without giving the block back: the block has a new owner."""
         self._end()
 
     def forget(self) -> None:
-        """Ends the lease from a finaliser, which may take no lock: the next allocation reclaims the block."""
+        """Ends the lease from a finaliser, which must take no lock: the next allocation reclaims the block."""
         self._arena.defer(self.block)
         self._buffer = None

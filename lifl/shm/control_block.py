@@ -1,7 +1,8 @@
-"""A round's control block: where everything lies, and at the end what its mean is made of. Values and bytes, no arena.
+"""The control block of a round: the layout of its blocks, and the order for its mean. Values and bytes, no arena.
 
-The agent writes it, workers read it. The first part, the layout, is there from the beginning; the rest is written when
-every sum and update is where it will be read, before anybody is told of it. Each worker notes its own times in it.
+The owner writes it, workers read it. The first part, the layout, is there when the round opens. The owner writes the
+order when every sum and update lies where it will be read, and before it sends the first SHARD. Each worker writes the
+times of its own shard.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import attrs
 from lifl.tensor import Layout
 
 FLOWER = 1
-"""Flag of a round: its mean is made in Flower's order and arithmetic."""
+"""Flag of a round: the mean is made in Flower's order and arithmetic."""
 BATCH_SHIFT = 8
-"""Above the flags: the most updates that are folded before a commit; 0 for as many as a manifest lists."""
+"""The bits above the flags: the largest number of updates in a batch; 0 for as many as a manifest lists."""
 
 MAX_SHARDS = 255
 _HEAD = struct.Struct("<IIIIdd")
@@ -36,15 +37,15 @@ class Source:
 
 @attrs.frozen
 class MeanRecipe:
-    """What the mean is made of: ``mean = (sum of sums + sum of weight_k * update_k) / weight``.
+    """The sources of a mean: ``mean = (sum of sums + sum of weight_k * update_k) / weight``.
 
     Attributes
     ----------
     mean : Source
-        The block that takes it; its weight says nothing.
+        The block that the mean is written to; its weight has no meaning.
     sums, updates : tuple of Source
     weight : tuple of float
-        The sum of all weights as a pair of floats; see ``fold.add_weights``.
+        The sum of all weights, as a pair of floats; see ``fold.add_weights``.
     """
 
     mean: Source
@@ -54,12 +55,12 @@ class MeanRecipe:
 
 
 def control_bytes(layout: Layout, most_sources: int) -> int:
-    """Bytes of a control block for a round whose mean is made of at most so many sums and updates."""
+    """Bytes of the control block of a round whose mean has at most so many sums and updates."""
     return _order_offset(len(layout.encode(0))) + _HEAD.size + most_sources * _ROW.size
 
 
 def times_offset(layout: Layout, shard: int) -> int:
-    """Where in the control block the worker of a shard notes when it began and ended (two uint64, ns)."""
+    """Offset of a shard's times in the control block: its begin and its end (two uint64, ns)."""
     return _times_start(len(layout.encode(0))) + shard * _TIMES.size
 
 
@@ -72,7 +73,7 @@ def _order_offset(layout_bytes: int) -> int:
 
 
 def write(buffer: Any, layout: Layout, order: MeanRecipe) -> None:
-    """Writes an order behind the layout; `buffer` is the control block, of at least ``control_bytes``."""
+    """Writes an order behind the layout; `buffer` is the control block, at least ``control_bytes`` long."""
     at = _order_offset(len(layout.encode(0)))
     head = (order.mean.index, order.mean.generation, len(order.sums), len(order.updates), *order.weight)
     rows = b"".join(_ROW.pack(s.index, s.generation, s.weight) for s in (*order.sums, *order.updates))
@@ -81,7 +82,7 @@ def write(buffer: Any, layout: Layout, order: MeanRecipe) -> None:
 
 
 def read(data: bytes) -> tuple[Layout, int, MeanRecipe]:
-    """The layout, the flags and the order in a control block; raises ``ValueError`` if they leave it."""
+    """The layout, the flags and the order in a control block; raises ``ValueError`` if they reach beyond it."""
     layout, flags = Layout.decode(data)
     at = _order_offset(len(layout.encode(0)))
     if len(data) < at + _HEAD.size:
@@ -99,11 +100,11 @@ def _split(rows: Sequence[Source], at: int) -> tuple[tuple[Source, ...], tuple[S
 
 
 def read_times(buffer: Any, layout: Layout, shard: int) -> tuple[int, int]:
-    """When the worker of a shard began and ended, nanoseconds of the monotonic clock."""
+    """The begin and the end of a shard, in nanoseconds of the monotonic clock."""
     begin, end = _TIMES.unpack_from(buffer, times_offset(layout, shard))
     return int(begin), int(end)
 
 
 def times_of(begin_ns: int, end_ns: int) -> bytes:
-    """What a worker notes."""
+    """The bytes of a shard's times, as its worker writes them."""
     return _TIMES.pack(begin_ns, end_ns)

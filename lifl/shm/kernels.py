@@ -1,6 +1,6 @@
 """The C kernels of ``_fold.c``, over addresses (``int``) in this process. Each releases the GIL.
 
-Pure, and without checks of the addresses: who calls them has mapped the blocks.
+Pure. The kernels do not check addresses: the caller has mapped the blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _pointers(addresses: Sequence[int]) -> Any:
 def fold(
     dtype: int, total: int, previous: int | None, updates: Sequence[int], weights: Sequence[float], count: int
 ) -> None:
-    """total = previous + sum of weights[k] * updates[k], `count` elements each; addresses."""
+    """Computes total = previous + sum of weights[k] * updates[k] over `count` elements; all are addresses."""
     status = lib.lifl_fold(
         dtype,
         ffi.cast("void *", total),
@@ -40,10 +40,10 @@ def finish(
     weight: tuple[float, float],
     count: int,
 ) -> bool:
-    """mean = (sum of sums + sum of weights[k] * updates[k]) / weight, rounded once; false if a mean is not finite.
+    """Computes mean = (sum of sums + sum of weights[k] * updates[k]) / weight, rounded once.
 
-    One of the two sequences may be empty. The weight is that of all, a pair whose sum is meant; its second part is
-    what a float64 cannot hold.
+    False if a number of the mean is not finite. One of the two sequences may be empty. `weight` is the weight of
+    everything, as a pair whose sum counts: its second part is what a float64 cannot hold.
     """
     status = lib.lifl_finish(
         dtype,
@@ -60,7 +60,7 @@ def finish(
 
 
 def flower(dtype: int, mean: int, updates: Sequence[int], factors: Sequence[float], count: int) -> None:
-    """mean = updates[0] * factors[0] + ..., in Flower's order, dtypes and roundings."""
+    """Computes mean = updates[0] * factors[0] + ..., in Flower's order, dtypes and roundings."""
     status = lib.lifl_flower(
         dtype,
         ffi.cast("void *", mean),
@@ -73,21 +73,21 @@ def flower(dtype: int, mean: int, updates: Sequence[int], factors: Sequence[floa
 
 
 def copy_finite(dtype: int, target: int, source: int, count: int) -> int:
-    """Copies `count` elements; the index of the first NaN or Inf, or -1. No copy if source is target."""
+    """Copies `count` elements; the index of the first NaN or Inf, or -1. Only looks if source is target."""
     return int(lib.lifl_copy_finite(dtype, ffi.cast("void *", target), ffi.cast("void *", source), count))
 
 
 def read_memory(source: int, nbytes: int, rounds: int) -> None:
-    """Reads `nbytes` `rounds` times as fast as one core can: what a bandwidth is measured with."""
+    """Reads `nbytes` `rounds` times, as fast as one core can: for measuring the bandwidth of memory."""
     lib.lifl_bench_read(ffi.cast("void *", source), nbytes, rounds)
 
 
 def vector_width() -> str:
-    """The instruction set that the kernels run with on this machine."""
+    """The instruction set that the kernels use on this machine."""
     require()
     return str(ffi.string(lib.lifl_vector_width()).decode())
 
 
 def address_of(buffer: Any) -> int:
-    """Where a buffer begins, in this process."""
+    """The address at which a buffer begins, in this process."""
     return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))

@@ -1,4 +1,4 @@
-"""How much memory: what users write, and what blocks and rounds take of an arena."""
+"""Sizes of memory: as users write them, and as blocks and rounds take them from an arena."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
 
 
 MAX_DIGITS = 30
-"""Of a size in words; float64 ends at 309, and no machine's memory is near this."""
+"""Digits in a size that a user writes: no machine has that much memory, and float64 holds it."""
 
 
 def parse_bytes(memory: str | int) -> int:
@@ -34,23 +34,23 @@ def parse_bytes(memory: str | int) -> int:
 
 
 def default_bytes(most: int) -> int:
-    """The arena of who names no size: `most` bytes, or a quarter of what is available if that is less."""
+    """Default arena size: `most` bytes, or a quarter of the available memory if that is less."""
     return min(most, shm.available_bytes() // 4)
 
 
 def units_of(nbytes: int) -> int:
-    """What a block of `nbytes` takes: whole units, at least one."""
+    """Bytes that a block of `nbytes` takes: whole units, at least one."""
     unit = int(shm.lib.lifl_unit_bytes())
     return max(1, math.ceil(nbytes / unit)) * unit
 
 
 def sum_bytes_of(layout: Layout) -> int:
-    """A partial sum's bytes, its manifest included."""
+    """Bytes of a partial sum, with its manifest."""
     return int(shm.lib.lifl_manifest_bytes()) + layout.sum_bytes
 
 
 def round_bytes(spec: TensorSpec, workers: int, updates: int) -> int:
-    """Memory with which a round of `spec` runs on all `workers` and `updates` fit beside each other."""
+    """Bytes with which a round of `spec` runs on all `workers` while the arena holds so many updates."""
     layout = spec.layout
     sums = 2 * max(workers, 1) * units_of(sum_bytes_of(layout))
     return sums + 2 * units_of(0) + 2 * units_of(layout.mean_bytes) + updates * units_of(layout.update_bytes)

@@ -1,1 +1,1 @@
-"""The processes that aggregate: their code, their start, their supervision, and the way to them."""
+"""The worker processes: their code, their start, their supervision, and the way to them."""

@@ -1,6 +1,6 @@
-"""The thread that hears a Node's workers: it sleeps until one writes, dies, is silent or has rested long enough.
+"""The owner's thread that listens to the workers: it wakes when one sends, dies, is silent or has been idle too long.
 
-Owns the waiting and the clock; what was heard, and what a death means, is the Node's business.
+Owns the waiting and the clock. The Node decides what a message or a death means.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from collections.abc import Container
 from typing import Protocol
 
 from lifl.errors import PeerGoneError
-from lifl.shm.ring import Bell, Descriptor, Kind, Outbox, Receiver
+from lifl.shm import messages
+from lifl.shm.ring import Bell, Outbox, Receiver
 from lifl.workers.supervisor import Supervisor
 from lifl.workers.traffic import Traffic
 
 log = logging.getLogger("lifl.workers.listener")
 
 SLOWEST_FOLD = 100e6
-"""Bytes a second that the slowest worker still reads: it may be silent as long as it takes to read all in use."""
+"""Bytes a second that the slowest worker reads. It may be silent for as long as it needs to read all in use."""
 RETRY_S = 0.002
-"""What did not fit into a full ring is tried again so soon: its consumer does not ring."""
+"""The wait before a descriptor that did not fit into a full ring is tried again: the consumer rings no bell."""
 
 
-class Employer(Protocol):
-    """The Node, as its agent needs it; all but :meth:`replace` is called with its lock held."""
+class Owner(Protocol):
+    """The Node, as the thread uses it. All but :meth:`replace` is called with the Node's lock held."""
 
     outbox: Outbox
     changed: threading.Condition
@@ -33,62 +34,66 @@ class Employer(Protocol):
 
     @property
     def is_closed(self) -> bool:
-        """True when the thread has to end."""
+        """True when the thread must end."""
 
     @property
     def used_bytes(self) -> int:
-        """Of the arena: what a worker may be reading."""
+        """Bytes of the arena in use: as much as a worker may be reading."""
 
     @property
-    def is_owed(self) -> bool:
-        """True while a worker owes a round something."""
+    def waits_for_workers(self) -> bool:
+        """True while a round waits for a worker."""
 
     def engaged(self) -> Container[int]:
         """The workers that have a part in a round."""
 
     def drain(self) -> bool:
-        """Takes what workers have said into the books."""
+        """Handles the messages of the workers; true if there were any."""
 
     def replace(self, pidfd: int) -> None:
-        """A worker is proven dead."""
+        """Replaces a worker that is proven dead."""
 
     def lose(self, error: PeerGoneError) -> None:
-        """The Node cannot go on."""
+        """Ends the Node, which cannot go on, with an error."""
 
 
-class Agent:
-    """A Node's, started at once; it ends after ``is_closed`` and a ring of its bell."""
+class Listener:
+    """The thread of one Node. It starts at once, and ends at a ring of the bell when ``is_closed`` is true."""
 
     def __init__(
-        self, node: Employer, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
+        self, node: Owner, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
     ) -> None:
-        self._node, self._supervisor, self._inbox, self._bell = node, supervisor, inbox, bell
+        self._node = node
+        self._supervisor = supervisor
+        self._inbox = inbox
+        self._bell = bell
         self._idle_timeout = idle_timeout
         if inbox.fd is not None:
             supervisor.listen(inbox.fd)
-        self._is_dozing = False  # it sleeps until it is rung, and watches nobody
-        # A daemon: a Node that is never closed must not keep the interpreter from ending.
-        self._thread = threading.Thread(target=self._hear, name="lifl-agent", daemon=True)
+        self._is_dozing = False  # no round waits for a worker: sleeps until the bell, and watches none
+        # The constructor starts the thread, `Node.close` ends it. A daemon: a Node that is never closed must not keep
+        # the interpreter from ending.
+        self._thread = threading.Thread(target=self._run, name="lifl-listener", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """There is work: workers are watched again."""
+        """Begins to watch the workers again, because there is work."""
         if self._is_dozing:
             with self._node.changed:
                 self._is_dozing = False
             self._bell.ring()
 
     def join(self) -> None:
-        """Waits for its end, unless it is the one that asks."""
+        """Waits for the end of the thread; returns at once if the thread itself asks."""
         if self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _hear(self) -> None:
-        """Without this nobody would hear the workers, so what ends it ends the Node, loudly."""
+    def _run(self) -> None:
+        """Runs the thread. Without it no message would be heard, so an error that ends it ends the Node, loudly."""
         try:
             self._listen()
         except Exception as error:
-            log.exception("the agent's thread ended")
+            log.exception("the listener's thread ended")
             with self._node.changed:
                 self._node.lose(PeerGoneError(f"the thread that hears the workers ended: {error!r}"))
 
@@ -110,18 +115,18 @@ class Agent:
                 self._node.replace(pidfd)
 
     def _watch(self, now: float) -> float | None:
-        """Ends who has nothing to do, asks who owes something for a sign of life; seconds until the next time."""
+        """Stops idle workers, and asks the others for a sign of life; returns the seconds until the next watch."""
         supervisor, outbox, left_s = self._supervisor, self._node.outbox, None
         if self._idle_timeout is not None:
-            leaving, left_s = supervisor.dismiss(now, self._node.engaged(), self._idle_timeout)
-            for me in leaving:
-                outbox.push(me, Descriptor(Kind.STOP, 0))
-        # Who was told to stop and does not is watched too: it would stay for ever.
-        self._is_dozing = not self._node.is_owed and not supervisor.leaving
+            leaving, left_s = supervisor.retire(now, self._node.engaged(), self._idle_timeout)
+            for worker in leaving:
+                outbox.push(worker, messages.STOP)
+        # A worker that got a STOP is watched too: one that is stuck would stay for ever.
+        self._is_dozing = not self._node.waits_for_workers and not supervisor.leaving
         if self._is_dozing:
             supervisor.rest()
             return left_s
         self._node.traffic.look()
-        for me in supervisor.tick(now, self._node.used_bytes / SLOWEST_FOLD):
-            outbox.push(me, Descriptor(Kind.PING, 0))
+        for worker in supervisor.tick(now, self._node.used_bytes / SLOWEST_FOLD):
+            outbox.push(worker, messages.PING)
         return supervisor.tick_s

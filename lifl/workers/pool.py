@@ -1,6 +1,6 @@
-"""The workers as rounds ask for them: warm ones first, new ones only if none is free, none kept that has nothing to do.
+"""The choice of workers for rounds: first those that run and are free, then new ones, then the busy ones.
 
-Knows who there is and who is engaged; what they do is the rounds' business. Called with the Node's lock held.
+Knows which workers run and which have a part in a round, not what they do there. Called with the Node's lock held.
 """
 
 from __future__ import annotations
@@ -16,51 +16,53 @@ log = logging.getLogger("lifl.workers.pool")
 
 
 class Pool:
-    """Workers 1 to `most`, each of which may be there or not.
+    """Workers 1 to `most`. Each of them runs or does not.
 
     Parameters
     ----------
     most : int
-        The cap; at least 1.
+        The largest number of workers; at least 1.
     supervisor : Supervisor or None
-        Their processes. None: the one worker is in the calling process.
+        The worker processes. None: the one worker is in the calling process.
     engaged : callable
-        How many rounds each worker has a part in now.
+        For each worker, the number of rounds in which it has a part now.
     """
 
     def __init__(self, most: int, supervisor: Supervisor | None, engaged: Callable[[], Counter[int]]) -> None:
-        self.most, self._supervisor, self._engaged = most, supervisor, engaged
+        self.most = most
+        self._supervisor = supervisor
+        self._engaged = engaged
         self.cold_starts = 0
         self._turn = 0
 
     def choose(self, n: int, without: Container[int] = ()) -> tuple[int, ...]:
-        """Up to `n` workers for a task, but for those named; fewer only if there are no more.
+        """Up to `n` workers for a task, none of them in `without`; fewer only if there are no more.
 
-        First those that are there and rest, then new ones, then those with the least to do. Raises
-        :class:`PeerGoneError` if there is nobody and nobody can be started.
+        Workers that run and are free come first, then new ones, then those with a part in the fewest rounds. Raises
+        :class:`PeerGoneError` if no worker runs and none can be started.
         """
         if self._supervisor is None:
             return (1,) if n and 1 not in without else ()
         there, leaving, engaged = self._supervisor.there, self._supervisor.leaving, self._engaged()
 
-        def rank(me: int) -> tuple[int, int, int]:
-            is_free = me in there and not engaged[me]
-            group = 0 if is_free else 2 if me in there else 3 if me in leaving else 1
-            # Those alike take turns, so that the work is spread.
-            return group, engaged[me], (me - self._turn) % self.most
+        def rank(worker: int) -> tuple[int, int, int]:
+            is_free = worker in there and not engaged[worker]
+            group = 0 if is_free else 2 if worker in there else 3 if worker in leaving else 1
+            # Workers of one group take turns, so that the work is spread.
+            return group, engaged[worker], (worker - self._turn) % self.most
 
         chosen: list[int] = []
         failure: PeerGoneError | None = None
-        for me in sorted((me for me in range(1, 1 + self.most) if me not in without), key=rank):
+        for worker in sorted((worker for worker in range(1, 1 + self.most) if worker not in without), key=rank):
             if len(chosen) == n:
                 break
-            if me not in there and me not in leaving:
+            if worker not in there and worker not in leaving:
                 try:
-                    self._start(me)
-                except PeerGoneError as error:  # those that are there can do it, in more time
+                    self._start(worker)
+                except PeerGoneError as error:  # the workers that run can do the task, in more time
                     failure = error
                     continue
-            chosen.append(me)
+            chosen.append(worker)
         if failure is not None:
             if not chosen:
                 raise failure
@@ -69,23 +71,23 @@ class Pool:
         return tuple(chosen)
 
     def prepare(self, n: int) -> None:
-        """Starts workers until `n` are there, or as many as may be."""
+        """Starts workers until `n` run, or as many as there may be."""
         if self._supervisor is None or len(self._supervisor.there) >= min(n, self.most):
             return
-        absent = [me for me in range(1, 1 + self.most) if me not in self.present]
-        for me in absent[: min(n, self.most) - len(self._supervisor.there)]:
+        absent = [worker for worker in range(1, 1 + self.most) if worker not in self.present]
+        for worker in absent[: min(n, self.most) - len(self._supervisor.there)]:
             try:
-                self._start(me)
-            except PeerGoneError as error:  # whoever needs it will say so, or do without
+                self._start(worker)
+            except PeerGoneError as error:  # the round that needs the worker raises, or does without it
                 log.warning("%s", error)
                 return
 
-    def _start(self, me: int) -> None:
+    def _start(self, worker: int) -> None:
         assert self._supervisor is not None
-        self._supervisor.start(me)
+        self._supervisor.start(worker)
         self.cold_starts += 1
 
     @property
     def present(self) -> frozenset[int]:
-        """Workers that have not been proven dead."""
+        """The workers that are not proven dead."""
         return frozenset([1]) if self._supervisor is None else self._supervisor.there | self._supervisor.leaving

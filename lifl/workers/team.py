@@ -1,4 +1,4 @@
-"""Who does a Node's work and how it is reached: the workers, or one in this process, and the transport to them.
+"""The workers of one Node, in processes or in the owner's, and the transport to them.
 
 Owns the bell, the transport and the processes; knows no rounds.
 """
@@ -28,7 +28,7 @@ def cores() -> int:
 def headcount(
     workers: int | None, warm: int | None, idle_timeout: float | None, stall_timeout: float
 ) -> tuple[int, int]:
-    """How many workers there may be, and how many are started at once; ``ValueError`` for what makes no sense."""
+    """The largest number of workers, and the number started at once; ``ValueError`` for numbers out of range."""
     if not stall_timeout > 0:
         raise ValueError(f"stall_timeout={stall_timeout!r}: give seconds above 0")
     if idle_timeout is not None and not idle_timeout > 0:
@@ -44,10 +44,10 @@ def headcount(
 
 
 class Team:
-    """One Node's.
+    """The workers, the transport and the bell of one Node.
 
-    Raises :class:`PeerGoneError` if workers cannot be started, :class:`EbpfUnavailableError` for a transport that
-    cannot be had.
+    Raises :class:`PeerGoneError` if workers cannot be started, :class:`EbpfUnavailableError` if the transport is not
+    available here.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Team:
             raise
         self.traffic = Traffic(self.transport.metrics, partial(queued, arena), time.monotonic)
         try:
-            # The agent's thread sends what did not fit; it may be asleep.
+            # The listener's thread sends descriptors that did not fit; it may be asleep.
             self.outbox = self.transport.outbox(on_backlog=self.bell.ring)
             self.inbox = self.transport.inbox()
             if workers:
@@ -79,7 +79,7 @@ class Team:
             raise
 
     def close(self) -> None:
-        """Ends every process; nobody may wait for them any more."""
+        """Ends every process; no thread may wait for one any more."""
         if self.supervisor is not None:
             self.supervisor.close()
         self.transport.close()

@@ -1,6 +1,6 @@
-"""What passed between a Node and its aggregators, as the kernel has counted it: rates, queues, execution times.
+"""Rates, queues and execution times of the workers, from the counters of the kernel.
 
-The clock comes in. Called with the Node's lock held. With rings, of which the kernel sees nothing, it is empty.
+The clock is a parameter. Called with the Node's lock held. With rings there is nothing: the kernel does not see them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Flow:
-    """One aggregator between two looks.
+    """The traffic of one worker between two looks.
 
     Attributes
     ----------
     arrival_rate : float
-        k, updates per second that were sent to it.
+        k, updates per second that were sent to the worker.
     execution_s : float
-        E, seconds that it took for each update it has folded; 0 if it folded none.
+        E, seconds that the worker took for each update that it folded; 0 if it folded none.
     queue : int
-        Descriptors that it has not taken yet, at the second look.
+        Descriptors that the worker had not taken at the second look.
     """
 
     arrival_rate: float
@@ -37,7 +37,7 @@ class Flow:
 
 @attrs.frozen
 class Interval:
-    """All aggregators of a Node for a while: updates that were sent to them, seconds, and seconds that they worked."""
+    """The traffic of all workers of a Node in an interval: updates sent, its seconds, and seconds of work."""
 
     updates: int
     seconds: float
@@ -45,48 +45,50 @@ class Interval:
 
 
 class Traffic:
-    """One Node's.
+    """The traffic of one Node.
 
     Parameters
     ----------
     read : callable
-        The kernel's counters of each participant, which only rise.
+        Returns the kernel's counters of each participant, which only rise.
     queued : callable
-        How many descriptors a participant has not taken.
+        Returns the number of descriptors that a participant has not taken.
     clock : callable
-        Seconds.
+        Returns seconds.
     """
 
     def __init__(
         self, read: Callable[[], dict[int, Metrics]], queued: Callable[[int], int], clock: Callable[[], float]
     ) -> None:
-        self._read, self._queued, self._clock = read, queued, clock
+        self._read = read
+        self._queued = queued
+        self._clock = clock
         self._begin: tuple[float, int, int] | None = None  # seconds, updates, nanoseconds of work
         self._last: tuple[float, dict[int, Metrics]] | None = None
         self.flows: dict[int, Flow] = {}
 
     def begin(self) -> None:
-        """A round is opened and no other is open: what passes from now on is of rounds."""
+        """Begins an interval: a round opens, and no other is open."""
         self._last = self._clock(), self._workers()
         self._begin = self._last[0], *_sums(self._last[1])
 
     def look(self) -> dict[int, Flow]:
-        """The flow of each aggregator since the last look, which is kept in ``flows``; empty at the first."""
+        """The flow of each worker since the last look; ``flows`` keeps it. Empty at the first look."""
         now_s, now = self._clock(), self._workers()
         if self._last is not None and now_s > self._last[0]:
             seconds, before = now_s - self._last[0], self._last[1]
             self.flows = {}
-            for me, counted in now.items():
+            for worker, counted in now.items():
                 updates, folded, busy_ns = counted.updates, counted.folded, counted.busy_ns
-                if (old := before.get(me)) is not None:
+                if (old := before.get(worker)) is not None:
                     updates, folded, busy_ns = updates - old.updates, folded - old.folded, busy_ns - old.busy_ns
                 execution_s = busy_ns / 1e9 / folded if folded else 0.0
-                self.flows[me] = Flow(updates / seconds, execution_s, self._queued(me))
+                self.flows[worker] = Flow(updates / seconds, execution_s, self._queued(worker))
         self._last = now_s, now
         return self.flows
 
     def take(self) -> Interval | None:
-        """What passed since the last time, or since :meth:`begin`; None if the kernel has seen no update."""
+        """The traffic since the last call, or since :meth:`begin`; None if the kernel has seen no update."""
         self.look()
         assert self._last is not None, "there was a look"
         now_s = self._last[0]
@@ -97,7 +99,7 @@ class Traffic:
         return Interval(updates, now_s - begin[0], busy_ns / 1e9) if updates else None
 
     def _workers(self) -> dict[int, Metrics]:
-        return {me: counted for me, counted in self._read().items() if me != AGENT}
+        return {worker: counted for worker, counted in self._read().items() if worker != AGENT}
 
 
 def _sums(counted: dict[int, Metrics]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""How descriptors travel: the seam between who sends them and what carries them, and the rings behind it.
+"""The transport of descriptors: the interface that a Node uses, and the rings behind it.
 
-Rings are the default. ``lifl.ebpf`` has sockets behind the same seam; it is imported when it is asked for.
+Rings are the default. ``lifl.ebpf`` has sockets behind the same interface; it is imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ VARIABLE = "LIFL_TRANSPORT"
 
 
 class Transport(Protocol):
-    """A Node's, as its agent has it. It is told who starts and who is dead."""
+    """The transport of one Node, in the owner's process. The owner reports each worker that starts or dies."""
 
     name: str
 
     @property
     def loader(self) -> str | None:
-        """What has loaded a program into the kernel, if there is one."""
+        """The loader of the kernel's program, "prebuilt" or "bcc"; None if there is no program."""
 
-    def inbox(self, me: int = AGENT) -> Receiver:
-        """What a participant of this process receives."""
+    def inbox(self, participant: int = AGENT) -> Receiver:
+        """The inbox of a participant of this process."""
 
-    def outbox(self, me: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
-        """What a participant of this process sends."""
+    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+        """The outbox of a participant of this process."""
 
-    def admit(self, me: int) -> int | None:
-        """Worker `me` is about to start; the descriptor that it is given, which the caller closes, or None."""
+    def admit(self, worker: int) -> int | None:
+        """Prepares the start of a worker; returns a file descriptor for it, which the caller closes, or None."""
 
-    def bury(self, me: int) -> None:
-        """Worker `me` is proven dead: what it had not read is gone."""
+    def remove(self, worker: int) -> None:
+        """Drops what a worker, which is proven dead, had not read."""
 
-    def route_top(self, number: int, me: int | None) -> None:
-        """Who adds up the sums of a round; None: it is over."""
+    def route_top(self, number: int, worker: int | None) -> None:
+        """Sets the worker that adds up the sums of a round; None: the round is over."""
 
     def metrics(self) -> dict[int, Metrics]:
-        """What the kernel has counted so far, of each participant; nothing if it counts nothing."""
+        """The kernel's counters of each participant; empty if the kernel counts nothing."""
 
     def close(self) -> None:
-        """Lets go of everything; harmless when closed."""
+        """Closes everything; harmless when closed."""
 
 
 class Rings:
-    """Single-producer rings in the arena, with futexes and an eventfd to wake up."""
+    """The rings in the arena, each with one producer; futexes and an eventfd wake the consumers."""
 
     name = "rings"
     loader = None
@@ -64,60 +64,60 @@ class Rings:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
 
-    def inbox(self, me: int = AGENT) -> Inbox:
-        """All the rings that end at a participant."""
-        return Inbox(self._arena, me)
+    def inbox(self, participant: int = AGENT) -> Inbox:
+        """The inbox over all rings that end at a participant."""
+        return Inbox(self._arena, participant)
 
-    def outbox(self, me: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
-        """All the rings that begin at a participant."""
-        return Outbox.of_rings(self._arena, me, on_backlog)
+    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+        """The outbox over all rings that begin at a participant."""
+        return Outbox.of_rings(self._arena, participant, on_backlog)
 
-    def admit(self, me: int) -> None:
-        """Rings are there already."""
+    def admit(self, worker: int) -> None:
+        """Does nothing: the rings are there already."""
 
-    def bury(self, me: int) -> None:
-        """What others have sent stays for its successor; what the agent has sent it takes back itself."""
+    def remove(self, worker: int) -> None:
+        """Does nothing: messages of workers stay for the successor, the owner resets its own ring itself."""
 
-    def route_top(self, number: int, me: int | None) -> None:
-        """A leaf is told with its last order."""
+    def route_top(self, number: int, worker: int | None) -> None:
+        """Does nothing: a leaf gets the number of the top with its FLUSH."""
 
     def metrics(self) -> dict[int, Metrics]:
-        """The kernel sees nothing of rings."""
+        """Empty: the kernel does not see rings."""
         return {}
 
     def close(self) -> None:
-        """The rings are the arena's."""
+        """Does nothing: the rings belong to the arena."""
 
 
 def open_transport(name: Name | None, arena: Arena) -> Transport:
-    """The transport of a name; "auto" is eBPF where it can be had, else rings, which is logged once.
+    """The transport with a name; "auto" is eBPF where it is available, else rings, and logs that once.
 
-    None: what the environment variable ``LIFL_TRANSPORT`` says, else rings.
+    None: the name in the environment variable ``LIFL_TRANSPORT``, else rings.
 
-    Raises :class:`EbpfUnavailableError` for "ebpf" where it cannot be had, with the reason and what to do.
+    Raises :class:`EbpfUnavailableError` for "ebpf" where it is not available, with the reason and the remedy.
     """
     name = name or os.environ.get(VARIABLE) or "rings"  # type: ignore[assignment]
     if name not in NAMES:
         raise ValueError(f"transport={name!r}: give one of {', '.join(map(repr, NAMES))}")
     if name != "rings":
-        from lifl.ebpf.sidecar import Sidecar  # late: who uses rings needs none of it
+        from lifl.ebpf.sidecar import Sidecar  # late: rings do not need it
 
         try:
             sidecar = Sidecar(arena)
             if name == "auto":
-                _say_once(f"transport auto: eBPF is used, {sidecar.loader}")
+                _log_once(f"transport auto: eBPF is used, {sidecar.loader}")
             return sidecar
         except EbpfUnavailableError as error:
             if name == "ebpf":
                 raise
-            _say_once(f"transport auto: rings are used; {error}")
+            _log_once(f"transport auto: rings are used; {error}")
     return Rings(arena)
 
 
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
         log.info(message)

@@ -34,7 +34,7 @@ class Pair:
         """The worker's; None while it has no successor."""
         assert self.node._supervisor is not None
         with self.node.changed:
-            return next((worker.pid for worker in self.node._supervisor._workers.values() if worker.me == me), None)
+            return next((worker.pid for worker in self.node._supervisor._workers.values() if worker.number == me), None)
 
     def replace(self, me: int) -> None:
         """Kills a worker; returns when its successor has been told what is left to do."""

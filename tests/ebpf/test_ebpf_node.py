@@ -19,7 +19,8 @@ from lifl.ebpf import bpf
 from lifl.round.blocks import Assignment
 from lifl.round.round import core_of
 from lifl.shm.arena import AGENT, State
-from lifl.shm.ring import Descriptor, Kind, counts_of
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import counts_of
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(1000), "n": np.array(0)})
 WAIT_S = 60.0

@@ -21,7 +21,8 @@ from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import LeaseError, PeerGoneError, ShmError
 from lifl.shm.arena import AGENT, Arena, ffi
-from lifl.shm.ring import NO_BLOCK, WAIT_CAP_S, Descriptor, Kind, Outbox, counts_of
+from lifl.shm.messages import NO_BLOCK, Descriptor, Kind
+from lifl.shm.ring import WAIT_CAP_S, Outbox, counts_of
 
 BATCH = len(ffi.new("lifl_flow *").bytes) // RECORD_BYTES
 """Records that are received at a time."""

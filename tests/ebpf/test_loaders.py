@@ -22,7 +22,7 @@ from lifl.ebpf.record import METRICS_BYTES, RECORD_BYTES, Metrics, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError
 from lifl.shm.arena import AGENT, Arena
-from lifl.shm.ring import Descriptor, Kind
+from lifl.shm.messages import Descriptor, Kind
 
 HEADER = build.HERE / "record.h"
 LOADERS = ["prebuilt", "bcc"]

@@ -27,7 +27,8 @@ from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
 from lifl.shm.arena import AGENT, Arena, Block, State
-from lifl.shm.ring import Descriptor, Kind, Outbox
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import Outbox
 from lifl.shm.sizes import sum_bytes_of
 from lifl.workers.aggregator import Aggregator, die_with
 
@@ -248,7 +249,7 @@ def test_one_that_is_killed_has_a_successor_elsewhere(launcher: Sidecar, large: 
     with imprisoned(launcher, large, LEAF, read_an_update):
         assert LEAF in set(launcher._program.socks)
     assert LEAF not in set(launcher._program.socks)
-    launcher.bury(LEAF)
+    launcher.remove(LEAF)
     with ExitStack() as stack:
         for me in (LEAF, TOP):
             stack.enter_context(imprisoned(launcher, large, me, read_an_update)).control.send(b"0")

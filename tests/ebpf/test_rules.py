@@ -21,7 +21,8 @@ from lifl.ebpf.record import LAUNCHER, RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import PeerGoneError
 from lifl.shm.arena import AGENT, Arena, ffi
-from lifl.shm.ring import Descriptor, Kind, Spent, counts_of
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import Spent, counts_of
 
 UNDRAINED = 100_000
 HANG_S = 60.0
@@ -219,7 +220,7 @@ def test_rule_5_the_successor_gets_all_that_it_is_told(sidecar: Sidecar) -> None
     assert not outbox.flush()
     killed(pid)
 
-    sidecar.bury(2)
+    sidecar.remove(2)
     outbox.reset(2)
     for number in range(1000, 1256):
         outbox.push(2, Descriptor(Kind.UPDATE, number))
@@ -317,7 +318,7 @@ class Dying(threading.Thread):
         """Its lives."""
         for _ in range(self._times):
             os.close(self._sidecar.admit(self._me))
-            self._sidecar.bury(self._me)
+            self._sidecar.remove(self._me)
 
 
 def test_rule_8_whoever_sends_to_one_that_dies_goes_on(arena: Arena, sidecar: Sidecar) -> None:
@@ -331,7 +332,7 @@ def test_rule_8_whoever_sends_to_one_that_dies_goes_on(arena: Arena, sidecar: Si
             while agent.try_pop() is not None:  # what was sent while nobody was there
                 pass
         dying.join()
-        sidecar.bury(2)
+        sidecar.remove(2)
         inbox = sidecar.inbox(2)
         assert [sender.try_push(Descriptor(Kind.PING, i)) for i in range(257)] == [True] * 256 + [False]
         assert [d.round for _, d in iter(inbox.try_pop, None)] == [*range(256)]

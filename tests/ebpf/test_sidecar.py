@@ -20,7 +20,8 @@ from lifl.ebpf.record import METRICS_BYTES, RECORD_BYTES, Metrics, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError, PeerGoneError
 from lifl.shm.arena import AGENT, Arena
-from lifl.shm.ring import NO_BLOCK, Descriptor, Kind, counts_of
+from lifl.shm.messages import NO_BLOCK, Descriptor, Kind
+from lifl.shm.ring import counts_of
 from lifl.workers.transport import open_transport
 
 InFork = Callable[[Callable[[], None]], int]
@@ -56,7 +57,7 @@ def test_a_successor_takes_the_place_before_it_starts(sidecar: Sidecar, arena: A
     outbox.push(1, numbered(1))
     os.close(dead)
     assert counts_of(arena, 1) == (1, 0)
-    sidecar.bury(1)
+    sidecar.remove(1)
     assert counts_of(arena, 1) == (1, 1)
     outbox.push(1, numbered(2))
     inbox, _ = ends_of(arena, sidecar.admit(1), 1)
@@ -70,7 +71,7 @@ def test_a_burial_touches_nobody_else(sidecar: Sidecar, arena: Arena) -> None:
     outbox, other = sidecar.outbox(1), sidecar.inbox(3)
     os.close(sidecar.admit(2))
     outbox.push(3, numbered(1))
-    sidecar.bury(2)
+    sidecar.remove(2)
     assert counts_of(arena, 3) == (1, 0)
     assert other.try_pop() == (1, numbered(1))
 
@@ -80,7 +81,7 @@ def test_a_thousand_admissions_leave_nothing_behind(sidecar: Sidecar) -> None:
     os.close(sidecar.admit(1))
     before = descriptors()
     for _ in range(1000):
-        sidecar.bury(1)
+        sidecar.remove(1)
         os.close(sidecar.admit(1))
     assert descriptors() == before
     assert set(sidecar._program.socks) == {0xFFFFFFFF}
@@ -176,7 +177,7 @@ def test_a_workers_record_for_one_without_a_socket_is_sent_on(sidecar: Sidecar) 
     sent = Descriptor(Kind.SUM, 4, 7, 3, 1)
     sidecar.route_top(4, 2)
     worker.push(2, sent)
-    sidecar.bury(2)
+    sidecar.remove(2)
     assert agent.try_pop() is None
     assert sidecar.inbox(2).try_pop() == (AGENT, sent)
 
@@ -186,7 +187,7 @@ def test_the_agents_own_record_is_not_sent_on(sidecar: Sidecar) -> None:
     outbox, agent = sidecar.outbox(), sidecar.inbox()
     os.close(sidecar.admit(2))
     outbox.push(2, numbered(1))
-    sidecar.bury(2)
+    sidecar.remove(2)
     assert agent.try_pop() is None
     assert sidecar.inbox(2).try_pop() is None
     assert sidecar.metrics()[2].missed == 1

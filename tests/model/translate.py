@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import re
 
-TYPES = ("struct header", "struct peer", "struct ring", "struct entry", "struct end", "struct lifl_arena")
+TYPES = (
+    "struct header",
+    "struct peer",
+    "struct ring",
+    "struct entry",
+    "struct end",
+    "struct line",
+    "struct lifl_arena",
+)
 FUNCTIONS = (
     "pack",
     "word_generation",
@@ -20,6 +28,8 @@ FUNCTIONS = (
     "lifl_block_reclaim",
     "lifl_block_move",
     "lifl_peer_wake",
+    "has_line",
+    "ring_at",
     "lifl_ring_push",
     "lifl_ring_pop",
     "lifl_ring_reset",
@@ -40,7 +50,8 @@ def translate(source: str) -> str:
     enum = _find(r"^enum {[^}]*PARKED_EVENTFD[^}]*};$", "enum of the parked word", source)
     found.insert(0, enum)
     found += [
-        _find(rf"^(?:static )?\w+ {name}\([^;{{]*\) {{(?:[^\n]*}}|\n.*?^}})$", name, source) for name in FUNCTIONS
+        _find(rf"^(?:static )?(?:struct )?\w+ {name}\([^;{{]*\) {{(?:[^\n]*}}|\n.*?^}})$", name, source)
+        for name in FUNCTIONS
     ]
     code = "\n\n".join(found)
     code = re.sub(r"/\*.*?\*/", "", code, flags=re.DOTALL)

@@ -412,7 +412,7 @@ def test_worker_that_the_agent_does_not_know_never_begins() -> None:
         rest(node)
         assert node._supervisor is not None
         spawner = node._supervisor.spawner
-        spawner._say({"start": 1}, [])  # forks one, and nobody takes the answer
+        spawner._send({"start": 1}, [])  # forks one, and nobody takes the answer
         children, end = Path(f"/proc/{spawner.pid}/task/{spawner.pid}/children"), time.monotonic() + WAIT_S
         while not (there := children.read_text().split()) and time.monotonic() < end:
             time.sleep(0.01)

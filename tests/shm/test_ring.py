@@ -14,12 +14,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lifl.errors import LeaseError, ShmError
-from lifl.shm.arena import Arena
-from lifl.shm.ring import NO_BLOCK, Bell, Consumer, Descriptor, Inbox, Kind, Outbox, Producer, ring_for
+from lifl.shm import messages
+from lifl.shm.arena import Arena, check, ffi, lib
+from lifl.shm.messages import NO_BLOCK, Descriptor, Kind
+from lifl.shm.ring import Bell, Inbox, Outbox, Producer, ring_for
 
 MANY = 200_000
 HANG_S = 60.0
 """After so long something that must come is taken to be lost; only a hang is ever caught by it."""
+
+
+class Consumer:
+    """The reading end of one ring alone; a participant reads all of its rings through an Inbox."""
+
+    def __init__(self, arena: Arena, source: int, target: int) -> None:
+        self._arena, self._source, self._target = arena, source, target
+        self._desc = ffi.new("lifl_desc *")
+
+    def try_pop(self) -> Descriptor | None:
+        """The oldest descriptor, or ``None`` if the ring is empty."""
+        status = lib.lifl_ring_pop(self._arena.handle, self._source, self._target, self._desc)
+        if check(status, f"pop from participant {self._source}") == lib.LIFL_EMPTY:
+            return None
+        return messages.read(self._desc)
 
 
 def numbered(i: int) -> Descriptor:

@@ -116,9 +116,9 @@ def test_killed_in_a_served_round(rig: Rig, statuses: Counter[int], moment: str)
 
 def test_killed_while_all_workers_rest(rig: Rig, statuses: Counter[int]) -> None:
     """Between rounds too, when no worker is there: the next round starts what it needs."""
-    agent = rig.plane.node._agent
-    assert agent is not None
-    agent._idle_timeout = 0.02
+    listener = rig.plane.node._listener
+    assert listener is not None
+    listener._idle_timeout = 0.02
     play_all(rig, Turns(rig, "never"), num_rounds=1)
     for _ in range(2):
         wait_until(lambda: not rig.plane.node.pids())

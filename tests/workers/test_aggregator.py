@@ -15,7 +15,8 @@ from lifl.errors import RoundError
 from lifl.shm import control_block as order
 from lifl.shm.arena import AGENT, Arena, Block, State
 from lifl.shm.control_block import MeanRecipe, Source
-from lifl.shm.ring import Descriptor, Inbox, Kind, Outbox
+from lifl.shm.messages import Descriptor, Kind
+from lifl.shm.ring import Inbox, Outbox
 from lifl.workers.aggregator import Aggregator
 
 ME, OTHER = 1, 2
@@ -101,7 +102,7 @@ def test_updates_become_a_mean(agent: Agent) -> None:
     assert (result.kind, result.block, result.arg) == (Kind.RESULT, mean.index, 0)
     assert agent.mean(mean) == [2.5] * 5
     note = agent.arena.note(mean.index)
-    assert (note.weight, note.tag) == (4.0, 2)
+    assert (note.weight, note.num_updates) == (4.0, 2)
 
 
 def test_shards_become_a_mean(agent: Agent) -> None:
@@ -164,7 +165,7 @@ def test_stale_and_doubled_descriptors_do_not_count(agent: Agent) -> None:
     mean = agent.flush(1)
     agent.heard()
     assert agent.mean(mean) == [5.0] * 5
-    assert agent.arena.note(mean.index).tag == 1
+    assert agent.arena.note(mean.index).num_updates == 1
 
 
 def test_manifest_says_what_the_sum_contains(agent: Agent) -> None:

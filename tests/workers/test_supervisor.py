@@ -88,7 +88,7 @@ def test_a_dead_one_is_buried_and_has_a_successor(supervisor: Supervisor) -> Non
     pid = supervisor.pids[0]
     os.kill(pid, signal.SIGKILL)
     (pidfd,) = supervisor.wait(WAIT_S)
-    assert supervisor.bury(pidfd) == Dead(1, pid, was_heard=False, was_leaving=False)
+    assert supervisor.remove(pidfd) == Dead(1, pid, was_heard=False, was_leaving=False)
     assert len(supervisor.pids) == 1
     assert supervisor.there == {1, 2}  # as good as: its successor comes next
     supervisor.start(1)
@@ -98,30 +98,30 @@ def test_a_dead_one_is_buried_and_has_a_successor(supervisor: Supervisor) -> Non
 
 def test_who_rests_is_dismissed(supervisor: Supervisor) -> None:
     """A worker that has had nothing to do for so long is asked to stop, once; work in between restarts the time."""
-    assert supervisor.dismiss(0.0, set(), 10.0) == ([], 10.0)
-    assert supervisor.dismiss(6.0, {2}, 10.0) == ([], 4.0)
-    assert supervisor.dismiss(9.0, set(), 10.0) == ([], 1.0)
-    assert supervisor.dismiss(10.5, set(), 10.0) == ([1], 8.5)
+    assert supervisor.retire(0.0, set(), 10.0) == ([], 10.0)
+    assert supervisor.retire(6.0, {2}, 10.0) == ([], 4.0)
+    assert supervisor.retire(9.0, set(), 10.0) == ([], 1.0)
+    assert supervisor.retire(10.5, set(), 10.0) == ([1], 8.5)
     assert (supervisor.there, supervisor.leaving) == ({2}, {1})
-    assert supervisor.dismiss(11.0, {2}, 10.0) == ([], None)
+    assert supervisor.retire(11.0, {2}, 10.0) == ([], None)
 
 
 def test_who_works_between_two_looks_does_not_rest(supervisor: Supervisor) -> None:
     """Nobody is seen at work in short rounds; what a worker says of them counts. That it is there does not."""
-    supervisor.dismiss(0.0, set(), 10.0)
+    supervisor.retire(0.0, set(), 10.0)
     supervisor.heard(1, True)
     supervisor.heard(2, False)
-    assert supervisor.dismiss(10.0, set(), 10.0)[0] == [2]
+    assert supervisor.retire(10.0, set(), 10.0)[0] == [2]
 
 
 def test_one_that_was_told_to_stop_counts_as_no_death(supervisor: Supervisor) -> None:
     """Its end is what was asked of it."""
-    supervisor.dismiss(0.0, set(), 1.0)
-    assert supervisor.dismiss(2.0, {2}, 1.0)[0] == [1]
+    supervisor.retire(0.0, set(), 1.0)
+    assert supervisor.retire(2.0, {2}, 1.0)[0] == [1]
     pid = supervisor.pids[0]
     os.kill(pid, signal.SIGKILL)
     (pidfd,) = supervisor.wait(WAIT_S)
-    assert supervisor.bury(pidfd) == Dead(1, pid, was_heard=False, was_leaving=True)
+    assert supervisor.remove(pidfd) == Dead(1, pid, was_heard=False, was_leaving=True)
     supervisor.leave_empty(1)
     assert supervisor.there == {2}
 
@@ -134,8 +134,8 @@ def bury_all(supervisor: Supervisor, count: int) -> list[Dead]:
     dead: list[Dead] = []
     end = time.monotonic() + WAIT_S
     while len(dead) < count and time.monotonic() < end:
-        dead += map(supervisor.bury, supervisor.wait(WAIT_S))
-    return sorted(dead, key=lambda one: one.me)
+        dead += map(supervisor.remove, supervisor.wait(WAIT_S))
+    return sorted(dead, key=lambda one: one.number)
 
 
 def test_a_dead_spawner_takes_its_workers_along_and_is_replaced(supervisor: Supervisor) -> None:
@@ -145,7 +145,7 @@ def test_a_dead_spawner_takes_its_workers_along_and_is_replaced(supervisor: Supe
     supervisor.heard(1, True)
     os.kill(old, signal.SIGKILL)
     dead = bury_all(supervisor, 2)
-    assert [(one.me, one.pid) for one in dead] == [(1, first), (2, second)]
+    assert [(one.number, one.pid) for one in dead] == [(1, first), (2, second)]
     # One that has not begun may see that the spawner's end of a pipe is gone, and end, before the kernel kills it.
     assert dead[0] == Dead(1, first, was_heard=True, was_leaving=False, was_orphaned=True)
     assert not any(one.died_of_work for one in dead)
@@ -175,7 +175,7 @@ def test_a_stopped_spawner_is_not_waited_for_for_ever(supervisor: Supervisor, mo
     supervisor.start(1)
     assert supervisor.spawner.pid != old
     (dead,) = bury_all(supervisor, 1)
-    assert (dead.me, dead.was_orphaned) == (2, True)
+    assert (dead.number, dead.was_orphaned) == (2, True)
 
 
 def test_a_spawner_that_refuses_is_kept(supervisor: Supervisor) -> None:
