@@ -19,7 +19,7 @@ from lifl.round.recovery import Remains
 from lifl.round.settings import Terms
 from lifl.shm import control_block as order
 from lifl.shm import messages
-from lifl.shm.arena import AGENT, Block, State
+from lifl.shm.arena import OWNER, Block, State
 from lifl.shm.messages import Descriptor, Flush
 from lifl.shm.sizes import sum_bytes_of, units_of
 from lifl.tensor import Layout
@@ -50,7 +50,7 @@ class Assignment:
         self._outstanding: dict[int, int] = {}
         self._given: dict[int, int] = {}
         self._flushed: Descriptor | None = None
-        self.top = AGENT
+        self.top = OWNER
 
     @staticmethod
     def control_bytes(host: Host, layout: Layout, expected: int) -> int:
@@ -117,7 +117,7 @@ class Assignment:
         self.working.add(leaf)
         self._host.outbox.push(leaf, messages.open_round(self._number, self.control))
         for block in pair:
-            self._host.arena.move(block, (AGENT, State.WRITING), (leaf, State.ACCUM))
+            self._host.arena.move(block, (OWNER, State.WRITING), (leaf, State.ACCUM))
             self._host.outbox.push(leaf, messages.grant(self._number, block))
         return True
 
@@ -133,7 +133,7 @@ class Assignment:
     def add(self, update: Update) -> None:
         """Takes an accepted update into the books; it is held until it is given to a leaf or becomes the mean."""
         self.updates[update.block.index, update.block.generation] = update
-        if not self._host.arena.move(update.block, (AGENT, State.WRITING), (AGENT, State.READY)):
+        if not self._host.arena.move(update.block, (OWNER, State.WRITING), (OWNER, State.READY)):
             raise ArenaCorruptError(errno.EBADMSG, f"block {update.block.index} changed hands while it was written")
         self.held.append(update)
 
@@ -153,7 +153,7 @@ class Assignment:
             self._given[leaf] += 1
             update.runtime = leaf
             self._outstanding[leaf] += 1
-            self._host.arena.move(update.block, (AGENT, State.READY), (leaf, State.READY))
+            self._host.arena.move(update.block, (OWNER, State.READY), (leaf, State.READY))
             self._host.outbox.push(leaf, self._told(update))
 
     def press(self) -> None:
@@ -174,7 +174,7 @@ class Assignment:
             self.give()
             self.top = self._choose_top()
             self._host.transport.route_top(self._number, self.top)
-            self._host.arena.move(self.mean, (AGENT, State.WRITING), (self.top, State.WRITING))
+            self._host.arena.move(self.mean, (OWNER, State.WRITING), (self.top, State.WRITING))
             mean = self.mean
         self._flushed = messages.flush(self._number, mean, Flush(self.top, len(self._sums)))
         for leaf in self._sums:
@@ -188,8 +188,8 @@ class Assignment:
         """Takes what no leaf has begun with, but for what has to be folded alone."""
         for update in self.updates.values():
             leaf, block = update.runtime, update.block
-            if leaf and not update.deaths and self._host.arena.move(block, (leaf, State.READY), (AGENT, State.READY)):
-                update.runtime = AGENT
+            if leaf and not update.deaths and self._host.arena.move(block, (leaf, State.READY), (OWNER, State.READY)):
+                update.runtime = OWNER
                 self._outstanding[leaf] -= 1
                 self.held.append(update)
 
@@ -217,13 +217,13 @@ class Assignment:
     @property
     def is_committed(self) -> bool:
         """True when every leaf has sent its sum to the agent: the mean can be made in shards."""
-        return self._flushed is not None and self.top == AGENT and not self.working
+        return self._flushed is not None and self.top == OWNER and not self.working
 
     def sums(self) -> list[Block]:
         """The partial sums that leaves have sent to the agent."""
         word = recovery.word
         blocks = [block for pair in self._sums.values() for block in pair]
-        return [block for block in blocks if word(self._host.arena, block) == (AGENT, State.COMMITTED)]
+        return [block for block in blocks if word(self._host.arena, block) == (OWNER, State.COMMITTED)]
 
     def sent(self) -> list[tuple[int, int, int]]:
         """The leaves that had a sum to hand over, and when they did, in nanoseconds of the monotonic clock."""
@@ -240,7 +240,7 @@ class Assignment:
     def take_all(self) -> list[Block]:
         """Every block that may still be the round's, for good."""
         held = [*self._reserved(), self.mean, *(update.block for update in self.updates.values())]
-        self._host.arena.move(self.mean, (self.top, State.WRITING), (AGENT, State.FREE))
+        self._host.arena.move(self.mean, (self.top, State.WRITING), (OWNER, State.FREE))
         self.updates = {}
         self.held.clear()
         return held
@@ -256,7 +256,7 @@ class Assignment:
 
     def has_made_mean(self, me: int) -> bool:
         """True if the dead worker was the top and had committed the mean."""
-        return me == self.top and recovery.word(self._host.arena, self.mean) == (AGENT, State.READY)
+        return me == self.top and recovery.word(self._host.arena, self.mean) == (OWNER, State.READY)
 
     def free(self, me: int) -> None:
         """Frees everything that the dead worker still owned."""
@@ -281,13 +281,13 @@ class Assignment:
     def retell(self, me: int, remains: Remains) -> list[Descriptor]:
         """What the dead worker's successor has to be told, in order; tells the top what it may not know."""
         again = [u for u in remains.again if (u.block.index, u.block.generation) in self.updates]
-        if self._flushed is not None and me != self.top and not again and (remains.sum is None or self.top == AGENT):
+        if self._flushed is not None and me != self.top and not again and (remains.sum is None or self.top == OWNER):
             # Its part was done, or it had none.
             if remains.sum is not None:
-                self._host.arena.move(remains.sum, (me, State.COMMITTED), (AGENT, State.COMMITTED))
+                self._host.arena.move(remains.sum, (me, State.COMMITTED), (OWNER, State.COMMITTED))
             recovery.free(self._host.arena, me, self._sums[me])
             self.working.discard(me)
-            if self.top != AGENT:
+            if self.top != OWNER:
                 self._host.outbox.push(self.top, self._sum_of(me))
             return []
         told = [messages.open_round(self._number, self.control)]

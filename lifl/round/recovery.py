@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from lifl.round.record import Update
-from lifl.shm.arena import AGENT, Arena, Block, State, lib
+from lifl.shm.arena import OWNER, Arena, Block, State, lib
 
 
 @attrs.define
@@ -66,7 +66,7 @@ def sweep(arena: Arena, me: int, sums: Sequence[Block], updates: Iterable[Update
         if owner != me:
             remains.counted.append(update)  # freed by the leaf after its commit
         elif (block.index, block.generation) in batch:
-            arena.move(block, (me, State.READING), (AGENT, State.FREE))
+            arena.move(block, (me, State.READING), (OWNER, State.FREE))
             remains.counted.append(update)
         else:
             if arena.move(block, (me, State.READING), (me, State.READY)):
@@ -76,9 +76,9 @@ def sweep(arena: Arena, me: int, sums: Sequence[Block], updates: Iterable[Update
 
 
 def word(arena: Arena, block: Block) -> tuple[int, State]:
-    """A block's owner and state; (AGENT, FREE) if it is of another generation by now."""
+    """A block's owner and state; (OWNER, FREE) if it is of another generation by now."""
     generation, owner, state, _, _ = arena.describe(block.index)
-    return (owner, state) if generation == block.generation else (AGENT, State.FREE)
+    return (owner, state) if generation == block.generation else (OWNER, State.FREE)
 
 
 def free(arena: Arena, me: int, blocks: Iterable[Block]) -> None:
@@ -86,7 +86,7 @@ def free(arena: Arena, me: int, blocks: Iterable[Block]) -> None:
     for block in blocks:
         owner, state = word(arena, block)
         if owner == me:
-            arena.move(block, (me, state), (AGENT, State.FREE))
+            arena.move(block, (me, state), (OWNER, State.FREE))
 
 
 def _epoch_and_batch(arena: Arena, block: Block) -> tuple[int, set[tuple[int, int]]]:
