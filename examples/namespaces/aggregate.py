@@ -22,7 +22,7 @@ from lifl.ebpf import probe
 from lifl.ebpf.links import ends_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.sidecar import Sidecar
-from lifl.shm.arena import AGENT, Arena, Block, State
+from lifl.shm.arena import OWNER, Arena, Block, State
 from lifl.shm.messages import Descriptor, Kind
 from lifl.shm.ring import Outbox, Receiver
 
@@ -81,8 +81,8 @@ def top(arena: Arena, inbox: Receiver, outbox: Outbox) -> None:
     d = receive(inbox)
     mean = numbers(arena, d)
     mean /= d.arg
-    arena.move(block_of(d), (TOP, State.COMMITTED), (AGENT, State.READY))
-    outbox.push(AGENT, d._replace(kind=Kind.RESULT))
+    arena.move(block_of(d), (TOP, State.COMMITTED), (OWNER, State.READY))
+    outbox.push(OWNER, d._replace(kind=Kind.RESULT))
 
 
 # ---------------------------------------------------------------- the launcher
@@ -115,7 +115,7 @@ def main() -> None:
     for value in (1.0, 4.0):
         block = arena.alloc(8 * NUMBERS)
         np.frombuffer(arena.buffer(block))[:] = value
-        arena.move(block, (AGENT, State.WRITING), (LEAF, State.READY))
+        arena.move(block, (OWNER, State.WRITING), (LEAF, State.READY))
         outbox.push(LEAF, Descriptor(Kind.UPDATE, ROUND, block.index, block.generation))
         print(f"an update of 8 MB, all {value}, to aggregator {LEAF}")
     outbox.push(LEAF, Descriptor(Kind.FLUSH, ROUND))

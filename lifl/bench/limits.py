@@ -24,7 +24,7 @@ from lifl.errors import PeerGoneError
 from lifl.node import calibration
 from lifl.node.node import Node, cores
 from lifl.shm import kernels, messages
-from lifl.shm.arena import AGENT, Arena
+from lifl.shm.arena import OWNER, Arena
 from lifl.shm.messages import Kind
 from lifl.shm.ring import Bell, Inbox, Outbox
 from lifl.tensor import Array, TensorSpec
@@ -160,7 +160,7 @@ def _node_cold_s() -> float:
 def start_workers() -> dict[str, float]:
     """Seconds until a worker answers: the first worker (with the start of the spawner), a second one, a running one."""
     arena, bell = Arena.create(1, 3), Bell()
-    inbox, outbox = Inbox(arena, AGENT), Outbox.of_rings(arena, AGENT)
+    inbox, outbox = Inbox(arena, OWNER), Outbox.of_rings(arena, OWNER)
 
     def ask(worker: int) -> None:
         # A worker answers ABORT with ABORTED for every round, also for an unknown one.

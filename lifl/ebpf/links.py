@@ -16,7 +16,7 @@ from typing import Any
 from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.errors import PeerGoneError
 from lifl.shm import messages
-from lifl.shm.arena import AGENT, Arena, check, ffi, lib
+from lifl.shm.arena import OWNER, Arena, check, ffi, lib
 from lifl.shm.messages import Descriptor, Kind
 from lifl.shm.ring import WAIT_CAP_S, Outbox, Producer, Spent
 
@@ -39,7 +39,7 @@ class Sender(Producer):
         self._spent = spent
 
     def _send(self, desc: Any) -> bool:
-        dst = top_of(desc.round) if desc.kind == Kind.SUM and self._target != AGENT else self._target
+        dst = top_of(desc.round) if desc.kind == Kind.SUM and self._target != OWNER else self._target
         busy_us = min(self._spent.ns // 1000, MAX_BUSY_US)
         fd = self._socket.fileno()
         status = lib.lifl_link_send(self._arena.handle, fd, self._source, self._target, dst, busy_us, desc)
@@ -85,7 +85,7 @@ class Receiver:
             dst = r.dst
             # The kernel decides which worker holds a role, and the route may have changed meanwhile. A record of a role
             # that no worker holds comes to the owner.
-            if dst == self._participant or (dst & TOP and self._participant != AGENT):
+            if dst == self._participant or (dst & TOP and self._participant != OWNER):
                 return r.src, messages.read(r)
             self._on_stray(Record.unpack(ffi.buffer(r))[0])
         return None

@@ -16,7 +16,7 @@ from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import LAUNCHER, Metrics, Record
 from lifl.errors import EbpfUnavailableError, PeerGoneError
 from lifl.shm import messages
-from lifl.shm.arena import AGENT, Arena, check, lib
+from lifl.shm.arena import OWNER, Arena, check, lib
 from lifl.shm.ring import Outbox
 
 
@@ -43,7 +43,7 @@ class Sidecar:
         self._outbox: Outbox | None = None
         self._routes: set[int] = set()
         try:
-            self._sockets[AGENT] = self.enter(AGENT, *pair())
+            self._sockets[OWNER] = self.enter(OWNER, *pair())
         except OSError as error:
             self.close()
             raise EbpfUnavailableError(*probe.explained(error)) from error
@@ -61,7 +61,7 @@ class Sidecar:
             old.close()
         if (unused := self._sockets.pop(participant, None)) is not None:  # the socket of a worker that did not start
             unused.close()
-        key = LAUNCHER if participant == AGENT else participant
+        key = LAUNCHER if participant == OWNER else participant
         with contextlib.suppress(FileNotFoundError):
             self._program.socks.delete(key)  # the kernel refuses a socket that is in the map already
         self._program.socks.update(key, own.fileno())
@@ -98,7 +98,7 @@ class Sidecar:
         change is a single update of a map: a record takes the old way or the new one.
         """
         if participant is not None:
-            self._program.routes.update(aggregator, LAUNCHER if participant == AGENT else participant)
+            self._program.routes.update(aggregator, LAUNCHER if participant == OWNER else participant)
             self._routes.add(aggregator)
         elif aggregator in self._routes:
             self._routes.discard(aggregator)
@@ -110,15 +110,15 @@ class Sidecar:
 
     # ------------------------------------------------------------ participants of this process
 
-    def inbox(self, participant: int = AGENT) -> Receiver:
+    def inbox(self, participant: int = OWNER) -> Receiver:
         """The inbox of a participant of this process."""
         own = self._own(participant)
-        return Receiver(self._arena, own, participant, self._stray if participant == AGENT else sent_on(own))
+        return Receiver(self._arena, own, participant, self._stray if participant == OWNER else sent_on(own))
 
-    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+    def outbox(self, participant: int = OWNER, on_backlog: Callable[[], None] | None = None) -> Outbox:
         """The outbox of a participant of this process."""
         outbox = outbox_of(self._arena, self._own(participant), participant, on_backlog)
-        if participant == AGENT:
+        if participant == OWNER:
             self._outbox = outbox
         return outbox
 
@@ -133,7 +133,7 @@ class Sidecar:
         The owner's own messages are sent anew when a successor is there. The record of a worker is sent once more to
         the aggregator that it names: its successor has a socket by now, or the record comes back here.
         """
-        if record.src != AGENT and self._outbox is not None:
+        if record.src != OWNER and self._outbox is not None:
             self._outbox.push(record.line, messages.read(record))
 
     # ------------------------------------------------------------ what passed
@@ -145,7 +145,7 @@ class Sidecar:
         found: dict[int, bytes] = {}
         for key in self._program.metrics:
             # The owner has two keys: records to it count at the launcher's key, its own reports at its number.
-            participant = AGENT if key == LAUNCHER else key
+            participant = OWNER if key == LAUNCHER else key
             found[participant] = found.get(participant, b"") + (self._program.metrics.lookup(key) or b"")
         return {participant: Metrics.merged(counted) for participant, counted in found.items()}
 

@@ -28,7 +28,7 @@ from lifl.errors import LiflError, PeerGoneError
 from lifl.node.microbench import measure_memory
 from lifl.planner.costs import Costs
 from lifl.shm import messages
-from lifl.shm.arena import AGENT, Arena, require
+from lifl.shm.arena import OWNER, Arena, require
 from lifl.shm.messages import Kind
 from lifl.shm.ring import Bell, Inbox, Outbox
 from lifl.workers.spawner import Spawner
@@ -98,7 +98,7 @@ class _Workers:
             arena, bell = Arena.create(1, 1 + 1 + STARTS), Bell()
             stack.callback(arena.close)
             stack.callback(bell.close)
-            self._inbox, self._outbox = Inbox(arena, AGENT), Outbox.of_rings(arena, AGENT)
+            self._inbox, self._outbox = Inbox(arena, OWNER), Outbox.of_rings(arena, OWNER)
             self._spawner = Spawner(arena.fd, bell.fd, 0.0)
             stack.callback(self._spawner.close)
             self._end = stack.pop_all()

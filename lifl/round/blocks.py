@@ -20,7 +20,7 @@ from lifl.round.recovery import Remains
 from lifl.round.settings import Terms
 from lifl.shm import control_block as order
 from lifl.shm import messages
-from lifl.shm.arena import AGENT, Block, State
+from lifl.shm.arena import OWNER, Block, State
 from lifl.shm.messages import Descriptor, Flush
 from lifl.shm.sizes import sum_bytes_of, units_of
 from lifl.tensor import Layout
@@ -59,7 +59,7 @@ class Assignment:
         self._outstanding: dict[int, int] = {}  # leaf -> updates that it was given and has not reported as folded
         self._given: dict[int, int] = {}  # leaf -> updates that it was given
         self._flushed: Descriptor | None = None
-        self.top = AGENT
+        self.top = OWNER
 
     @staticmethod
     def control_bytes(host: Host, layout: Layout, expected: int) -> int:
@@ -114,7 +114,7 @@ class Assignment:
         self.working.add(leaf)
         self._host.outbox.push(leaf, messages.open_round(self._number, self.control))
         for block in pair:
-            self._host.arena.move(block, (AGENT, State.WRITING), (leaf, State.ACCUM))
+            self._host.arena.move(block, (OWNER, State.WRITING), (leaf, State.ACCUM))
             self._host.outbox.push(leaf, messages.grant(self._number, block))
         return True
 
@@ -130,7 +130,7 @@ class Assignment:
     def add(self, update: Update) -> None:
         """Takes an accepted update into the books; it is held until it is given to a leaf or becomes the mean."""
         self.updates[update.block.index, update.block.generation] = update
-        if not self._host.arena.move(update.block, (AGENT, State.WRITING), (AGENT, State.READY)):
+        if not self._host.arena.move(update.block, (OWNER, State.WRITING), (OWNER, State.READY)):
             raise ArenaCorruptError(errno.EBADMSG, f"block {update.block.index} changed hands while it was written")
         self.held.append(update)
 
@@ -149,7 +149,7 @@ class Assignment:
             self._given[leaf] += 1
             update.worker = leaf
             self._outstanding[leaf] += 1
-            self._host.arena.move(update.block, (AGENT, State.READY), (leaf, State.READY))
+            self._host.arena.move(update.block, (OWNER, State.READY), (leaf, State.READY))
             self._host.outbox.push(leaf, self._told(update))
 
     def press(self) -> None:
@@ -170,7 +170,7 @@ class Assignment:
             self.give()
             self.top = self._choose_top()
             self._host.transport.route_top(self._number, self.top)
-            self._host.arena.move(self.mean, (AGENT, State.WRITING), (self.top, State.WRITING))
+            self._host.arena.move(self.mean, (OWNER, State.WRITING), (self.top, State.WRITING))
             mean = self.mean
         self._flushed = messages.flush(self._number, mean, Flush(self.top, len(self._sums)))
         for leaf in self._sums:
@@ -219,7 +219,7 @@ class Assignment:
         """The partial sums that leaves have sent to the owner."""
         word = recovery.word
         blocks = [block for pair in self._sums.values() for block in pair]
-        return [block for block in blocks if word(self._host.arena, block) == (AGENT, State.COMMITTED)]
+        return [block for block in blocks if word(self._host.arena, block) == (OWNER, State.COMMITTED)]
 
     def sent(self) -> list[tuple[int, int, int]]:
         """Leaf, begin and end of each hand-over of a sum, in nanoseconds of the monotonic clock."""
@@ -236,7 +236,7 @@ class Assignment:
     def take_all(self) -> list[Block]:
         """Gives up every block that may still be the round's, and returns them to be reclaimed."""
         held = [*self._reserved(), self.mean, *(update.block for update in self.updates.values())]
-        self._host.arena.move(self.mean, (self.top, State.WRITING), (AGENT, State.FREE))
+        self._host.arena.move(self.mean, (self.top, State.WRITING), (OWNER, State.FREE))
         self.updates = {}
         self.held.clear()
         return held

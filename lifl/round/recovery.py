@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from lifl.round.record import Update
-from lifl.shm.arena import AGENT, Arena, Block, State, lib
+from lifl.shm.arena import OWNER, Arena, Block, State, lib
 
 
 @attrs.define
@@ -76,9 +76,9 @@ def sweep(arena: Arena, worker: int, sums: Sequence[Block], updates: Iterable[Up
 
 
 def word(arena: Arena, block: Block) -> tuple[int, State]:
-    """A block's owner and state; (AGENT, FREE) if it is of another generation by now."""
+    """A block's owner and state; (OWNER, FREE) if it is of another generation by now."""
     generation, owner, state, _, _ = arena.describe(block.index)
-    return (owner, state) if generation == block.generation else (AGENT, State.FREE)
+    return (owner, state) if generation == block.generation else (OWNER, State.FREE)
 
 
 def free(arena: Arena, worker: int, blocks: Iterable[Block]) -> None:

@@ -33,7 +33,7 @@ except ImportError as _error:  # not Linux, or not built: importing lifl works, 
 else:
     ffi, lib = _shm_ffi.ffi, _shm_ffi.lib
 
-AGENT = 0
+OWNER = 0
 """The number of the participant that owns the arena and the Node: it alone allocates blocks."""
 
 
@@ -204,7 +204,7 @@ class Arena:
         self._handle = None
 
     def alloc(
-        self, nbytes: int, owner: int = AGENT, state: State = State.WRITING, *, apart: bool = False
+        self, nbytes: int, owner: int = OWNER, state: State = State.WRITING, *, apart: bool = False
     ) -> Block | None:
         """A new block of `nbytes` (at least one unit), or ``None`` if not enough units are free.
 

@@ -29,7 +29,7 @@ from lifl import fold
 from lifl.errors import PeerGoneError
 from lifl.shm import control_block as order
 from lifl.shm import messages
-from lifl.shm.arena import AGENT, Arena, Block, Mapping, State, lib
+from lifl.shm.arena import OWNER, Arena, Block, Mapping, State, lib
 from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.shm.messages import Descriptor, Kind
 from lifl.shm.ring import IDLE_WAIT_S, WAIT_CAP_S, Inbox, Outbox, Receiver, ring_for
@@ -128,7 +128,7 @@ class Aggregator:
         """Ends this worker's part in a round that met an error; the owner ends the round. The worker goes on."""
         log.exception("worker %d: round %d failed", self._worker, number)
         self._drop(number)
-        self._outbox.push(AGENT, messages.failed(number))
+        self._outbox.push(OWNER, messages.failed(number))
 
     def _drop(self, number: int) -> None:
         """Ends this worker's part in a round."""
@@ -151,7 +151,7 @@ class Aggregator:
         if d.kind == Kind.STOP:
             self.is_stopped = True
         elif d.kind == Kind.PING:
-            self._outbox.push(AGENT, messages.HELLO)
+            self._outbox.push(OWNER, messages.HELLO)
         elif d.kind == Kind.OPEN:
             control = self._arena.map(d.block, d.generation)
             layout, flags = Layout.decode(ctypes.string_at(control.address, control.nbytes))
@@ -160,7 +160,7 @@ class Aggregator:
         elif d.kind == Kind.ABORT:
             self._drop(d.round)
             self._end(d.round)
-            self._outbox.push(AGENT, messages.aborted(d.round))
+            self._outbox.push(OWNER, messages.aborted(d.round))
         elif d.kind == Kind.SHARD:
             self._shards.append(_Shard(d.round, d))
         elif (task := self._tasks.get(d.round)) is None:
@@ -194,7 +194,7 @@ class Aggregator:
     def _give_back(self, block: Block | None) -> None:
         """Frees a block that this worker holds, in whatever state it is. None: does nothing."""
         for state in (State.READY, State.ACCUM, State.COMMITTED, State.READING):
-            if block is not None and self._arena.move(block, (self._worker, state), (AGENT, State.FREE)):
+            if block is not None and self._arena.move(block, (self._worker, state), (OWNER, State.FREE)):
                 return
 
     def _grant(self, task: _Task, d: Descriptor) -> None:
@@ -288,8 +288,8 @@ class Aggregator:
         for block, mapping, note in zip(batch, inputs, notes, strict=True):
             note.begin_ns, note.end_ns = begin, end
             mapping.close()
-            self._arena.move(block, (self._worker, State.READING), (AGENT, State.FREE))
-            self._outbox.push(AGENT, messages.folded(task.round, block))
+            self._arena.move(block, (self._worker, State.READING), (OWNER, State.FREE))
+            self._outbox.push(OWNER, messages.folded(task.round, block))
         if source is not None:
             self._arena.move(source.block, (self._worker, State.COMMITTED), (self._worker, State.ACCUM))
             task.spare.append(source)
@@ -337,10 +337,10 @@ class Aggregator:
             mapping.close()
         # The commit: from here on the round needs nothing but the mean.
         block = messages.block_of(flush)
-        self._arena.move(block, (self._worker, State.WRITING), (AGENT, State.READY))
+        self._arena.move(block, (self._worker, State.WRITING), (OWNER, State.READY))
         self._forget(task)
         self._end(task.round)
-        self._outbox.push(AGENT, messages.result(task.round, block))
+        self._outbox.push(OWNER, messages.result(task.round, block))
 
     def _make(self, work: _Shard) -> bool:
         """Makes one shard of a mean. The owner keeps every source and the mean until all shards are made."""
@@ -366,7 +366,7 @@ class Aggregator:
         ctypes.memmove(control.address + order.times_offset(layout, part[0]), times, len(times))
         for mapping in (*sums, *updates, mean, control):
             mapping.close()
-        self._outbox.push(AGENT, messages.sharded(d, finite))
+        self._outbox.push(OWNER, messages.sharded(d, finite))
         return True
 
 
@@ -378,7 +378,7 @@ def main(arena_fd: int, bell_fd: int, worker: int, spin_s: float, parent: int, s
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     arena = Arena.attach(arena_fd)
-    ring_for(arena, AGENT, bell_fd)
+    ring_for(arena, OWNER, bell_fd)
     inbox: Receiver
     if socket_fd is None:
         inbox, outbox = Inbox(arena, worker), Outbox.of_rings(arena, worker)
@@ -386,7 +386,7 @@ def main(arena_fd: int, bell_fd: int, worker: int, spin_s: float, parent: int, s
         from lifl.ebpf.links import ends_of  # late: rings do not need it
 
         inbox, outbox = ends_of(arena, socket_fd, worker)
-    outbox.push(AGENT, messages.HELLO)
+    outbox.push(OWNER, messages.HELLO)
     with contextlib.suppress(PeerGoneError):  # the socket may show the owner's death before the kernel's signal comes
         Aggregator(arena, worker, inbox, outbox).run(spin_s)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lifl.shm.arena import AGENT
+from lifl.shm.arena import OWNER
 
 if TYPE_CHECKING:
     from lifl.ebpf.record import Metrics
@@ -99,7 +99,7 @@ class Traffic:
         return Interval(updates, now_s - begin[0], busy_ns / 1e9) if updates else None
 
     def _workers(self) -> dict[int, Metrics]:
-        return {worker: counted for worker, counted in self._read().items() if worker != AGENT}
+        return {worker: counted for worker, counted in self._read().items() if worker != OWNER}
 
 
 def _sums(counted: dict[int, Metrics]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from lifl.errors import EbpfUnavailableError
-from lifl.shm.arena import AGENT, Arena
+from lifl.shm.arena import OWNER, Arena
 from lifl.shm.ring import Inbox, Outbox, Receiver
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ class Transport(Protocol):
     def loader(self) -> str | None:
         """The loader of the kernel's program, "prebuilt" or "bcc"; None if there is no program."""
 
-    def inbox(self, participant: int = AGENT) -> Receiver:
+    def inbox(self, participant: int = OWNER) -> Receiver:
         """The inbox of a participant of this process."""
 
-    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+    def outbox(self, participant: int = OWNER, on_backlog: Callable[[], None] | None = None) -> Outbox:
         """The outbox of a participant of this process."""
 
     def admit(self, worker: int) -> int | None:
@@ -64,11 +64,11 @@ class Rings:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
 
-    def inbox(self, participant: int = AGENT) -> Inbox:
+    def inbox(self, participant: int = OWNER) -> Inbox:
         """The inbox over all rings that end at a participant."""
         return Inbox(self._arena, participant)
 
-    def outbox(self, participant: int = AGENT, on_backlog: Callable[[], None] | None = None) -> Outbox:
+    def outbox(self, participant: int = OWNER, on_backlog: Callable[[], None] | None = None) -> Outbox:
         """The outbox over all rings that begin at a participant."""
         return Outbox.of_rings(self._arena, participant, on_backlog)
 

@@ -20,7 +20,7 @@ import numpy as np
 from lifl.ebpf.links import top_of
 from lifl.ebpf.record import RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
-from lifl.shm.arena import AGENT, Arena
+from lifl.shm.arena import OWNER, Arena
 
 WORKERS = 64
 IDS = 64
@@ -136,7 +136,7 @@ def main(folder: Path) -> None:
     metrics = {me: counted._asdict() for me, counted in sidecar.metrics().items()}
     strays = inbox.try_pop() is not None
     sidecar.close()
-    print(json.dumps({"statuses": statuses, "seconds": seconds, "metrics": metrics, "strays": strays, "agent": AGENT}))
+    print(json.dumps({"statuses": statuses, "seconds": seconds, "metrics": metrics, "strays": strays, "agent": OWNER}))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_an_idle_node_spends_nothing_on_the_sidecar(is_open: bool) -> None:
         assert {me: counted.records for me, counted in node.transport.metrics().items()} == records
 
         node.outbox.push(1, Descriptor(Kind.PING, 0))
-        wait_until(lambda: node.transport.metrics()[AGENT].records == records[AGENT] + 1)
+        wait_until(lambda: node.transport.metrics()[OWNER].records == records[OWNER] + 1)
         assert runs_of(program) == before[0] + 2
         if is_open:
             round_.close()

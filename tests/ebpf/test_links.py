@@ -20,7 +20,7 @@ from lifl.ebpf.links import Receiver, ends_of, sent_on, top_of
 from lifl.ebpf.record import RECORD_BYTES, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import LeaseError, PeerGoneError, ShmError
-from lifl.shm.arena import AGENT, Arena, ffi
+from lifl.shm.arena import OWNER, Arena, ffi
 from lifl.shm.messages import NO_BLOCK, Descriptor, Kind
 from lifl.shm.ring import WAIT_CAP_S, Outbox, counts_of
 
@@ -63,7 +63,7 @@ def stream(arena: Arena) -> Iterator[Stream]:
 def test_descriptor_arrives_whole(sidecar: Sidecar) -> None:
     """All five fields come out as they went in, also at the ends of their ranges, with who sent it."""
     inbox = sidecar.inbox(2)
-    for me in (AGENT, 1, 2):
+    for me in (OWNER, 1, 2):
         outbox = sidecar.outbox(me)
         for d in (Descriptor(Kind.FLUSH, 2**32 - 1, 7, 2**32 - 1, 2**16 - 1), Descriptor(Kind.PING, 0, NO_BLOCK)):
             outbox.push(2, d)
@@ -92,7 +92,7 @@ def test_a_sum_goes_to_whoever_has_the_role(sidecar: Sidecar) -> None:
     sidecar.route_top(7, 3)
     leaf.push(2, Descriptor(Kind.SUM, 7))
     leaf.push(2, Descriptor(Kind.PING, 7))
-    leaf.push(AGENT, Descriptor(Kind.SUM, 7))
+    leaf.push(OWNER, Descriptor(Kind.SUM, 7))
     assert numbers(three) == [(1, 7)]
     assert two.try_pop() == (1, Descriptor(Kind.PING, 7))
     assert agent.try_pop() == (1, Descriptor(Kind.SUM, 7))
@@ -154,7 +154,7 @@ def test_records_come_in_any_pieces(count: int, pieces: list[int]) -> None:
 def test_a_stray_is_handed_on_and_not_taken(stream: Stream) -> None:
     """A participant hands on a record for another participant, and takes a record for a role: the kernel chose it."""
     near, inbox, strays = stream
-    sent = [record(3, 0), record(2, 1), record(AGENT, 2), record(2, 3)._replace(dst=top_of(9), line=3)]
+    sent = [record(3, 0), record(2, 1), record(OWNER, 2), record(2, 3)._replace(dst=top_of(9), line=3)]
     near.sendall(b"".join(one.pack() for one in sent))
     assert numbers(inbox) == [(1, 1), (1, 3)]
     assert strays == [sent[0], sent[2]]
@@ -230,12 +230,12 @@ def test_outbox_keeps_what_has_no_credit_in_order(sidecar: Sidecar) -> None:
     for i in range(1000):
         outbox.push(1, numbered(i))
     outbox.push(2, numbered(5))
-    assert numbers(second) == [(AGENT, 5)]
+    assert numbers(second) == [(OWNER, 5)]
     assert not outbox.flush()
     got = numbers(first)
     while not outbox.flush():
         got += numbers(first)
-    assert got + numbers(first) == [(AGENT, i) for i in range(1000)]
+    assert got + numbers(first) == [(OWNER, i) for i in range(1000)]
 
 
 def test_what_cannot_be_taken_in_now_costs_no_credit(arena: Arena) -> None:
@@ -291,14 +291,14 @@ def test_wait_ends_when_something_comes_and_at_its_time(sidecar: Sidecar) -> Non
     timer = threading.Timer(5 * WAIT_CAP_S, outbox.push, (1, numbered(1)))
     timer.start()
     assert inbox.wait(0.0, WAIT_CAP_S)
-    assert numbers(inbox) == [(AGENT, 1)]
+    assert numbers(inbox) == [(OWNER, 1)]
     timer.join()
     for spin_s in (0.0, 0.01):
         assert not inbox.wait(spin_s, 0.02)
         outbox.push(1, numbered(1))
         assert inbox.wait(spin_s, HANG_S)
         assert inbox.wait(spin_s, HANG_S)
-        assert numbers(inbox) == [(AGENT, 1)]
+        assert numbers(inbox) == [(OWNER, 1)]
 
 
 @pytest.mark.parametrize("spin_s", [0.0, 100e-6], ids=["sleeping", "spinning"])
@@ -311,8 +311,8 @@ def test_wait_is_woken_by_another_process(sidecar: Sidecar, arena: Arena, spin_s
         try:
             inbox, outbox = ends_of(Arena.attach(fd), given_, 1)
             for i in range(count):
-                assert take(inbox, spin_s) == (AGENT, numbered(i))
-                outbox.push(AGENT, numbered(i))
+                assert take(inbox, spin_s) == (OWNER, numbered(i))
+                outbox.push(OWNER, numbered(i))
             status = 0
         finally:
             os._exit(status)
@@ -342,7 +342,7 @@ def test_a_signals_handler_runs_while_it_waits(sidecar: Sidecar, timeout_s: floa
         signal.setitimer(signal.ITIMER_REAL, 0.02)
         while not inbox.wait(0.0, timeout_s):
             pass
-        assert inbox.try_pop() == (AGENT, numbered(3))
+        assert inbox.try_pop() == (OWNER, numbered(3))
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -381,9 +381,9 @@ def test_arm_says_that_something_is_here_already(sidecar: Sidecar) -> None:
     assert inbox.arm()
     for i in range(3):
         outbox.push(1, numbered(i))
-    assert inbox.try_pop() == (AGENT, numbered(0))
+    assert inbox.try_pop() == (OWNER, numbered(0))
     assert not inbox.arm()
-    assert numbers(inbox) == [(AGENT, 1), (AGENT, 2)]
+    assert numbers(inbox) == [(OWNER, 1), (OWNER, 2)]
     assert inbox.arm()
 
 
@@ -393,10 +393,10 @@ def test_arm_says_that_something_is_here_already(sidecar: Sidecar) -> None:
 def test_a_fork_takes_nothing_and_sends_nothing(sidecar: Sidecar, in_fork: Callable[[Callable[[], None]], int]) -> None:
     """A fork of the process shares its sockets: it is told that they are not its own before it touches them."""
     inbox, outbox = sidecar.inbox(), sidecar.outbox(1)
-    outbox.push(AGENT, numbered(1))
+    outbox.push(OWNER, numbered(1))
 
     def misuse() -> None:
-        for use in (inbox.try_pop, lambda: inbox.wait(0.0, 0.1), lambda: outbox.push(AGENT, numbered(2))):
+        for use in (inbox.try_pop, lambda: inbox.wait(0.0, 0.1), lambda: outbox.push(OWNER, numbered(2))):
             try:
                 use()
             except LeaseError:
@@ -413,7 +413,7 @@ def test_execution_time_is_told_with_the_next_record(sidecar: Sidecar) -> None:
     sidecar.inbox()
     for ns in (1_500, 0, 700, 10**15):
         outbox.spent.ns += ns
-        outbox.push(AGENT, numbered(0))
+        outbox.push(OWNER, numbered(0))
     most = (2**32 - 1) * 1000
     assert sidecar.metrics()[1].busy_ns == 1_000 + 0 + 1_000 + most
     assert outbox.spent.ns == 1_500 + 700 + 10**15 - 2_000 - most

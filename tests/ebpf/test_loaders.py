@@ -21,7 +21,7 @@ from lifl.ebpf import record as record_module
 from lifl.ebpf.record import METRICS_BYTES, RECORD_BYTES, Metrics, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError
-from lifl.shm.arena import AGENT, Arena
+from lifl.shm.arena import OWNER, Arena
 from lifl.shm.messages import Descriptor, Kind
 
 HEADER = build.HERE / "record.h"
@@ -147,19 +147,19 @@ def test_both_loaders_route_and_count_alike(arena: Arena, loader: str) -> None:
         for target in range(3):
             outbox.push(target, Descriptor(Kind.UPDATE, me))
         outbox.push(1, Descriptor(Kind.SUM, 1, arg=me))
-        outbox.push(AGENT, Descriptor(Kind.FOLDED, 1))
+        outbox.push(OWNER, Descriptor(Kind.FOLDED, 1))
         outbox.push(1, Descriptor(Kind.SUM, 9))  # a top that there is not
     got = {me: [(source, d.kind) for source, d in iter(inbox.try_pop, None)] for me, inbox in inboxes.items()}
     update, folded, total = Kind.UPDATE, Kind.FOLDED, Kind.SUM
     assert got == {
-        AGENT: [pair for me in range(3) for pair in ((me, update), (me, folded))],
+        OWNER: [pair for me in range(3) for pair in ((me, update), (me, folded))],
         1: [(me, update) for me in range(3)],
         2: [pair for me in range(3) for pair in ((me, update), (me, total))],
     }
     metrics = {me: counted._replace(first_ns=0, last_ns=0) for me, counted in sidecar.metrics().items()}
     # The agent sends what workers sent to nobody on to nobody, once: 3 and 2 more.
     assert metrics == {
-        AGENT: Metrics(6, 6 * 32, 3, 0, 0, 1, 0, 5),
+        OWNER: Metrics(6, 6 * 32, 3, 0, 0, 1, 0, 5),
         1: Metrics(3, 3 * 32, 3, 0, 0, 1, 1_000, 0),
         2: Metrics(6, 6 * 32, 3, 0, 0, 1, 2_000, 0),
     }

@@ -26,7 +26,7 @@ from lifl.ebpf.links import ends_of
 from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
-from lifl.shm.arena import AGENT, Arena, Block, State
+from lifl.shm.arena import OWNER, Arena, Block, State
 from lifl.shm.messages import Descriptor, Kind
 from lifl.shm.ring import Outbox
 from lifl.shm.sizes import sum_bytes_of
@@ -116,7 +116,7 @@ def imprisoned(sidecar: Sidecar, arena: Arena, me: int, life: Life) -> Iterator[
 def aggregate(me: int, own: socket.socket, arena: Arena) -> None:
     """The life of lifl's worker."""
     inbox, outbox = ends_of(arena, own.detach(), me)
-    outbox.push(AGENT, Descriptor(Kind.HELLO, 0))
+    outbox.push(OWNER, Descriptor(Kind.HELLO, 0))
     Aggregator(arena, me, inbox, outbox).run(0.0)
 
 
@@ -132,7 +132,7 @@ def read_an_update(me: int, own: socket.socket, arena: Arena) -> None:
             d = item[1]
             mapping = arena.map(d.block, d.generation)
             array = np.frombuffer((ctypes.c_char * mapping.nbytes).from_address(mapping.address))
-            outbox.push(AGENT, Descriptor(Kind.RESULT, int(array.sum()), d.block, d.generation, item[0]))
+            outbox.push(OWNER, Descriptor(Kind.RESULT, int(array.sum()), d.block, d.generation, item[0]))
 
 
 def answer(sidecar: Sidecar, kind: Kind) -> Descriptor:
@@ -150,7 +150,7 @@ def fill(arena: Arena, value: float, owner: int) -> Block:
     assert block is not None
     np.frombuffer(arena.buffer(block))[:] = value
     arena.note(block.index).weight = 1.0
-    assert arena.move(block, (AGENT, State.WRITING), (owner, State.READY))
+    assert arena.move(block, (OWNER, State.WRITING), (owner, State.READY))
     return block
 
 
@@ -203,7 +203,7 @@ def test_descriptors_pass_between_them_and_the_update_stays(launcher: Sidecar, l
                 LEAF,
             )
     metrics = launcher.metrics()
-    assert {me: counted.records for me, counted in metrics.items()} == {AGENT: 3, LEAF: 3, TOP: 3}
+    assert {me: counted.records for me, counted in metrics.items()} == {OWNER: 3, LEAF: 3, TOP: 3}
     assert not any(counted.missed for counted in metrics.values())
 
 
@@ -224,7 +224,7 @@ def test_lifls_workers_make_a_round_across_them(launcher: Sidecar, large: Arena)
             block = fill(large, 2.0**k, me)
             outbox.push(me, Descriptor(Kind.UPDATE, ROUND, block.index, block.generation))
         launcher.route_top(ROUND, TOP)
-        assert large.move(mean, (AGENT, State.WRITING), (TOP, State.WRITING))
+        assert large.move(mean, (OWNER, State.WRITING), (TOP, State.WRITING))
         for me in (LEAF, TOP):
             outbox.push(me, Descriptor(Kind.FLUSH, ROUND, mean.index, mean.generation, TOP << 8 | 2))
         result = answer(launcher, Kind.RESULT)
@@ -238,7 +238,7 @@ def enlist(arena: Arena, outbox: Outbox, me: int, control: Block) -> None:
     for _ in range(2):
         block = arena.alloc(sum_bytes_of(SPEC.layout))
         assert block is not None
-        arena.move(block, (AGENT, State.WRITING), (me, State.ACCUM))
+        arena.move(block, (OWNER, State.WRITING), (me, State.ACCUM))
         outbox.push(me, Descriptor(Kind.GRANT, ROUND, block.index, block.generation))
 
 

@@ -20,7 +20,7 @@ from lifl.ebpf.pairs import pair
 from lifl.ebpf.record import LAUNCHER, RECORD_BYTES
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import PeerGoneError
-from lifl.shm.arena import AGENT, Arena, ffi
+from lifl.shm.arena import OWNER, Arena, ffi
 from lifl.shm.messages import Descriptor, Kind
 from lifl.shm.ring import Spent, counts_of
 
@@ -180,12 +180,12 @@ def test_rule_4_without_it_a_socket_takes_any_number(own: Wires) -> None:
 def test_rule_4_no_more_is_on_its_way_than_there_are_credits(sidecar: Sidecar) -> None:
     """256 to a participant that reads nothing, then no more, from each sender; one that is read makes room for one."""
     inbox = sidecar.inbox(2)
-    for me in (AGENT, 1):
+    for me in (OWNER, 1):
         sender = sidecar.outbox(me)._ends[2]
         assert sender.capacity == 256
         assert [sender.try_push(Descriptor(Kind.PING, i)) for i in range(UNDRAINED)].count(True) == 256
-        assert inbox.try_pop() == (AGENT, Descriptor(Kind.PING, 0 if me == AGENT else 1))
-        if me == AGENT:
+        assert inbox.try_pop() == (OWNER, Descriptor(Kind.PING, 0 if me == OWNER else 1))
+        if me == OWNER:
             assert sender.try_push(Descriptor(Kind.PING, 256))
             assert not sender.try_push(Descriptor(Kind.PING, 257))
     while inbox.try_pop() is not None:

@@ -19,7 +19,7 @@ from lifl.ebpf.links import ends_of
 from lifl.ebpf.record import METRICS_BYTES, RECORD_BYTES, Metrics, Record
 from lifl.ebpf.sidecar import Sidecar
 from lifl.errors import EbpfUnavailableError, PeerGoneError
-from lifl.shm.arena import AGENT, Arena
+from lifl.shm.arena import OWNER, Arena
 from lifl.shm.messages import NO_BLOCK, Descriptor, Kind
 from lifl.shm.ring import counts_of
 from lifl.workers.transport import open_transport
@@ -61,7 +61,7 @@ def test_a_successor_takes_the_place_before_it_starts(sidecar: Sidecar, arena: A
     assert counts_of(arena, 1) == (1, 1)
     outbox.push(1, numbered(2))
     inbox, _ = ends_of(arena, sidecar.admit(1), 1)
-    assert inbox.try_pop() == (AGENT, numbered(2))
+    assert inbox.try_pop() == (OWNER, numbered(2))
     assert inbox.try_pop() is None
     inbox._socket.close()
 
@@ -112,7 +112,7 @@ def test_without_descriptors_there_is_no_successor(sidecar: Sidecar) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert descriptors() == before
     outbox.push(1, numbered(1))
-    assert inbox.try_pop() == (AGENT, numbered(1))
+    assert inbox.try_pop() == (OWNER, numbered(1))
     os.close(sidecar.admit(2))
 
 
@@ -131,8 +131,8 @@ def test_a_worker_needs_no_privilege(sidecar: Sidecar, arena: Arena, in_fork: In
         with pytest.raises(PermissionError):
             bpf.Map.create(bpf.SOCKHASH, 4, 4, 1, "refused")
         mine_in, mine_out = ends_of(mine, given, 1)
-        assert mine_in.try_pop() == (AGENT, numbered(1))
-        mine_out.push(AGENT, numbered(2))
+        assert mine_in.try_pop() == (OWNER, numbered(1))
+        mine_out.push(OWNER, numbered(2))
 
     assert in_fork(work) == 0
     os.close(given)
@@ -154,7 +154,7 @@ def test_a_role_leads_where_the_table_says(sidecar: Sidecar) -> None:
     leaf.push(3, Descriptor(Kind.SUM, 4))
     assert all(inbox.try_pop() is None for inbox in inboxes.values())
     assert sidecar.inbox().try_pop() is None
-    assert sidecar.metrics()[AGENT].missed == 1
+    assert sidecar.metrics()[OWNER].missed == 1
 
 
 def test_a_round_that_is_over_takes_no_room_in_the_table(sidecar: Sidecar) -> None:
@@ -179,7 +179,7 @@ def test_a_workers_record_for_one_without_a_socket_is_sent_on(sidecar: Sidecar) 
     worker.push(2, sent)
     sidecar.remove(2)
     assert agent.try_pop() is None
-    assert sidecar.inbox(2).try_pop() == (AGENT, sent)
+    assert sidecar.inbox(2).try_pop() == (OWNER, sent)
 
 
 def test_the_agents_own_record_is_not_sent_on(sidecar: Sidecar) -> None:
@@ -200,7 +200,7 @@ def test_a_stray_for_nobody_ends(sidecar: Sidecar) -> None:
     worker.push(2, Descriptor(Kind.SUM, 4))
     assert agent.try_pop() is None
     assert agent.try_pop() is None
-    assert sidecar.metrics()[AGENT].missed == 2
+    assert sidecar.metrics()[OWNER].missed == 2
 
 
 # ---------------------------------------------------------------- what was counted
@@ -215,9 +215,9 @@ def test_kinds_are_counted_apart(sidecar: Sidecar) -> None:
         agent.push(1, numbered(1))
     for _ in range(2):
         worker.spent.ns += 5_000
-        worker.push(AGENT, Descriptor(Kind.FOLDED, 1))
+        worker.push(OWNER, Descriptor(Kind.FOLDED, 1))
     metrics = sidecar.metrics()
-    leaf, mine = metrics[1], metrics[AGENT]
+    leaf, mine = metrics[1], metrics[OWNER]
     assert (leaf.records, leaf.bytes, leaf.updates, leaf.folded, leaf.busy_ns) == (4, 4 * RECORD_BYTES, 3, 2, 10_000)
     assert (mine.records, mine.bytes, mine.updates, mine.folded, mine.busy_ns) == (2, 2 * RECORD_BYTES, 0, 0, 0)
     assert 0 < leaf.first_ns < leaf.last_ns < mine.first_ns < mine.last_ns
@@ -225,14 +225,14 @@ def test_kinds_are_counted_apart(sidecar: Sidecar) -> None:
 
 def test_what_the_agent_reports_is_its_own_too(sidecar: Sidecar, arena: Arena) -> None:
     """It is counted at another key than what the agent gets, and told together with that."""
-    sidecar.outbox(1).push(AGENT, numbered(1))
+    sidecar.outbox(1).push(OWNER, numbered(1))
     sidecar.inbox(1)
     outbox = sidecar.outbox()
     outbox.spent.ns = 3_000
     outbox.push(1, numbered(1))
-    mine = sidecar.metrics()[AGENT]
+    mine = sidecar.metrics()[OWNER]
     assert (mine.records, mine.busy_ns) == (1, 3_000)
-    assert set(sidecar.metrics()) == {AGENT, 1}
+    assert set(sidecar.metrics()) == {OWNER, 1}
 
 
 def test_counts_of_all_cpus_are_added_up(sidecar: Sidecar) -> None:
@@ -269,7 +269,7 @@ def test_a_full_table_of_metrics_loses_no_record(sidecar: Sidecar) -> None:
         value = ctypes.create_string_buffer(table.value_bytes)
         table._call(bpf._UPDATE, bpf._key(key), value)
     outbox.push(1, numbered(8))
-    assert inbox.try_pop() == (AGENT, numbered(8))
+    assert inbox.try_pop() == (OWNER, numbered(8))
     assert 1 not in sidecar.metrics()
 
 
@@ -299,7 +299,7 @@ def test_a_forks_close_is_its_own(sidecar: Sidecar, in_fork: InFork) -> None:
     assert in_fork(sidecar.close) == 0
     assert in_fork(lambda: None) == 0
     outbox.push(1, numbered(1))
-    assert inbox.try_pop() == (AGENT, numbered(1))
+    assert inbox.try_pop() == (OWNER, numbered(1))
     assert sidecar.metrics()[1].records == 1
 
 
@@ -368,5 +368,5 @@ def test_a_record_that_names_a_worker_beyond_the_arena_is_let_go(sidecar: Sideca
     with socket.socket(fileno=sidecar.admit(1)) as own:
         for src, line in ((1, 60_000), (60_000, 2), (60_000, 60_000)):
             own.sendall(Record(77, src, line, 5, 0, NO_BLOCK, 0, 0, Kind.SUM, 0).pack())
-        own.sendall(Record(AGENT, 60_000, 0, 5, 0, NO_BLOCK, 0, 0, Kind.HELLO, 0).pack())
+        own.sendall(Record(OWNER, 60_000, 0, 5, 0, NO_BLOCK, 0, 0, Kind.HELLO, 0).pack())
     assert agent.try_pop() is None

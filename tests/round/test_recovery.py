@@ -8,7 +8,7 @@ import pytest
 
 from lifl.round.record import Update
 from lifl.round.recovery import free, sweep, word
-from lifl.shm.arena import AGENT, Arena, Block, State
+from lifl.shm.arena import OWNER, Arena, Block, State
 
 ME, TOP = 1, 2
 
@@ -56,12 +56,12 @@ def test_nothing_committed_is_folded_again(arena: Arena) -> None:
 def test_batch_of_a_committed_sum_counts_once(arena: Arena) -> None:
     """Inputs in the committed manifest are freed, freed ones count, others are folded again."""
     listed, freed, other = (given(arena, ME, s) for s in (State.READING, State.READING, State.READING))
-    arena.move(freed.block, (ME, State.READING), (AGENT, State.FREE))
+    arena.move(freed.block, (ME, State.READING), (OWNER, State.FREE))
     total = partial_sum(arena, State.COMMITTED, 1, (listed.block, freed.block))
     remains = sweep(arena, ME, [total], [listed, freed, other])
     assert remains.sum == total
     assert (remains.counted, remains.again) == ([listed, freed], [other])
-    assert word(arena, listed.block) == (AGENT, State.FREE)
+    assert word(arena, listed.block) == (OWNER, State.FREE)
 
 
 @pytest.mark.parametrize("newer_first", [True, False])
@@ -70,7 +70,7 @@ def test_newer_of_two_committed_sums_is_kept(arena: Arena, newer_first: bool) ->
     old, new = given(arena, ME, State.READING), given(arena, ME, State.READING)
     older = partial_sum(arena, State.COMMITTED, 1, (old.block,))
     newer = partial_sum(arena, State.COMMITTED, 2, (new.block,))
-    arena.move(old.block, (ME, State.READING), (AGENT, State.FREE))
+    arena.move(old.block, (ME, State.READING), (OWNER, State.FREE))
     sums = [newer, older] if newer_first else [older, newer]
     remains = sweep(arena, ME, sums, [old, new])
     assert (remains.sum, remains.spare) == (newer, [older])
@@ -100,6 +100,6 @@ def test_only_the_dead_ones_blocks_are_freed(arena: Arena) -> None:
     mine, theirs = partial_sum(arena, State.ACCUM), partial_sum(arena, State.ACCUM, owner=TOP)
     stale = Block(theirs.index, theirs.generation - 1, theirs.nbytes)
     free(arena, ME, [mine, theirs, stale])
-    assert word(arena, mine) == (AGENT, State.FREE)
+    assert word(arena, mine) == (OWNER, State.FREE)
     assert word(arena, theirs) == (TOP, State.ACCUM)
-    assert word(arena, stale) == (AGENT, State.FREE)
+    assert word(arena, stale) == (OWNER, State.FREE)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lifl.errors import ArenaCorruptError, LeaseError, ShmError
 from lifl.shm import arena as shm
 from lifl.shm import kernels
-from lifl.shm.arena import AGENT, Arena, Block, Lease, State
+from lifl.shm.arena import OWNER, Arena, Block, Lease, State
 
 UNIT = 65536
 POISON = 0xA5
@@ -251,9 +251,9 @@ def test_stale_descriptor_fails(arena: Arena) -> None:
     assert old.index == new.index
     with pytest.raises(LeaseError, match="generation"):
         arena.map(old.index, old.generation)
-    assert not arena.move(old, (AGENT, State.WRITING), (1, State.READY))
+    assert not arena.move(old, (OWNER, State.WRITING), (1, State.READY))
     assert not arena.reclaim(old)
-    assert arena.describe(new.index)[:3] == (new.generation, AGENT, State.WRITING)
+    assert arena.describe(new.index)[:3] == (new.generation, OWNER, State.WRITING)
 
 
 def test_descriptor_of_a_unit_inside_another_block_is_stale(arena: Arena) -> None:
@@ -280,9 +280,9 @@ def test_move_is_one_compare_and_swap(arena: Arena) -> None:
     """An ownership word changes only from exactly the owner and state that were named."""
     block = must_alloc(arena, 1)
     assert not arena.move(block, (1, State.WRITING), (2, State.READY))
-    assert not arena.move(block, (AGENT, State.READY), (2, State.READY))
-    assert arena.move(block, (AGENT, State.WRITING), (2, State.READY))
-    assert not arena.move(block, (AGENT, State.WRITING), (2, State.READY))
+    assert not arena.move(block, (OWNER, State.READY), (2, State.READY))
+    assert arena.move(block, (OWNER, State.WRITING), (2, State.READY))
+    assert not arena.move(block, (OWNER, State.WRITING), (2, State.READY))
     assert arena.describe(block.index)[:3] == (block.generation, 2, State.READY)
     with pytest.raises(ShmError, match="out of bounds"):
         arena.move(block, (2, State.READY), (4, State.READY))
@@ -291,9 +291,9 @@ def test_move_is_one_compare_and_swap(arena: Arena) -> None:
 def test_block_of_a_worker_is_not_reclaimed(arena: Arena) -> None:
     """While a worker owns a block the agent cannot take it back; when the worker let go it can."""
     block = must_alloc(arena, 1)
-    assert arena.move(block, (AGENT, State.WRITING), (1, State.READING))
+    assert arena.move(block, (OWNER, State.WRITING), (1, State.READING))
     assert not arena.reclaim(block)
-    assert arena.move(block, (1, State.READING), (AGENT, State.FREE))
+    assert arena.move(block, (1, State.READING), (OWNER, State.FREE))
     assert arena.reclaim(block)
     assert not arena.reclaim(block)
 

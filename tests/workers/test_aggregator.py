@@ -43,7 +43,7 @@ class Agent:
     def open(self, number: int, flags: int = 0) -> tuple[Block, Block]:
         """Opens a round with two blocks for its sums."""
         encoded = SPEC.layout.encode(flags)
-        control = self.block(len(encoded), AGENT, State.WRITING)
+        control = self.block(len(encoded), OWNER, State.WRITING)
         self.arena.buffer(control)[:] = encoded
         self.tell(Kind.OPEN, number, control)
         sums = [self.block(MANIFEST_BYTES + SPEC.layout.sum_bytes, ME, State.ACCUM) for _ in range(2)]
@@ -83,7 +83,7 @@ class Agent:
 def agent() -> Iterator[Agent]:
     """An agent with one worker in this process."""
     arena = Arena.create(64 * 65536, 3, debug=True)
-    agent = Agent(arena, Outbox.of_rings(arena, AGENT), Inbox(arena, AGENT), Aggregator(arena, ME))
+    agent = Agent(arena, Outbox.of_rings(arena, OWNER), Inbox(arena, OWNER), Aggregator(arena, ME))
     yield agent
     agent.worker = Aggregator(arena, ME)  # the old one may be in the middle of a round, with blocks mapped
     arena.close()
@@ -109,15 +109,15 @@ def test_shards_become_a_mean(agent: Agent) -> None:
     """Ranges of the mean are made of a leaf's sum and of updates, by a worker that was told of nothing before."""
     agent.open(1)
     agent.tell(Kind.UPDATE, 1, agent.update(1, weight=2))
-    agent.tell(Kind.FLUSH, 1, Block(0, 0, 0), AGENT << 8 | 1)
+    agent.tell(Kind.FLUSH, 1, Block(0, 0, 0), OWNER << 8 | 1)
     folded, total = agent.heard()
     assert (folded.kind, total.kind, total.arg) == (Kind.FOLDED, Kind.SUM, ME)
-    assert agent.arena.describe(total.block)[1:3] == (AGENT, State.COMMITTED)
+    assert agent.arena.describe(total.block)[1:3] == (OWNER, State.COMMITTED)
 
     encoded = SPEC.layout.encode(0)
-    control = agent.block(order.control_bytes(SPEC.layout, 2), AGENT, State.WRITING)
-    mean = agent.block(SPEC.layout.mean_bytes, AGENT, State.WRITING)
-    update = agent.block(SPEC.layout.update_bytes, AGENT, State.READY)
+    control = agent.block(order.control_bytes(SPEC.layout, 2), OWNER, State.WRITING)
+    mean = agent.block(SPEC.layout.mean_bytes, OWNER, State.WRITING)
+    update = agent.block(SPEC.layout.update_bytes, OWNER, State.READY)
     np.frombuffer(agent.arena.buffer(update), np.float32, 5)[...] = 4
     buffer = agent.arena.buffer(control)
     buffer[: len(encoded)] = encoded
@@ -205,7 +205,7 @@ def test_aborted_round_gives_everything_back(agent: Agent, count: int, is_flushe
     assert agent.heard()[-1].kind == Kind.ABORTED
     assert not agent.worker.step()
     if is_flushed:
-        assert agent.arena.move(mean, (ME, State.WRITING), (AGENT, State.FREE))
+        assert agent.arena.move(mean, (ME, State.WRITING), (OWNER, State.FREE))
         blocks.append(mean)
     for block in (control, *blocks):
         assert agent.arena.reclaim(block), agent.arena.describe(block.index)
@@ -216,7 +216,7 @@ def test_sum_that_comes_before_its_round_is_kept(agent: Agent) -> None:
     """Another leaf's sum may overtake the OPEN of its round, which comes through another ring."""
     other = Aggregator(agent.arena, OTHER)
     encoded = SPEC.layout.encode(0)
-    control = agent.block(len(encoded), AGENT, State.WRITING)
+    control = agent.block(len(encoded), OWNER, State.WRITING)
     agent.arena.buffer(control)[:] = encoded
     block = agent.block(MANIFEST_BYTES + SPEC.layout.sum_bytes, OTHER, State.ACCUM)
     update = agent.update(7)
