@@ -123,7 +123,7 @@ def main() -> None:
     mean = numbers(arena, receive(inbox))
     print(f"the mean of both is in the launcher's memory: all {mean[0]}, {(mean == mean[0]).all()}")
     for number, counted in sorted(sidecar.metrics().items()):
-        name = "the launcher" if number == AGENT else f"aggregator {number}"
+        name = "the launcher" if number == OWNER else f"aggregator {number}"
         print(f"the kernel has counted for {name}: {counted.records} records, {counted.bytes} bytes")
     for one in multiprocessing.active_children():
         one.join()

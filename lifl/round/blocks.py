@@ -184,8 +184,8 @@ class Assignment:
         """Takes back the updates that no leaf has begun with, apart from those that have to be folded alone."""
         for update in self.updates.values():
             leaf, block = update.worker, update.block
-            if leaf and not update.deaths and self._host.arena.move(block, (leaf, State.READY), (AGENT, State.READY)):
-                update.worker = AGENT
+            if leaf and not update.deaths and self._host.arena.move(block, (leaf, State.READY), (OWNER, State.READY)):
+                update.worker = OWNER
                 self._outstanding[leaf] -= 1
                 self.held.append(update)
 
@@ -213,7 +213,7 @@ class Assignment:
     @property
     def is_committed(self) -> bool:
         """True when every leaf has sent its sum to the owner: the mean can be made in shards."""
-        return self._flushed is not None and self.top == AGENT and not self.working
+        return self._flushed is not None and self.top == OWNER and not self.working
 
     def sums(self) -> list[Block]:
         """The partial sums that leaves have sent to the owner."""
@@ -252,7 +252,7 @@ class Assignment:
 
     def has_made_mean(self, worker: int) -> bool:
         """True if the dead worker was the top and had committed the mean."""
-        return worker == self.top and recovery.word(self._host.arena, self.mean) == (AGENT, State.READY)
+        return worker == self.top and recovery.word(self._host.arena, self.mean) == (OWNER, State.READY)
 
     def free(self, worker: int) -> None:
         """Frees every block that the dead worker still owns."""
@@ -277,14 +277,14 @@ class Assignment:
     def retell(self, worker: int, remains: Remains) -> list[Descriptor]:
         """The descriptors for the dead worker's successor, in order; sends the top what it may have missed."""
         again = [u for u in remains.again if (u.block.index, u.block.generation) in self.updates]
-        has_sum_for_top = remains.sum is not None and self.top != AGENT
+        has_sum_for_top = remains.sum is not None and self.top != OWNER
         if self._flushed is not None and worker != self.top and not again and not has_sum_for_top:
             # The dead worker's part was done, or it had none.
             if remains.sum is not None:
-                self._host.arena.move(remains.sum, (worker, State.COMMITTED), (AGENT, State.COMMITTED))
+                self._host.arena.move(remains.sum, (worker, State.COMMITTED), (OWNER, State.COMMITTED))
             recovery.free(self._host.arena, worker, self._sums[worker])
             self.working.discard(worker)
-            if self.top != AGENT:
+            if self.top != OWNER:
                 self._host.outbox.push(self.top, self._sum_of(worker))
             return []
         told = [messages.open_round(self._number, self.control)]

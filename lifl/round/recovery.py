@@ -66,7 +66,7 @@ def sweep(arena: Arena, worker: int, sums: Sequence[Block], updates: Iterable[Up
         if owner != worker:
             remains.counted.append(update)  # the leaf freed it after its commit
         elif (block.index, block.generation) in batch:
-            arena.move(block, (worker, State.READING), (AGENT, State.FREE))
+            arena.move(block, (worker, State.READING), (OWNER, State.FREE))
             remains.counted.append(update)
         else:
             if arena.move(block, (worker, State.READING), (worker, State.READY)):
@@ -86,7 +86,7 @@ def free(arena: Arena, worker: int, blocks: Iterable[Block]) -> None:
     for block in blocks:
         owner, state = word(arena, block)
         if owner == worker:
-            arena.move(block, (worker, state), (AGENT, State.FREE))
+            arena.move(block, (worker, state), (OWNER, State.FREE))
 
 
 def _epoch_and_batch(arena: Arena, block: Block) -> tuple[int, set[tuple[int, int]]]:

@@ -18,7 +18,7 @@ import lifl
 from lifl.ebpf import bpf
 from lifl.round.blocks import Assignment
 from lifl.round.round import core_of
-from lifl.shm.arena import AGENT, State
+from lifl.shm.arena import OWNER, State
 from lifl.shm.messages import Descriptor, Kind
 from lifl.shm.ring import counts_of
 

@@ -13,7 +13,7 @@ import lifl
 from lifl import fold
 from lifl.errors import RoundError
 from lifl.shm import control_block as order
-from lifl.shm.arena import AGENT, Arena, Block, State
+from lifl.shm.arena import OWNER, Arena, Block, State
 from lifl.shm.control_block import MeanRecipe, Source
 from lifl.shm.messages import Descriptor, Kind
 from lifl.shm.ring import Inbox, Outbox
