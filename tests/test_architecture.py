@@ -283,6 +283,14 @@ def test_every_atomic_names_its_order() -> None:
     assert not re.findall(r"(?<!__)\bvolatile\b", code)
 
 
+def test_the_c_core_never_ends_the_process() -> None:
+    """A function of the C core that fails returns a status: the process belongs to the user."""
+    for path in sorted((ROOT / "lifl").glob("_*.c")):
+        if path.name != "_shm_ffi.c":  # made by the build
+            code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+            assert not re.findall(r"\b(?:abort|assert|_?exit)\s*\(", code), path.name
+
+
 def test_no_tracked_file_names_a_package_index() -> None:
     """The machine that installs the packages decides from where they come."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)

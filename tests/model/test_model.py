@@ -23,13 +23,13 @@ FLAGS = ["-std=gnu++11", "-O1", "-w", "-fpermissive", f"-I{LIFL}"]
 
 WRONG = {
     "taken without acquire": (
-        "    me->cached = atomic_load_explicit(&r->tail, memory_order_acquire);",
-        "    me->cached = atomic_load_explicit(&r->tail, memory_order_relaxed);",
+        "    end->cached = atomic_load_explicit(&r->tail, memory_order_acquire);",
+        "    end->cached = atomic_load_explicit(&r->tail, memory_order_relaxed);",
         "DATA RACE",
     ),
     "slot written over unseen": (
-        "  if (me->mine - me->cached >= RING_SLOTS) {\n",
-        "  if (me->mine - me->cached > RING_SLOTS) {\n",
+        "  if (end->mine - end->cached >= RING_SLOTS) {\n",
+        "  if (end->mine - end->cached > RING_SLOTS) {\n",
         "",
     ),
     "woken without a fence": (
@@ -48,7 +48,7 @@ WRONG = {
         "",
     ),
     "ring of a dead consumer not emptied": (
-        "  atomic_store_explicit(&a->rings[(uint64_t)producer * p + consumer].head, me->mine, memory_order_release);\n",
+        "  atomic_store_explicit(&line.ring->head, end->mine, memory_order_release);\n",
         "",
         "",
     ),
