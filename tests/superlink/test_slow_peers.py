@@ -22,7 +22,7 @@ from scripted_clients import Arrays, check_mean, play
 
 from lifl.superlink.http import connection, gateway, protocol
 from lifl.superlink.http.rates import MIN_RATE, Rate, Rates, look_s
-from lifl.superlink.http.relief import PRIVATE_BYTES, relieve
+from lifl.superlink.http.relief import MAX_PRIVATE_BYTES, relieve
 
 MIB = 2**20
 WINDOW_S = 0.4
@@ -281,8 +281,8 @@ class Sender:
         (Sender(2.0 * MIB, MIB), ""),
         (Sender(2.0 * MIB, 4 * MIB), "copied"),
         (Sender(2.0 * MIB, 0, 4 * MIB), ""),
-        (Sender(2.0 * MIB, 2 * PRIVATE_BYTES), "dropped"),
-        (Sender(PRIVATE_BYTES / 2, 2 * PRIVATE_BYTES), ""),
+        (Sender(2.0 * MIB, 2 * MAX_PRIVATE_BYTES), "dropped"),
+        (Sender(MAX_PRIVATE_BYTES / 2, 2 * MAX_PRIVATE_BYTES), ""),
     ],
 )
 def test_who_is_dropped_when_memory_is_short(sender: Sender, told: str) -> None:
@@ -294,8 +294,8 @@ def test_who_is_dropped_when_memory_is_short(sender: Sender, told: str) -> None:
 def test_copies_are_bounded() -> None:
     """The slowest get them first; what others have already counts."""
     rates = [1.0 * MIB, 2.0 * MIB, 3.0 * MIB]
-    senders = [Sender(rate, PRIVATE_BYTES // 2) for rate in reversed(rates)]
-    assert relieve([*senders, Sender(None, 0, PRIVATE_BYTES // 4)])
+    senders = [Sender(rate, MAX_PRIVATE_BYTES // 2) for rate in reversed(rates)]
+    assert relieve([*senders, Sender(None, 0, MAX_PRIVATE_BYTES // 4)])
     assert [one.told for one in senders] == ["dropped", "dropped", "copied"]
 
 

@@ -10,8 +10,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 
-SENDER_BYTES = 2**26
-TOTAL_BYTES = 2**28
+MAX_SENDER_BYTES = 2**26
+"""Default limit for one sender."""
+
+MAX_TOTAL_BYTES = 2**28
+"""Default limit for all senders."""
 
 PATIENCE_S = 1.0
 """Time that a body waits for others; then the most expensive of them is given up, see :meth:`Allowance.look`."""
@@ -64,7 +67,7 @@ class Allowance:
         Bytes that all shares have taken.
     """
 
-    def __init__(self, sender_bytes: int = SENDER_BYTES, total_bytes: int = TOTAL_BYTES) -> None:
+    def __init__(self, sender_bytes: int = MAX_SENDER_BYTES, total_bytes: int = MAX_TOTAL_BYTES) -> None:
         self.sender_bytes = sender_bytes
         self.total_bytes = total_bytes
         self.nbytes = 0

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from lifl.shm.arena import available_bytes
 from lifl.superlink import flower
-from lifl.superlink.http.allowance import SENDER_BYTES, TOTAL_BYTES, Allowance, Share
+from lifl.superlink.http.allowance import MAX_SENDER_BYTES, MAX_TOTAL_BYTES, Allowance, Share
 from lifl.superlink.http.checks import Checks
 from lifl.superlink.http.long_poll import LongPolls
 from lifl.superlink.http.protocol import GatewayProtocol
@@ -31,7 +31,7 @@ from lifl.superlink.http.requests import (
 )
 from lifl.superlink.http.targets import Large, Spool, SpoolBudget
 from lifl.superlink.http.upload import Target
-from lifl.superlink.store.content import SMALL_BYTES, BlockContent
+from lifl.superlink.store.content import MAX_SMALL_BYTES, BlockContent
 from lifl.superlink.store.store import ArenaStore, DurableStore
 
 _names, _server = flower.part("gateway"), flower.part("server")
@@ -43,7 +43,7 @@ RELIEF_S = 0.25
 """Time between two looks for memory that slow readers hold, while an object waits for room."""
 
 MAX_BODY_BYTES = 2**26
-FIELDS_BYTES = 2**13
+MAX_FIELDS_BYTES = 2**13
 """Longest rest of a push-object body beside the object; see ``lifl.superlink.http.body``."""
 
 FULL_S = 4.0
@@ -53,10 +53,10 @@ Halves of many messages may hold all of the arena then, and none of them could g
 after which a ServerApp pulls complete replies, and shorter than the time-out of a client.
 """
 
-SPARE_BYTES = 2**28
+MIN_SPARE_BYTES = 2**28
 """Memory of the machine that is left alone then."""
 
-NODE_BYTES = 2**27
+MAX_NODE_BYTES = 2**27
 """Bytes that a SuperNode may be sending at once, unless it sends one object only. Flower's send eight of 5 MiB."""
 
 
@@ -135,7 +135,7 @@ class Gateway:
         self.received_bytes = 0
         self.copied_bytes = 0
         self.sent_bytes = 0
-        self._budget = SpoolBudget(max(available_bytes() // 2, SPARE_BYTES), NODE_BYTES)
+        self._budget = SpoolBudget(max(available_bytes() // 2, MIN_SPARE_BYTES), MAX_NODE_BYTES)
         self._waiting: deque[Callable[[], bool]] = deque()
         self._full_since_s = 0.0  # valid while somebody waits
         self._has_warned = False
@@ -146,16 +146,16 @@ class Gateway:
         self._routes[b"/v1/fleet/pull-messages"] = PullMessages
         self._routes[b"/v1/fleet/push-messages"] = PushMessages
         self._routes[b"/v1/fleet/confirm-message-received"] = ConfirmMessage
-        self.max_body_bytes = max(MAX_BODY_BYTES, max_object_bytes + FIELDS_BYTES)
+        self.max_body_bytes = max(MAX_BODY_BYTES, max_object_bytes + MAX_FIELDS_BYTES)
         self._limits = {path.decode(): MAX_REQUEST_BYTES for path in self._routes}
         # Only a request in chunks, which SuperNodes do not send, is left to Flower, and Flower parses before it counts.
         self._limits["/v1/fleet/push-messages"] = LONG_TREE_BYTES
         for name in ("fleet", "runtime"):
-            self._limits[f"/v1/{name}/push-object"] = max_object_bytes + FIELDS_BYTES
-        total_bytes = max(TOTAL_BYTES, 4 * self.max_body_bytes)
+            self._limits[f"/v1/{name}/push-object"] = max_object_bytes + MAX_FIELDS_BYTES
+        total_bytes = max(MAX_TOTAL_BYTES, 4 * self.max_body_bytes)
         # Strangers have an allowance of their own, so that they take nothing away from known senders.
-        self.allowance = Allowance(max(SENDER_BYTES, self.max_body_bytes), total_bytes)
-        self.strangers = Allowance(max(SENDER_BYTES, self.max_body_bytes), total_bytes // 2)
+        self.allowance = Allowance(max(MAX_SENDER_BYTES, self.max_body_bytes), total_bytes)
+        self.strangers = Allowance(max(MAX_SENDER_BYTES, self.max_body_bytes), total_bytes // 2)
         self.relieve: Callable[[], bool] = lambda: False
         self._relieved_s = 0.0
 
@@ -259,7 +259,7 @@ class Gateway:
                 return target
             if self._placer.is_part(request.object_id, request.node.node_id):
                 return self.spool_for(request, nbytes, is_trusted=False, is_beside=True)
-        if nbytes > SMALL_BYTES:
+        if nbytes > MAX_SMALL_BYTES:
             if is_trusted and (content := BlockContent.make(self._arena, nbytes)) is not None:
                 self._full_since_s = time.monotonic()
                 return Large(content)
@@ -284,7 +284,7 @@ class Gateway:
             return
         if not self._is_stuck and nbytes < self._arena.block_bytes:
             raise BlockingIOError("the arena is full")
-        if available_bytes() < 2 * nbytes + SPARE_BYTES:
+        if available_bytes() < 2 * nbytes + MIN_SPARE_BYTES:
             raise BlockingIOError("the arena is full, and so is the machine")
         self._warn_that_full()
 

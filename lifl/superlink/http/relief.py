@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from lifl.superlink.http.rates import MIN_RATE
 
-PRIVATE_BYTES = 2**28
+MAX_PRIVATE_BYTES = 2**28
 """Bytes of answers to slow readers that may be copied out of the arena, in all."""
 
 QUICK_S = 1.0
@@ -47,7 +47,7 @@ def relieve(connections: Iterable[Connection]) -> bool:
     """Frees memory of the arena that slow readers hold; True if there was some. Belongs to the event loop.
 
     Readers that took less than ``MIN_RATE`` of late are dropped. For others that are not quick the rest of the answer
-    is copied, the slowest first; beyond ``PRIVATE_BYTES`` of copies, readers that need more than ``PATIENCE_S`` are
+    is copied, the slowest first; beyond ``MAX_PRIVATE_BYTES`` of copies, readers that need more than ``PATIENCE_S`` are
     dropped.
     """
     all_of_them = list(connections)
@@ -58,7 +58,7 @@ def relieve(connections: Iterable[Connection]) -> bool:
     has_freed = False
     for one in sorted(pinning, key=lambda one: one.rates.sending):
         rate, nbytes = one.rates.sending, one.pinned_bytes
-        is_copied = rate >= MIN_RATE and private_bytes + nbytes <= PRIVATE_BYTES
+        is_copied = rate >= MIN_RATE and private_bytes + nbytes <= MAX_PRIVATE_BYTES
         if nbytes <= rate * QUICK_S or (rate >= MIN_RATE and not is_copied and nbytes <= rate * PATIENCE_S):
             continue
         has_freed = True

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from lifl.shm.arena import Arena
-from lifl.superlink.store.content import SMALL_BYTES, BlockContent, Content, Landed
+from lifl.superlink.store.content import MAX_SMALL_BYTES, BlockContent, Content, Landed
 
 SINK_BYTES = 2**16
 _sink = memoryview(bytearray(SINK_BYTES))  # shared: bytes that nobody wants overwrite each other
@@ -150,7 +150,7 @@ class Spool:
 
     def landed(self, digest: str) -> Landed:
         """The object in a block of its own if it is large and the arena has room, else as bytes."""
-        is_large = self._arena is not None and self._nbytes > SMALL_BYTES
+        is_large = self._arena is not None and self._nbytes > MAX_SMALL_BYTES
         content: Content | bytes | None = None
         if self._arena and is_large and (block := BlockContent.make(self._arena, self._nbytes)) is not None:
             at = 0

@@ -19,7 +19,7 @@ from lifl.superlink import flower
 
 _names = flower.part("store")
 
-SMALL_BYTES = 2**16
+MAX_SMALL_BYTES = 2**16
 """Longest object that is kept as bytes: a block takes at least as much of the arena."""
 
 _ROOM = 16
