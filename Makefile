@@ -5,21 +5,30 @@ BIN := .venv/bin
 BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_steps.h lifl/_shm.c lifl/_link.c lifl/_fold.c lifl/ebpf/record.h
 
 JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 SOAK_MINUTES ?= 30
 FUZZ_SECONDS ?= 300
 
-.PHONY: demo test install lint types docs bench clean
+.PHONY: demo test check ladder install lint types docs bench clean
 .PHONY: crash model sanitize fuzz faults soak seeded
 
 demo: .venv/demo
 	$(BIN)/lifl demo
 
+# A contributor's command, before each commit: everything but the tests that are marked as the ladder's.
 # Files of tests beside each other, in their order: the long ones, which mostly wait, come first.
 test: lint types
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m 'not ladder'
 	$(MAKE) --no-print-directory docs
 
-# The ladder (docs/reliability.md). `make test` has 1 to 5 in minutes; here they are one by one, and longer.
+# The whole ladder: `make test`, what it leaves out, and the bugs that are put in, each of which must be found.
+check: test ladder
+
+ladder: .venv/dev
+	$(PYTEST) -m ladder
+	$(BIN)/python -m pytest tests/seeded
+
+# The ladder (docs/reliability.md). `make check` has 1 to 5 in minutes; here they are one by one, and longer.
 crash: .venv/dev
 	LIFL_CRASH=all $(BIN)/python -m pytest -s tests/crash tests/process/test_many_deaths.py tests/process/test_hostile.py
 

@@ -1,6 +1,6 @@
 """lifl: federated learning servers that aggregate in shared memory.
 
-``lifl.Node`` works alone, ``lifl.strategy`` inside Flower. Importing this imports neither flwr nor torch.
+``lifl.Node`` works alone, ``lifl.strategy`` inside Flower. This package imports neither flwr nor torch.
 """
 
 from lifl import errors

@@ -16,7 +16,7 @@ from lifl.shm.arena import Arena
 
 MARK = "LIFL_TESTS"
 SETTLE_S = 5.0
-"""How long a test's processes and descriptors may take to go: a bound on liveness, not a measurement."""
+"""The time in which a test's processes and descriptors must be gone: a bound on liveness, not a measurement."""
 
 FAILED = pytest.StashKey[bool]()
 
@@ -24,6 +24,7 @@ FAILED = pytest.StashKey[bool]()
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the markers and marks this process's environment, which all its descendants inherit."""
     config.addinivalue_line("markers", "big: takes about 8 GiB of memory; deselect with -m 'not big'")
+    config.addinivalue_line("markers", "ladder: takes long; `make check` has it, `make test` does not")
     config.addinivalue_line("markers", "transports: runs on rings and on the eBPF sidecar")
     config.addinivalue_line("markers", "leaves(reason): leaves what lifl does not own; exempt from the check")
     os.environ[MARK] = str(os.getpid())
@@ -81,7 +82,7 @@ def shared_memory() -> set[str]:
 
 
 def are_others(names: set[str]) -> set[str]:
-    """Of these, what processes that are not of this run have open: other tests run at the same time."""
+    """The names that processes of other runs have open: other tests run at the same time."""
     mine, found = processes().keys() | {os.getpid()}, set()
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         if pid in mine:
@@ -97,7 +98,7 @@ def are_others(names: set[str]) -> set[str]:
 
 
 def left_behind(before: tuple[dict[int, str], dict[int, str], set[str]]) -> list[str]:
-    """What is there now and was not there before, in words."""
+    """The new processes, descriptors and files since `before`, in words."""
     children, fds, files = before
     left = [f"process {pid}: {name}" for pid, name in processes().items() if pid not in children]
     now = descriptors()
@@ -133,13 +134,13 @@ def check_nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def module_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a module's fixtures made is gone when they are."""
+    """Everything that a module's fixtures made is gone when they are."""
     yield from check_nothing_left(request)
 
 
 @pytest.fixture(autouse=True)
 def test_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a test made is gone when it ends."""
+    """Everything that a test made is gone when it ends."""
     yield from check_nothing_left(request)
 
 
@@ -167,7 +168,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module")
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
-    """How the Nodes of a module's tests, and of the processes that they start, carry descriptors."""
+    """The transport of the Nodes of a module's tests, and of the processes that the tests start."""
     name, before = getattr(request, "param", "rings"), os.environ.get("LIFL_TRANSPORT")
     if name == "ebpf":
         request.getfixturevalue("ebpf")
@@ -180,7 +181,7 @@ def transport(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 5], ids="{}-workers".format)
 def warm_node(request: pytest.FixtureRequest, transport: str) -> Iterator[lifl.Node]:
-    """One long-lived Node per number of workers: for property tests, which use it for every example."""
+    """A long-lived Node for each number of workers: for property tests, which use it for every example."""
     with lifl.Node("64MiB", workers=request.param, debug=True) as node:
         yield node
 

@@ -76,7 +76,7 @@ def as_floats(array: Array) -> Array:
 
 
 def exact_mean(column: Sequence[Any], weights: Sequence[float]) -> Fraction:
-    """One element's weighted mean."""
+    """The weighted mean of one element."""
     exact = [Fraction(w) for w in weights]
     return sum((w * Fraction(x) for w, x in zip(exact, column, strict=True)), Fraction()) / sum(exact)
 

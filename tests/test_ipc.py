@@ -151,7 +151,7 @@ def test_the_kernel_says_who_the_peer_is(uid: int) -> None:
         listening.listen(1)
 
         def connect() -> None:
-            # Of this thread alone: the kernel's call. The C library's is for all threads.
+            # The kernel's call is for this thread alone. The C library's is for all threads.
             assert ctypes.CDLL(None).syscall(SETRESUID[platform.machine()], -1, uid, -1) == 0
             here.connect(name)
 

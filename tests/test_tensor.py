@@ -72,7 +72,7 @@ def test_equal_models_have_equal_specs() -> None:
     ids=lambda value: str(getattr(value, "dtype", type(value).__name__)),
 )
 def test_other_than_the_closed_list_of_dtypes_is_refused(value: Any) -> None:
-    """What is no array of one of the ten dtypes is a TypeError that names the array."""
+    """An object that is no array of one of the ten dtypes is a TypeError that names the array."""
     with pytest.raises(TypeError, match="'w'"):
         TensorSpec.from_arrays({"w": value})
 
@@ -176,7 +176,7 @@ def test_flower_means_of_integers_are_float64() -> None:
 
 @given(SPECS, st.integers(0, 3))
 def test_control_block_says_the_layout_again(spec: TensorSpec, flags: int) -> None:
-    """What a layout is encoded to decodes to the same layout and flags."""
+    """The encoded form of a layout decodes to the same layout and flags."""
     assert Layout.decode(spec.layout.encode(flags)) == (spec.layout, flags)
 
 

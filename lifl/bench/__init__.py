@@ -1,1 +1,1 @@
-"""What `lifl bench` measures: the machine's limits, the fold, the hand-off. Figures come back as dicts."""
+"""The measurements of `lifl bench`: the machine's limits, the fold, the hand-off and more. Figures are dicts."""

@@ -1,7 +1,7 @@
-"""The ablation: one idea of lifl more at a time, in virtual time for clusters, and for real with Nodes of this machine.
+"""The ablation: each step adds one idea of lifl; simulated for clusters, and for real with Nodes of this machine.
 
-Owns what is compared with what, and the simulation's error against the real rounds. How a round is carried out is
-``lifl.bench.cluster``'s, how it is simulated the planner's. Nothing is printed here.
+Owns the settings that are compared, and the simulation's error against the real rounds. ``lifl.bench.cluster`` carries
+out a round, the planner simulates one. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ MODEL = "resnet18"
 STEPS = (*POLICIES, LIFL)
 MANY_NODES = 100
 REAL_UPDATES = (20, 30, 40)
-"""What five Nodes of one machine take 12 GB for: the fixed tree's sums are most of it."""
+"""Updates of the real rounds. Five Nodes of one machine need 12 GB for 40 updates, most of it the fixed tree's sums."""
 WINDOW_S = 2.0
-"""Over which the updates of the last real setting come: how late the model is shows only there."""
+"""Seconds over which the updates of the last real setting arrive; only there does it show how late the model is."""
 
 DISTINCT = 8
-"""Different updates; clients share them, each with its own weight, so that the clients' side fits into memory too."""
+"""Number of different updates. Clients share them, each with its own weight, so that they fit into memory too."""
 SEED = 20240513
 WARM_ROUNDS = 6
-"""Before those that count, where runtimes are kept: then each has touched all the memory that it is given."""
+"""Rounds before those that count, if workers are kept: after them each worker has touched all of its memory."""
 MAX_TRIES = 3
-"""A round that others disturbed is repeated, up to so many times as many as are wanted."""
+"""Bound for the tries of a setting, as a multiple of the repetitions; a disturbed round is repeated."""
 PATIENCE_S = 5.0
 CALIBRATIONS = 5
 
 COUNTS = ("completion_s", "last_to_model_s", "cpu_s", "runtimes_started", "nodes_used", "bytes_between_nodes")
-"""What is told of each round, simulated or real."""
+"""Figures of each round, simulated or real."""
 
 
 def measure_ablation(
@@ -59,26 +59,28 @@ def measure_ablation(
     costs: Costs | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Plays every step of the ablation, simulated and real, and compares.
+    """Runs every step of the ablation, simulated and real, and compares them.
 
-    Simulated: on 5 and on 100 nodes, each a machine like this one, with as many updates for each node. Real: on five
-    Nodes of this machine, which share its cores and its memory bus, and beside it the simulation of exactly that. The
-    updates come all at once; in a last setting the first of `real_updates` come evenly over `window_s`.
+    Simulated: on 5 and on 100 nodes, each a machine like this one, with equally many updates for each node. Real: on
+    five Nodes of this machine, which share its cores and its memory bus, next to a simulation of the same setting. The
+    updates arrive all at once; in a last setting the first of `real_updates` arrive evenly over `window_s`.
 
     Every real model is checked against the mean of the same updates in float64.
 
     Parameters
     ----------
     updates : sequence of int
-        Of the 5 simulated nodes; 20 times as many for 100 nodes.
+        Updates for the 5 simulated nodes; 20 times as many for 100 nodes.
     real_updates : sequence of int
+        Updates of the real rounds.
     repetitions : int
-        Real rounds of each step that count, medians of which are told.
+        Real rounds of each step that count; the figures are their medians.
     is_simulated_only : bool
+        True: no real rounds.
     patience_s : float
-        How long to wait, before each real round, until nobody else uses the machine.
+        Longest wait, in seconds, before each real round until nobody else uses the machine.
     spec : TensorSpec, optional
-        Default: ResNet-18's.
+        Shapes of the model. Default: ResNet-18's.
     costs : Costs, optional
         Default: measured now.
 
@@ -88,14 +90,14 @@ def measure_ablation(
         ``update_bytes``, ``cores``, ``capacity``, ``repetitions``, ``costs``; ``simulated``: dicts with ``nodes``,
         ``updates`` and ``rows``; ``real``: dicts with ``nodes``, ``updates``, ``window_s``, ``memory_bytes`` (of the
         largest cluster) and ``rows``; ``median_error`` and ``median_last_error`` over all real rows, None without any.
-        A row has ``policy`` and ``COUNTS``; a real one ``simulated`` (``COUNTS``), ``error`` (of the completion time,
-        ``abs(simulated - real) / real``), ``last_error`` (likewise from the last arrival on), ``others`` (what part of
-        the machine others took, at most) and ``rounds`` (so many counted).
+        A row has ``policy`` and ``COUNTS``; a real one also ``simulated`` (``COUNTS``), ``error`` (of the completion
+        time, ``abs(simulated - real) / real``), ``last_error`` (the same for the time from the last arrival on),
+        ``others`` (the largest share of the machine that others took) and ``rounds`` (the number that counted).
 
     Raises
     ------
     LiflError
-        If a model is wrong; ``PlanError`` for more updates than the nodes have room for.
+        If a model is wrong; ``PlanError`` if the nodes have not room for all updates.
     ValueError
         For counts below 1.
     """
@@ -105,7 +107,7 @@ def measure_ablation(
     spec = model_spec(MODEL) if spec is None else spec
     sizes = Sizes(spec.layout.update_bytes, spec.layout.sum_bytes, spec.layout.mean_bytes, len(spec))
     if costs is None:
-        say("what this machine costs")
+        say("the costs of this machine")
         costs = _calibrated(patience_s)
     figures: dict[str, Any] = {
         "update_bytes": sizes.update_bytes,
@@ -135,12 +137,12 @@ def measure_ablation(
     return figures
 
 
-def _row(what: Outcome | Played, policy: str = "") -> dict[str, Any]:
-    return {"policy": policy or getattr(what, "policy", "")} | {name: getattr(what, name) for name in COUNTS}
+def _row(outcome: Outcome | Played, policy: str = "") -> dict[str, Any]:
+    return {"policy": policy or getattr(outcome, "policy", "")} | {name: getattr(outcome, name) for name in COUNTS}
 
 
 def _calibrated(patience_s: float) -> Costs:
-    """The costs, measured in a moment in which others leave the machine alone, if there is one in a few tries."""
+    """The costs of this machine, from the try in which other processes used the machine least."""
     tried: list[tuple[float, Costs]] = []
     while len(tried) < CALIBRATIONS and not (tried and tried[-1][0] <= QUIET):
         wait_for_quiet(patience_s, cores())
@@ -155,7 +157,7 @@ def _calibrated(patience_s: float) -> Costs:
 
 
 class _Real:
-    """One trace, carried out by each step's policy."""
+    """Real rounds of one trace, with the policy of each step in turn."""
 
     def __init__(
         self,
@@ -167,8 +169,13 @@ class _Real:
         patience_s: float,
         say: Callable[[str], None],
     ) -> None:
-        self._spec, self._trace, self._arrays, self._costs = spec, trace, arrays, costs
-        self._repetitions, self._patience_s, self._say = repetitions, patience_s, say
+        self._spec = spec
+        self._trace = trace
+        self._arrays = arrays
+        self._costs = costs
+        self._repetitions = repetitions
+        self._patience_s = patience_s
+        self._say = say
         self._weights = [1.0 + i for i in range(len(trace))]
         self._nodes = cluster(ABLATION_NODES, ABLATION_CAPACITY, costs.cores)
         self._machines = {node.name: "this" for node in self._nodes}
@@ -186,7 +193,7 @@ class _Real:
         }
 
     def _step(self, policy: Policy) -> dict[str, Any]:
-        # A Node's first leaf that is done is always its top: so it is simulated too.
+        # In a Node the first leaf that is done always becomes the top, so the simulation must do the same.
         policy = attrs.evolve(policy, is_changing_roles=True)
         outcome = simulate(self._trace, policy, self._nodes, self._costs, machines=self._machines)
         parts = divide(self._trace, policy, self._nodes, self._costs)
@@ -242,9 +249,10 @@ def _numbers(spec: TensorSpec, k: int) -> dict[str, Array]:
 def _expected(
     spec: TensorSpec, arrays: Sequence[Mapping[str, Array]], weights: Sequence[float]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The mean in float64, and how far a model may be from it.
+    """The mean in float64, and the largest difference that a model may have from it.
 
-    Each node rounds its mean and the top rounds theirs: twice what :func:`lifl.fold.tolerance` allows one rounding.
+    Each node rounds its mean, and the top rounds the mean of those: so the difference is bounded by two times
+    :func:`lifl.fold.tolerance`, the bound for one rounding.
     """
     n = min(len(arrays), len(weights))
     together = [sum(weights[k::n]) for k in range(n)]

@@ -1,4 +1,4 @@
-"""The ablation to look at: its tables in a terminal, its picture in a file. Measures nothing."""
+"""Tables of the ablation for a terminal, and its picture in a file. Measures nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ COLOURS = {"real": "#1b4f8f", "simulated": "#9ec3ea"}
 SIZES_COLOURS = ("#cfe1f5", "#7fb0e0", "#1b4f8f")
 SUFFIXES = (".svg", ".png", ".pdf")
 WIDTH_INCHES, ROW_INCHES = 12.0, 3.9
-ERROR = 20
-"""Per cent; what the simulation's error is to be under, in the median."""
+GOAL_ERROR = 20
+"""Goal for the median of the simulation's error, in per cent."""
 
 
 def ablation_tables(figures: dict[str, Any]) -> Group:
@@ -26,7 +26,8 @@ def ablation_tables(figures: dict[str, Any]) -> Group:
     if figures["median_error"] is not None:
         tables[-1].caption = (
             f"Median over all real rows: the simulation is off by {figures['median_error']:.0%} of the completion time "
-            f"(goal: under {ERROR} %), and by {figures['median_last_error']:.0%} of the time from the last arrival on."
+            f"(goal: under {GOAL_ERROR} %), and by {figures['median_last_error']:.0%} of the time from the last "
+            "arrival on."
         )
         tables[-1].caption_justify = "left"
     return Group(*tables)
@@ -51,12 +52,12 @@ def _real_table(setting: dict[str, Any]) -> Table:
         ),
     )
     for row in setting["rows"]:
-        said = row["simulated"]
+        simulated = row["simulated"]
         table.add_row(
             row["policy"],
-            *(f"{row['completion_s']:.3f}", f"{said['completion_s']:.3f}", f"{row['error']:.0%}"),
-            *(f"{row['last_to_model_s']:.3f}", f"{said['last_to_model_s']:.3f}"),
-            *(f"{row['cpu_s']:.2f}", f"{said['cpu_s']:.2f}"),
+            *(f"{row['completion_s']:.3f}", f"{simulated['completion_s']:.3f}", f"{row['error']:.0%}"),
+            *(f"{row['last_to_model_s']:.3f}", f"{simulated['last_to_model_s']:.3f}"),
+            *(f"{row['cpu_s']:.2f}", f"{simulated['cpu_s']:.2f}"),
             *_cells(row)[3:],
             f"{row['others']:.0%}",
         )
@@ -86,8 +87,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def check_picture(path: Path) -> None:
-    """Raises what :func:`save_picture` would: before something is measured for minutes."""
-    import matplotlib.figure  # noqa: F401 - it is an extra
+    """Raises the errors of :func:`save_picture`, so that a wrong path is noticed before minutes of measuring."""
+    import matplotlib.figure  # noqa: F401 - an extra, whose import raises if it is not installed
 
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: give a name that ends in one of {', '.join(SUFFIXES)}")
@@ -98,7 +99,7 @@ def check_picture(path: Path) -> None:
 def save_picture(figures: dict[str, Any], path: Path) -> None:
     """Draws the figures into an SVG, PNG or PDF file. Needs matplotlib.
 
-    Raises ``ValueError`` for another ending or a folder that there is not.
+    Raises ``ValueError`` for another ending or a folder that does not exist.
     """
     check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -111,7 +112,7 @@ def save_picture(figures: dict[str, Any], path: Path) -> None:
     if figures["real"]:
         _draw_real(list(axes[0]), figures)
     _draw_simulated(list(axes[-1]), figures)
-    # Without it matplotlib writes the date into the file, and each run would change it.
+    # By default matplotlib writes the date into an SVG, and each run would change the file.
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -124,10 +125,9 @@ def _draw_real(axes: list[Axes], figures: dict[str, Any]) -> None:
         (axes[1], "cpu_s", "CPU time, s: the same rounds"),
     ):
         real = [row[name] for row in setting["rows"]]
-        said = [row["simulated"][name] for row in setting["rows"]]
-        _bars(
-            ax, title, setting["rows"], {"for real": (real, COLOURS["real"]), "simulated": (said, COLOURS["simulated"])}
-        )
+        simulated = [row["simulated"][name] for row in setting["rows"]]
+        groups = {"for real": (real, COLOURS["real"]), "simulated": (simulated, COLOURS["simulated"])}
+        _bars(ax, title, setting["rows"], groups)
     gigabytes = [row["bytes_between_nodes"] / 1e9 for row in setting["rows"]]
     _bars(axes[2], "Between nodes, GB: the same rounds", setting["rows"], {"": (gigabytes, COLOURS["real"])})
     axes[0].legend(frameon=False, loc="lower right")
@@ -136,19 +136,19 @@ def _draw_real(axes: list[Axes], figures: dict[str, Any]) -> None:
 def _draw_simulated(axes: list[Axes], figures: dict[str, Any]) -> None:
     counts = sorted({setting["nodes"] for setting in figures["simulated"]})
     panels = [(counts[0], "completion_s", "Completion, s", 1.0), (counts[-1], "completion_s", "Completion, s", 1.0)]
-    panels.append((counts[0], "runtimes_started", "Runtimes started", 1.0))
-    for ax, (nodes, name, what, unit) in zip(axes, panels, strict=True):
+    panels.append((counts[0], "runtimes_started", "Workers started", 1.0))
+    for ax, (nodes, name, title, unit) in zip(axes, panels, strict=True):
         settings = [setting for setting in figures["simulated"] if setting["nodes"] == nodes]
         groups = {}
         for setting, colour in zip(settings, SIZES_COLOURS * len(settings), strict=False):
             label = f"{setting['updates']:,} updates"
             groups[label] = ([row[name] / unit for row in setting["rows"]], colour)
-        _bars(ax, f"{what}: simulated, {nodes} nodes", settings[0]["rows"], groups)
+        _bars(ax, f"{title}: simulated, {nodes} nodes", settings[0]["rows"], groups)
         ax.legend(frameon=False, loc="lower right")
 
 
 def _bars(ax: Axes, title: str, rows: list[dict[str, Any]], groups: dict[str, tuple[list[float], str]]) -> None:
-    """One group of bars for each policy, the first at the top."""
+    """Draws a group of bars for each policy, the first policy at the top."""
     height = 0.8 / len(groups)
     for i, (label, (values, colour)) in enumerate(groups.items()):
         places = [j + (i - (len(groups) - 1) / 2) * height for j in range(len(rows))]

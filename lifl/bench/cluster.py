@@ -1,8 +1,8 @@
-"""Several Nodes of this machine as the nodes of a cluster: a round carried out as a policy says, for real.
+"""Several Nodes of this machine as the nodes of a cluster, which carry out real rounds of a policy.
 
-Owns the gateways: a thread for each node takes in one update after another, and what goes to another node crosses a
-TCP connection and is received where it will be folded. It decides nothing: who does what is the plan's. It times a
-round and counts what it took; nothing is printed here.
+Owns the gateways: for each node a thread takes in one update after another, and an update for another node crosses a
+TCP connection and is received in the block where it will be folded. Decides nothing: the plan assigns the work. Times
+a round and counts its costs; nothing is printed here.
 """
 
 from __future__ import annotations
@@ -34,27 +34,29 @@ from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
 
 HEAD = struct.Struct("<dq")
-"""Before an update on the wire: its weight, and its number; a node's mean has one below 0."""
+"""Header of an update on the wire: its weight, and its number, which is below 0 for the mean of a node."""
 
 COLD_TIMEOUT_S = 2.0
-"""After so long without work a runtime ends where none is kept: the next round finds none, and this one's CPU time can
-still be read when it is over."""
+"""Idle seconds after which a worker ends, for policies that keep no workers.
+
+Long enough to read the CPU time of a round after its end, and the next round begins without workers.
+"""
 
 RESULT_TIMEOUT_S = 300.0
 MAX_PARTS = 1024
 """Pieces of memory that the kernel takes in one call (IOV_MAX)."""
 SPARE_UPDATES = 6
-"""Room in an arena beside a round's own updates, without which no leaf may join it."""
+"""Room in an arena, in updates, in addition to a round's own; without it no leaf may join the round."""
 
 Update = Mapping[str, Array]
 
 
 @attrs.frozen
 class Played:
-    """What a round took; as in :class:`lifl.planner.simulate.Outcome`, but measured.
+    """The measured costs of a real round, with the fields of :class:`lifl.planner.simulate.Outcome`.
 
-    ``cpu_s`` is that of this process and its descendants. Clients have no part in it: their updates lie in memory.
-    ``others_s`` is what others took of the machine meanwhile, as far as ticks tell.
+    ``cpu_s`` is the CPU time of this process and its descendants; clients take none, their updates lie in memory.
+    ``others_s`` is the CPU time of all other processes meanwhile, in the resolution of the kernel's ticks.
     """
 
     updates: int
@@ -68,24 +70,28 @@ class Played:
 
 
 class _LazyNode(Node):
-    """A Node that takes on no worker until it is let: a lazy task has no runtime before its last update is in."""
+    """A Node that takes no worker for a round while ``is_held``: a lazy task gets workers after its last update."""
 
     def __init__(self, memory: int, workers: int, warm: int, idle_timeout: float | None) -> None:
         super().__init__(memory, workers, warm=warm, idle_timeout=idle_timeout)
         self.is_held = False
         self._choose = self.pool.choose
-        self.pool.choose = self._choose_if_let  # type: ignore[method-assign]
+        self.pool.choose = self._choose_unless_held  # type: ignore[method-assign]
 
-    def _choose_if_let(self, n: int, without: Container[int] = ()) -> tuple[int, ...]:
+    def _choose_unless_held(self, n: int, without: Container[int] = ()) -> tuple[int, ...]:
         return () if self.is_held else self._choose(n, without)
 
 
 class Gate:
-    """A node's gateway: one thread that does one thing after another, and a socket at which other nodes call."""
+    """The gateway of a node: a thread that does jobs one after another, and a socket for connections of other nodes.
+
+    Two threads, started here and ended by :meth:`close`: one does the jobs, the other accepts connections.
+    """
 
     def __init__(self, on_call: Callable[[socket.socket], None], on_error: Callable[[BaseException], None]) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._on_call, self._on_error = on_call, on_error
+        self._on_call = on_call
+        self._on_error = on_error
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = self._server.getsockname()
         self._threads = [threading.Thread(target=self._work), threading.Thread(target=self._listen)]
@@ -93,7 +99,7 @@ class Gate:
             thread.start()
 
     def put(self, job: Callable[[], object]) -> None:
-        """To be done when what came before is done."""
+        """Adds a job, which is done after all earlier ones."""
         self._jobs.put(job)
 
     def _work(self) -> None:
@@ -104,13 +110,13 @@ class Gate:
                 self._on_error(error)
 
     def _listen(self) -> None:
-        with suppress(OSError):  # it was shut down
+        with suppress(OSError):  # close() has shut the socket down
             while True:
                 self.put(partial(self._on_call, self._server.accept()[0]))
 
     def close(self) -> None:
-        """Ends both threads."""
-        self._server.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who accepts
+        """Ends both threads, after all jobs."""
+        self._server.shutdown(socket.SHUT_RDWR)  # close() alone would not wake the thread in accept()
         self._server.close()
         self._threads[1].join()
         self._jobs.put(None)
@@ -126,28 +132,31 @@ class Cluster:
     trace : Trace
     policy : Policy
     names : sequence of str
-        All nodes; each has a gateway, also without a part.
+        Names of all nodes; a node without a part has a gateway too.
     parts : sequence of Part
-        What the planner says that each does.
+        The planner's assignment of work to nodes.
     """
 
     def __init__(
         self, spec: TensorSpec, trace: Trace, policy: Policy, names: Sequence[str], parts: Sequence[Part]
     ) -> None:
-        self._spec, self._trace, self._policy, self._parts = spec, trace, policy, parts
+        self._spec = spec
+        self._trace = trace
+        self._policy = policy
+        self._parts = parts
         self._part_of = {i: part for part in parts for i in part.clients}
         self._doors = doors_of(trace, policy, names, parts)
         self._top = next(part.node for part in parts if part.is_top)
         self._rounds: dict[str, Round] = {}
         self._arrived: dict[str, int] = {}
         self._sent_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards _sent_bytes and _threads
         self._errors: list[BaseException] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []  # senders, started by _follow() and joined by _end_round()
         self._crossing = sum(door != self._part_of[i].node for i, door in enumerate(self._doors))
         self._doorways: queue.SimpleQueue[Array] = queue.SimpleQueue()
         for _ in range(self._crossing):
-            self._doorways.put(np.full(spec.layout.update_bytes, 1, np.uint8))  # all pages are there
+            self._doorways.put(np.full(spec.layout.update_bytes, 1, np.uint8))  # filled, so that all pages exist
         with ExitStack() as stack:
             self._nodes: dict[str, _LazyNode] = {}
             for part in parts:
@@ -170,28 +179,31 @@ class Cluster:
 
     @property
     def memory_bytes(self) -> int:
-        """What the Nodes and the doorways take."""
+        """Bytes of the Nodes' arenas and of the buffers for updates to other nodes."""
         arenas = sum(node.arena.block_bytes for node in self._nodes.values())
         return arenas + self._crossing * self._spec.layout.update_bytes
 
     @staticmethod
     def shape_of(part: Part) -> Shape:
-        """What is carried out: a leaf that would have no update is not started."""
+        """The shape of a part's tree, without leaves that would have no update."""
         return Shape(min(part.shape.leaves, part.expected), part.shape.shards)
 
     # ------------------------------------------------------------ a round
 
     def play(self, updates: Sequence[Update], weights: Sequence[float], check: Callable[[Update], None]) -> Played:
-        """One round: update i is ``updates[i % len(updates)]``, with its weight; `check` sees the model.
+        """Carries out one round. Update i is ``updates[i % len(updates)]``, with ``weights[i]``.
 
-        Raises what went wrong in any of the nodes.
+        `check` is called with the model, whose arrays are valid only during the call. Raises the first error of a node.
         """
         self._wait_for_rest()
-        self._sent_bytes, started = 0, self._cold_starts
+        self._sent_bytes = 0
+        started = self._cold_starts
         first, last = self._trace.times_s[0], self._trace.times_s[-1]
         try:
             self._open_rounds()
-            own, all_, begin = own_s(), machine_s(), time.monotonic()
+            own = own_s()
+            all_ = machine_s()
+            begin = time.monotonic()
             for part in self._parts:
                 if not part.is_top:
                     self._follow(partial(self._send_mean, part.node))
@@ -229,11 +241,11 @@ class Cluster:
             self._rounds[part.node] = node.open_round(self._spec, part.expected, timing, shape=self.shape_of(part))
 
     def _wait_for_rest(self) -> None:
-        """Until no runtime is left of the round before, where none is kept."""
+        """Waits until all workers of the last round have ended, if the policy keeps none."""
         deadline = time.monotonic() + RESULT_TIMEOUT_S
         while not self._policy.is_reusing and any(node.pids() for node in self._nodes.values()):
             if time.monotonic() > deadline:
-                raise LiflError(f"runtimes without work have not ended in {RESULT_TIMEOUT_S:g} s")
+                raise LiflError(f"workers without work have not ended in {RESULT_TIMEOUT_S:g} s")
             time.sleep(0.01)
 
     def _result(self, node: str) -> RoundResult:
@@ -253,7 +265,7 @@ class Cluster:
         self._rounds.clear()
 
     def _fail(self, error: BaseException) -> None:
-        """A gateway or a sender could not do its part: every wait for a result ends."""
+        """Fails all rounds after an error in a gateway or a sender, which ends every wait for a result."""
         self._errors.append(error)
         for name, round_ in list(self._rounds.items()):
             with self._nodes[name].changed:
@@ -261,7 +273,7 @@ class Cluster:
                 self._nodes[name].changed.notify_all()
 
     def _follow(self, job: Callable[[], object]) -> None:
-        """Does `job` in a thread that the round's end waits for."""
+        """Starts a thread that does `job`; _end_round() joins it."""
 
         def run() -> None:
             try:
@@ -277,7 +289,7 @@ class Cluster:
     # ------------------------------------------------------------ in the gateways' threads
 
     def _land(self, i: int, update: Update, weight: float) -> None:
-        """A client's update is at the door: copied and checked into the round, or into what leads to another node."""
+        """Copies and checks a client's update: into the round, or into a buffer from which it goes to another node."""
         door, target = self._doors[i], self._part_of[i].node
         if door == target:
             self._count(target)
@@ -291,7 +303,7 @@ class Cluster:
         self._follow(partial(self._send_on, target, i, weight, doorway))
 
     def _receive(self, node: str, connection: socket.socket) -> None:
-        """Another node calls: its update is received where it will be folded."""
+        """Receives an update from another node, in the block where it will be folded."""
         with connection:
             head = bytearray(HEAD.size)
             receive_into(connection, [memoryview(head)])
@@ -302,7 +314,7 @@ class Cluster:
         loan.send(weight)
 
     def _count(self, node: str) -> None:
-        """One more update comes to a node; with the last a lazy one gets its leaves."""
+        """Counts an update that a node receives; with the last one a lazy node gets its leaves."""
         self._arrived[node] += 1
         part = next(part for part in self._parts if part.node == node)
         if self._nodes[node].is_held and self._arrived[node] == part.expected:
@@ -337,14 +349,14 @@ class Cluster:
 
 
 def touch(node: Node, spec: TensorSpec) -> None:
-    """Writes to every page of the Node's arena in this process, so that it is as after many rounds.
+    """Writes to every page of the Node's arena in this process, so that all pages exist as after many rounds.
 
-    A first touch takes ten times as long as a copy; a server that runs for long has paid for it once.
+    The first write to a page takes ten times as long as a copy; a long-running server pays for it once.
     """
     room = node.arena.free_bytes // units_of(spec.layout.update_bytes)
     with node.open_round(spec, room, "lazy", shape=Shape(0, 1)) as round_:
         loans = []
-        with suppress(ShmError):  # the round's own blocks take some of the room
+        with suppress(ShmError):  # the arena is full earlier than `room` says: the round has blocks of its own
             while True:
                 loans.append(round_.loan())
                 ctypes.memset(loans[-1].address, 0, spec.layout.update_bytes)
@@ -356,18 +368,18 @@ def touch(node: Node, spec: TensorSpec) -> None:
 
 
 def bytes_of(update: Update) -> list[memoryview]:
-    """The arrays' own memory, one after another; without the empty ones."""
+    """The memory of each array, without a copy; empty arrays are left out."""
     return [array.reshape(-1).view(np.uint8).data for array in update.values() if array.size]
 
 
 def send_all(connection: socket.socket, parts: list[memoryview]) -> None:
-    """Sends all of `parts`, without putting them together first."""
+    """Sends all of `parts`, without joining them in memory."""
     while parts:
         parts = _after(parts, connection.sendmsg(parts[:MAX_PARTS]))
 
 
 def receive_into(connection: socket.socket, parts: list[memoryview]) -> None:
-    """Fills `parts`; ``LiflError`` if the other side ends before."""
+    """Receives until all `parts` are full; raises ``LiflError`` if the other side ends earlier."""
     while parts:
         received, *_ = connection.recvmsg_into(parts[:MAX_PARTS])
         if not received:
@@ -376,7 +388,7 @@ def receive_into(connection: socket.socket, parts: list[memoryview]) -> None:
 
 
 def _after(parts: list[memoryview], nbytes: int) -> list[memoryview]:
-    """What is left of `parts` behind the first `nbytes`."""
+    """The rest of `parts` after their first `nbytes`."""
     for i, part in enumerate(parts):
         if nbytes < len(part):
             return [part[nbytes:], *parts[i + 1 :]]

@@ -1,4 +1,4 @@
-"""A process and the others that it forks to pass messages with: where they run, how long a trip took, what CPU time.
+"""A process and its forks that pass messages back and forth: their cores, the times of the trips, their CPU time.
 
 Owns the forks: each ends when its function returns, or with the process that forked it. Judges nothing.
 """
@@ -15,27 +15,27 @@ from contextlib import contextmanager
 from lifl.workers.aggregator import die_with
 
 ASKER, ECHO = 0, 1
-"""The two sides; also participants of an arena between them."""
+"""Numbers of the two sides, also in an arena that they share."""
 PAYLOAD = bytes(16)
-"""What the ways without rings carry: as many bytes as a descriptor has."""
+"""Message for the ways without rings, with as many bytes as a descriptor."""
 
 Measure = Callable[[int], list[int]]
-"""Makes so many round trips; the nanoseconds of each."""
+"""Makes a number of round trips; returns the nanoseconds of each."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _others: list[int] = []
-"""The processes that this one has forked and that have not ended."""
+"""Ids of the forked processes that have not ended."""
 _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def share_a_core() -> None:
-    """Keeps this process, and all that it will fork, to one core."""
+    """Binds this process, and its later forks, to one core."""
     del _cores[1:]
     os.sched_setaffinity(0, _cores)
 
 
 def timed(trip: Callable[[], object], messages: int) -> list[int]:
-    """Makes so many trips, one after another; the nanoseconds of each."""
+    """Calls `trip` `messages` times, one after another; the nanoseconds of each call."""
     trips = []
     for _ in range(messages):
         begin = time.perf_counter_ns()
@@ -67,18 +67,18 @@ def forked(echo: Callable[[], None]) -> Iterator[None]:
     _others.remove(pid)
 
 
-def _take_half(me: int) -> None:
-    """Each side keeps to its half of the cores.
+def _take_half(side: int) -> None:
+    """Binds this process to its side's half of the cores.
 
-    Left alone, the scheduler sometimes puts both on one core: then a wake-up is a context switch, ten
+    Otherwise the scheduler sometimes puts both sides on one core: then a wake-up is a context switch, ten
     times as fast as waking an idle core, and the figures jump between the two.
     """
     if len(_cores) > 1:
-        os.sched_setaffinity(0, _cores[me::2])
+        os.sched_setaffinity(0, _cores[side::2])
 
 
 def spent_ns() -> int:
-    """CPU time, user's and kernel's, that this process and all that it has forked have taken, in nanoseconds."""
+    """Nanoseconds of CPU time, user's and kernel's, of this process and its living forks."""
     spent = time.process_time_ns()
     for pid in _others:
         clock = ctypes.c_int()

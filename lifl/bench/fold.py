@@ -1,7 +1,7 @@
-"""The mean of ready updates: lifl's ways beside Flower's and NVFLARE's, in one run, alternating.
+"""The mean of ready updates: lifl's ways, Flower's and NVFLARE's, which alternate in one run.
 
-Owns what is timed and from when to when. All sides get the same updates of a real model's shapes, and
-their results are compared. Nothing is printed here.
+Owns the work that is timed, and the begin and end of each time. All sides get the same updates, with the shapes of a
+real model, and their results are compared. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lifl.tensor import Array, TensorSpec
 
 RESULT_TIMEOUT_S = 300.0
 GOAL_SHARE = 0.8
-"""What part of the rate at which all cores read memory shards are meant to reach."""
+"""Goal for shards, as a share of the rate at which all cores read memory."""
 
 TITLES = {
     "flower": "Flower (one core)",
@@ -44,12 +44,12 @@ Replies = list[Any]
 """Flower's RecordDicts."""
 
 Ready = Callable[[], None]
-"""Called when all is ready, just before the clock starts."""
+"""A side calls it when it is ready, just before its clock starts."""
 
 
 @attrs.frozen
 class Inputs:
-    """What every side gets; ``arrays`` are views of the replies' bytes."""
+    """The updates for every side; ``arrays`` are views of the replies' bytes."""
 
     spec: TensorSpec
     replies: Replies
@@ -59,7 +59,7 @@ class Inputs:
 
 @attrs.frozen
 class Run:
-    """One side's run: how long, what came out, and in which shape."""
+    """A run of one side: its time, its mean, and the shape of lifl's tree (empty for others)."""
 
     seconds: float
     mean: Mapping[str, Array]
@@ -82,38 +82,38 @@ def measure_fold(
 
     Flower: ``aggregate_arrayrecords`` on replies in memory, one thread. NVFLARE, if it is installed: its
     ``WeightedAggregationHelper`` on the same NumPy arrays, one thread. lifl, updates ready: they lie in the
-    arena; the clock starts at the last ``send`` and stops when ``result`` returns. As planned: in the shape that
-    the planner chooses by the costs it knows, which ``lifl bench limits`` measures. lifl, copied in: the clock
-    starts before the first ``submit``, so it includes copying the updates into the arena. One repetition before
-    the others warms up and is not counted.
+    arena; the clock starts at the last ``send`` and stops when ``result`` returns. As planned: with the shape that
+    the planner chooses by the costs that ``lifl bench limits`` measures. lifl, copied in: the clock
+    starts before the first ``submit``, so it includes copying the updates into the arena. The first repetition
+    warms up and is not counted.
 
-    Needs memory for two copies of the updates and for the sums; imports flwr, and NVFLARE if it is there.
+    Needs memory for two copies of the updates and for the sums; imports flwr, and NVFLARE if it is installed.
 
     Parameters
     ----------
     model : str
         A name in ``lifl.bench.shapes.MODELS``.
     workers : int, optional
-        Of the Node, leaves of the tree, and number of shards; default: one per core.
+        Workers of the Node, leaves of the tree, and number of shards; default: one per core.
     spec : TensorSpec, optional
-        Other shapes than `model`'s, which then is only a name.
+        Other shapes than those of `model`, which then is only a name.
 
     Returns
     -------
     dict
         ``model``, ``updates``, ``update_bytes``, ``workers``, ``cores``, ``repetitions``, ``goal_share``,
         ``read_all_cores_gb_per_s`` (measured before each of the others), ``error_over_tolerance`` (the
-        largest difference between lifl's and Flower's means, as a share of what their roundings allow:
+        largest difference between lifl's and Flower's means, divided by the difference that rounding allows:
         above 1 is wrong), and ``rows``: dicts with ``way``, ``title``, ``workers``, ``shape`` (as carried out;
-        of the peers empty), ``median_s``, ``min_s``, ``gb_per_s`` (updates, 10^9 bytes), ``times_flower``
-        (Flower's median over this one's, of the repetitions that alternated with it) and ``share_of_read``
-        (median, over the runs, of what each reached of the read rate measured just before it); or with ``way``,
-        ``title`` and ``skipped``, the reason.
+        empty for the peers), ``median_s``, ``min_s``, ``gb_per_s`` (updates, 10^9 bytes), ``times_flower``
+        (Flower's median, of the repetitions that alternated with this way, divided by this way's median) and
+        ``share_of_read`` (each run's rate as a share of the read rate just before it, median over the runs); or with
+        ``way``, ``title`` and ``skipped``, the reason.
 
     Raises
     ------
     ShmError
-        If the machine has not enough memory.
+        If the machine has too little memory.
     ValueError
         For an unknown model, or counts below 1.
     """
@@ -156,7 +156,7 @@ def measure_fold(
                     elif repetition:
                         runs[name].append((run.seconds, reads[-1]))
                         shapes[name] = run.shape
-                    del run  # with a mean that is alive the arena has no room for the next
+                    del run  # its mean takes room in the arena that the next run needs
             known = {row["way"] for row in rows}
             rows += [_row(name, node_workers, shapes[name], runs, total_bytes) for name in runs if name not in known]
     if "nvflare" not in peers:
@@ -211,7 +211,7 @@ def _on_node(node: Node, workers: int) -> dict[str, Side]:
 
 
 def _ready(node: Node, shape: Shape | None) -> Side:
-    """The side whose updates lie in the arena when the clock starts."""
+    """A side whose updates lie in the arena when the clock starts."""
 
     def side(inputs: Inputs, ready: Ready) -> Run:
         with node.open_round(inputs.spec, expected=len(inputs.arrays), timing="lazy", shape=shape) as round_:
@@ -233,7 +233,7 @@ def _ready(node: Node, shape: Shape | None) -> Side:
 
 
 def _copied(node: Node) -> Side:
-    """The side that copies the updates into the arena while the clock runs."""
+    """A side that copies the updates into the arena while the clock runs."""
 
     def side(inputs: Inputs, ready: Ready) -> Run:
         ready()
@@ -247,7 +247,7 @@ def _copied(node: Node) -> Side:
     return side
 
 
-# ---------------------------------------------------------------- what is made of them
+# ---------------------------------------------------------------- the figures
 
 
 def _row(way: str, workers: int, shape: str, runs: dict[str, list[tuple[float, float]]], nbytes: int) -> dict[str, Any]:
@@ -267,13 +267,13 @@ def _row(way: str, workers: int, shape: str, runs: dict[str, list[tuple[float, f
 
 
 def _error_over_tolerance(spec: TensorSpec, mean: Mapping[str, Array], replies: Replies, weights: list[float]) -> float:
-    """The largest difference from Flower's mean as a share of what the two may differ by.
+    """The largest difference from Flower's mean, divided by the difference that rounding allows.
 
     lifl may be off the exact mean by :func:`lifl.fold.tolerance`, t. Flower rounds to the arrays' dtype,
-    with unit roundoff u = 2^-24 for float32: the factor, the product and at most n - 1 additions, so it
+    with unit roundoff u = 2^-24 for float32: the factor, the product and at most n - 1 additions, so its mean
     is off by at most (n + 1) u S to first order, (n + 2) u S with the rest (S as in ``tolerance``); and
-    t is at least 2 u S. Together t (1 + (n + 2) / 2). Flower's mean of integers is float64 and not
-    rounded: half of one more.
+    t is at least 2 u S. Both together: t (1 + (n + 2) / 2). Flower's mean of integers is float64 and not
+    rounded, which adds 0.5 to the bound.
     """
     from lifl.strategy import reference
 
@@ -288,7 +288,7 @@ def _error_over_tolerance(spec: TensorSpec, mean: Mapping[str, Array], replies: 
         difference = np.abs(mean[tensor.name].astype(np.float64) - flower[tensor.name])
         with np.errstate(divide="ignore", invalid="ignore"):
             share = difference / allowed
-        # 0 / 0 is no difference where none is allowed; a NaN in either mean is as wrong as can be.
+        # 0 / 0 is no difference where none is allowed; a NaN in either mean is an infinite error.
         share = np.where(difference == 0, 0.0, np.where(np.isnan(share), np.inf, share))
         worst = max(worst, float(share.max(initial=0.0)))
     return worst
@@ -304,7 +304,8 @@ def fold_table(figures: dict[str, Any]) -> Table:
     notes = [
         f"Medians of {figures['repetitions']}. Reading memory, {figures['cores']} cores reach "
         f"{figures['read_all_cores_gb_per_s']:.1f} GB/s; the goal of shards is {figures['goal_share']:.0%}.",
-        f"lifl's mean differs from Flower's by {figures['error_over_tolerance']:.2f} of what rounding allows.",
+        f"lifl's and Flower's means differ by {figures['error_over_tolerance']:.2f} of the difference that rounding "
+        "allows.",
     ]
     table.add_column("way", no_wrap=True)
     for heading in ("workers", "ms", "GB/s", "against\nFlower", "of the\nread rate"):
@@ -322,5 +323,5 @@ def fold_table(figures: dict[str, Any]) -> Table:
             f"{row['times_flower']:.1f} x",
             f"{row['share_of_read']:.0%}",
         )
-    table.caption = Text("\n".join(notes))  # as markup a remedy would lose its brackets
+    table.caption = Text("\n".join(notes))  # as rich's markup, 'lifl[peers]' would lose its brackets
     return table

@@ -1,6 +1,6 @@
-"""What it costs to hand one descriptor from one Python process to another, lifl's ways and others.
+"""The cost of passing one descriptor from one Python process to another, by lifl's ways and by others.
 
-Owns the list of ways and the figures; the processes are ``lifl.bench.pair``'s. One way is half a round
+Owns the titles of the ways and the figures; ``lifl.bench.pair`` owns the processes. One way is half a round
 trip. Nothing is printed here.
 """
 
@@ -31,7 +31,7 @@ TITLES = {
     "grpc": "gRPC unary call",
 }
 GOALS_US = {"ring_spinning": 5.0, "ring_sleeping": 30.0}
-"""Medians that lifl is meant to reach on two idle cores, in microseconds."""
+"""Goals for lifl's medians on two idle cores, in microseconds."""
 CHOOSE = (
     "Rings hand over the fastest and need no privileges. Choose the eBPF sidecar where the kernel is to count and "
     "route, or aggregators have network namespaces of their own: it does the work of a proxy in less time."
@@ -39,19 +39,19 @@ CHOOSE = (
 
 
 def measure_handoff(messages: int = 20_000, *, on_progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Hands `messages` descriptors over, one after another, in every way; a tenth of it the slow ways.
+    """Passes `messages` descriptors, one after another, in every way; a tenth as many in the slow ways.
 
-    Both processes start clean, keep to half of the cores each, and are gone on return. A second time both keep to one
-    core, where a hand-over is a context switch, and who spins keeps the other from its core.
+    Both processes start clean, run on half of the cores each, and have ended on return. A second run has both on one
+    core, where passing a descriptor is a context switch, and a side that spins keeps the other from the core.
 
     Returns
     -------
     dict
-        ``cores``, ``choose`` (when to take which), and ``rows``: a list of dicts with ``way``, ``title``,
-        ``messages``, ``median_us``, ``p99_us``, ``cpu_us`` (CPU time of all processes that a message takes, the
-        user's and the kernel's), ``slower_than_spinning`` (the ratio of the medians) and ``same_core`` (a dict of the
-        same ``messages``, ``median_us``, ``p99_us`` and ``cpu_us``); or with ``way``, ``title`` and ``skipped``, the
-        reason. Microseconds one way.
+        ``cores``, ``choose`` (advice on the choice of a way), and ``rows``: a list of dicts with ``way``, ``title``,
+        ``messages``, ``median_us``, ``p99_us``, ``cpu_us`` (CPU time per message, user's and kernel's, of all
+        processes), ``slower_than_spinning`` (the ratio of the medians) and ``same_core`` (a dict of ``messages``,
+        ``median_us``, ``p99_us`` and ``cpu_us`` on one core); or with ``way``, ``title`` and ``skipped``, the reason.
+        Microseconds are those of one way.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def measure_handoff(messages: int = 20_000, *, on_progress: Callable[[str], None
 
 
 def _missing(way: str) -> str:
-    """Why a way cannot be measured here; empty if it can."""
+    """The reason why a way cannot be measured here; empty if it can."""
     if way == "grpc" and importlib.util.find_spec("grpc") is None:
         return "grpcio is not installed: pip install 'lifl[bench]'"
     if way == "ebpf" and not (support := probe.support()).available:
@@ -115,5 +115,5 @@ def handoff_table(figures: dict[str, Any]) -> Table:
         ratio = f"{row['slower_than_spinning']:.1f} x"
         numbers = row["median_us"], row["p99_us"], row["cpu_us"], ratio, beside["median_us"], beside["cpu_us"]
         table.add_row(row["title"], *(one if isinstance(one, str) else f"{one:.1f}" for one in numbers))
-    table.caption = Text("\n".join(notes))  # as markup it would lose its brackets
+    table.caption = Text("\n".join(notes))  # as rich's markup, 'lifl[bench]' would lose its brackets
     return table

@@ -1,4 +1,4 @@
-"""What a Node costs that has nothing to do: CPU time of every process and thread of it, from the kernel's books.
+"""The cost of an idle Node: CPU time of each of its processes and threads, from the kernel's counters.
 
 Owns the waiting and the reading of ``/proc``. Nothing is printed here.
 """
@@ -29,18 +29,18 @@ TITLES = {
 ARRAYS = {"w": np.ones(1000, np.float32)}
 MEMORY_BYTES = 16 * 2**20
 GOAL_MS_PER_S = 1.0
-"""What an idle Node may take at most: milliseconds of CPU in a second, all its processes together."""
+"""Goal for an idle Node: milliseconds of CPU per second, all its processes together."""
 
 IDLE_TIMEOUT_S = 0.2
-"""Of the Node whose workers are to go."""
+"""Idle time-out of the Node that scales to zero."""
 
 WAIT_S = 60.0
 SETTLE_S = 0.5
-"""After the last round, before the first reading: what workers still have to do for it is not idling."""
+"""Seconds between the last round and the first reading, in which workers end their work for that round."""
 
 
 def process_ns(pid: int) -> int:
-    """Nanoseconds that all living threads of a process have been on a CPU; 0 if it is gone."""
+    """CPU time of all living threads of a process, in nanoseconds; 0 if the process has ended."""
     spent = 0
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -49,12 +49,12 @@ def process_ns(pid: int) -> int:
 
 
 def thread_ns(tid: int) -> int:
-    """Nanoseconds that one thread of this process has been on a CPU; 0 if it is gone."""
+    """CPU time of one thread of this process, in nanoseconds; 0 if the thread has ended."""
     return _schedstat_ns(Path(f"/proc/self/task/{tid}"))
 
 
 def _schedstat_ns(task: Path) -> int:
-    # /proc/PID/stat counts in ticks of 10 ms, this in nanoseconds; of a running thread up to its last tick.
+    # schedstat counts nanoseconds, for a running thread up to its last tick; /proc/PID/stat counts ticks of 10 ms.
     with suppress(OSError):
         return int((task / "schedstat").read_text().split()[0])
     return 0
@@ -62,17 +62,17 @@ def _schedstat_ns(task: Path) -> int:
 
 @attrs.frozen
 class IdleNode:
-    """A Node at rest, and what it is made of."""
+    """An idle Node, with the ids of its owner's thread and of its spawner."""
 
     way: str
     node: Node
-    agent_tid: int
+    owner_tid: int
     spawner_pid: int
 
     def spent_ns(self) -> dict[str, int]:
-        """CPU nanoseconds so far, by part: ``agent`` (its thread), ``spawner``, ``workers``."""
+        """CPU nanoseconds so far, by part: ``agent`` (the Node's thread in its owner), ``spawner``, ``workers``."""
         return {
-            "agent": thread_ns(self.agent_tid),
+            "agent": thread_ns(self.owner_tid),
             "spawner": process_ns(self.spawner_pid),
             "workers": sum(map(process_ns, self.node.pids())),
         }
@@ -80,7 +80,7 @@ class IdleNode:
 
 @contextmanager
 def idle_nodes(workers: int, transport: TransportName | None = None) -> Iterator[list[IdleNode]]:
-    """One Node for each of ``TITLES``, each after a round on all its workers, and at rest."""
+    """An idle Node for each of ``TITLES``, after a round on all its workers; the Nodes are closed at the end."""
     with ExitStack() as stack:
         nodes = []
         for way in TITLES:
@@ -98,7 +98,7 @@ def idle_nodes(workers: int, transport: TransportName | None = None) -> Iterator
         deadline = time.monotonic() + WAIT_S
         while any(idle.way == "zero" and idle.node.pids() for idle in nodes):
             if time.monotonic() > deadline:
-                raise LiflError(f"workers were there {WAIT_S:g} s after they had nothing more to do")
+                raise LiflError(f"idle workers have not ended after {WAIT_S:g} s")
             time.sleep(0.01)
         time.sleep(SETTLE_S)
         yield nodes
@@ -118,33 +118,33 @@ def measure_idle(
     *,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Watches three Nodes that have nothing to do for `seconds`, all of them at the same time.
+    """Measures the CPU time of three idle Nodes for `seconds`, all three at the same time.
 
     Parameters
     ----------
     seconds : float
-        How long.
+        Length of the measurement.
     workers : int, optional
-        Of each Node; default: one per core.
+        Workers of each Node; default: one per core.
     transport : {"rings", "ebpf", "auto"}, optional
-        How their descriptors travel, see :class:`lifl.Node`.
+        Transport of the descriptors, see :class:`lifl.Node`.
 
     Returns
     -------
     dict
         ``cores``, ``workers``, ``transport`` (the one that was used), ``seconds`` (as measured), ``goal_ms_per_s``, and
-        ``rows``: dicts with ``way``, ``title``, ``processes`` (the spawner and the workers that were there),
+        ``rows``: dicts with ``way``, ``title``, ``processes`` (the number of the spawner and the living workers),
         ``ms_per_s`` (all), ``agent_ms_per_s``, ``spawner_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time
-        in a second.
+        per second.
 
     Raises
     ------
     LiflError
-        If workers that have nothing to do do not go.
+        If idle workers do not end, or workers start or end during the measurement.
     EbpfUnavailableError
-        For a transport that cannot be had here.
+        If the transport is not available here.
     ValueError
-        For no seconds or workers, or an unknown transport.
+        If `seconds` is not above 0, `workers` is below 1, or the transport is unknown.
     """
     workers = cores() if workers is None else workers
     if not seconds > 0 or workers < 1:
@@ -157,11 +157,16 @@ def measure_idle(
         time.sleep(seconds)
         after, passed_s = [idle.spent_ns() for idle in nodes], time.monotonic() - begin
         if pids != [idle.node.pids() for idle in nodes]:
-            raise LiflError("workers came or went meanwhile: nothing is known of what idling costs")
+            raise LiflError("workers started or ended during the measurement, which therefore is not one of idle Nodes")
     rows = []
-    for idle, there, old, new in zip(nodes, pids, before, after, strict=True):
+    for idle, workers_pids, old, new in zip(nodes, pids, before, after, strict=True):
         taken = {part: (new[part] - old[part]) / 1e6 / passed_s for part in new}
-        row = {"way": idle.way, "title": TITLES[idle.way], "processes": 1 + len(there), "ms_per_s": sum(taken.values())}
+        row = {
+            "way": idle.way,
+            "title": TITLES[idle.way],
+            "processes": 1 + len(workers_pids),
+            "ms_per_s": sum(taken.values()),
+        }
         rows.append(row | {f"{part}_ms_per_s": value for part, value in taken.items()})
     return {
         "cores": cores(),
@@ -175,10 +180,10 @@ def measure_idle(
 
 def idle_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`measure_idle` as a table."""
-    what = f"CPU time of an idle Node in {figures['seconds']:,.0f} s, ms per second"
-    table = Table(title=f"{what} ({figures['transport']}, {figures['cores']} cores)")
+    title = f"CPU time of an idle Node in {figures['seconds']:,.0f} s, ms per second"
+    table = Table(title=f"{title} ({figures['transport']}, {figures['cores']} cores)")
     table.add_column("the Node")
-    for heading in ("processes", "agent", "spawner", "workers", "all", "goal"):
+    for heading in ("processes", "owner", "spawner", "workers", "all", "goal"):
         table.add_column(heading, justify="right")
     for row in figures["rows"]:
         parts = (row[f"{part}ms_per_s"] for part in ("agent_", "spawner_", "workers_", ""))

@@ -1,8 +1,8 @@
-"""What this machine can do at most: memory, hashing, wake-ups, starting processes.
+"""The limits of this machine: memory, hashing, wake-ups, starting processes.
 
-Owns the limits that other figures are held against. It measures the machine and lifl's start, never a
-round's work; what the steps of a round cost here is ``lifl.node.calibration``'s, and shown beside. Nothing is
-printed here.
+Owns the limits that other figures are compared with. Measures the machine and the start of lifl's processes, never the
+work of a round; the costs of a round's steps come from ``lifl.node.calibration`` and are shown with the limits. Nothing
+is printed here.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lifl.tensor import Array, TensorSpec
 from lifl.workers.spawner import Spawner
 
 MEMORY_BYTES = 512 * 2**20
-"""Large enough that most caches hold little of it."""
+"""Memory to read and copy: so much that most caches hold little of it."""
 
 SHA256_BYTES = 64 * 2**20
-"""Enough for hashing, whose rate does not depend on caches."""
+"""Memory to hash: less, because the rate of hashing does not depend on caches."""
 
 WAYS = {"spin": "ring_spinning", "futex": "ring_sleeping", "eventfd": "eventfd"}
 ANSWER_TIMEOUT_S = 60.0
@@ -45,14 +45,14 @@ COST_TITLES = {
     "sum_bytes_s": "read or write a partial sum",
     "mean_bytes_s": "write the mean",
     "parallel": "all cores against one",
-    "dispatch_s": "a task, to a warm worker's beginning",
+    "dispatch_s": "a task, until a warm worker begins it",
     "cold_start_s": "one more worker, until it waits",
     "first_read_bytes_s": "a process's first read of memory",
     "first_write_bytes_s": "a process's first write to memory",
     "wire_bytes_s": "receive over loopback TCP",
     "wire_cpu_bytes_s": "the CPU of that, on each side",
 }
-"""What ``lifl.planner.costs.Costs`` calls them; its other fields are shown by their own names."""
+"""Titles for fields of ``lifl.planner.costs.Costs``; other fields are shown by their names."""
 
 
 def measure_limits(
@@ -64,7 +64,7 @@ def measure_limits(
 ) -> dict[str, Any]:
     """Measures the limits; every figure is a median of `repetitions`, or of `messages` round trips.
 
-    Takes twice `memory_bytes` of memory. Every process that it starts is gone on return.
+    Takes twice `memory_bytes` of memory. All processes that the call starts have ended on return.
 
     Returns
     -------
@@ -73,11 +73,11 @@ def measure_limits(
         ``read_one_core_gb_per_s``, ``read_all_cores_gb_per_s``, ``copy_gb_per_s`` (bytes copied, so
         twice as many are moved), ``sha256_gb_per_s``, all in 10^9 bytes per second;
         ``wake_spin_us``, ``wake_futex_us``, ``wake_eventfd_us``: one way between two Python processes;
-        ``node_cold_s``: from nothing to the first result of a Node with one worker;
-        ``worker_cold_s``: from nothing to a worker's first answer;
-        ``worker_start_s``: one more worker, to its first answer;
-        ``worker_warm_s``: a question to a worker that is there, and its answer;
-        ``costs``: what the cost model plans with (``lifl.planner.costs.Costs``), measured anew and remembered.
+        ``node_cold_s``: from the call of ``Node`` to its first result, with one worker;
+        ``worker_cold_s``: from the start of the spawner to the first answer of its first worker;
+        ``worker_start_s``: one more worker, until its first answer;
+        ``worker_warm_s``: a message to a running worker, until its answer;
+        ``costs``: the costs that the planner uses (``lifl.planner.costs.Costs``), measured anew and cached.
     """
     say = on_progress or (lambda _: None)
     if memory_bytes < 4096 or repetitions < 1 or messages < 1:
@@ -113,13 +113,13 @@ def _memory(nbytes: int, repetitions: int) -> dict[str, float]:
 
 
 def medians(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str, float]:
-    """Runs all `ways` in turn, `repetitions` times over, so that a noisy moment spares none of them."""
+    """Runs all `ways` in turn, `repetitions` times, so that a noisy moment affects all of them; medians of each."""
     runs = [{name: way() for name, way in ways.items()} for _ in range(repetitions)]
     return {name: statistics.median(run[name] for run in runs) for name in ways}
 
 
 def read_gb_per_s(source: Array, threads: int) -> float:
-    """How fast `threads` cores together read `source` once, in 10^9 bytes per second."""
+    """The rate at which `threads` cores together read `source` once, in 10^9 bytes per second."""
     part = source.nbytes // threads
     starts = [source.ctypes.data + i * part for i in range(threads)]
     ready = threading.Barrier(threads)
@@ -136,7 +136,7 @@ def read_gb_per_s(source: Array, threads: int) -> float:
         reader.start()
     for reader in readers:
         reader.join()
-    # By their own clocks: with every core taken, this thread may wake long after they have begun.
+    # The readers' own clocks count: with every core busy, this thread may wake long after they have begun.
     return part * threads / (max(times) - min(times)) / 1e9
 
 
@@ -157,21 +157,23 @@ def _node_cold_s() -> float:
 
 
 def start_workers() -> dict[str, float]:
-    """Seconds until a worker answers: the first (with the process that forks them), one more, one that is there."""
+    """Seconds until a worker answers: the first worker (with the start of the spawner), a second one, a running one."""
     arena, bell = Arena.create(1, 3), Bell()
     inbox, outbox = Inbox(arena, AGENT), Outbox.of_rings(arena, AGENT)
 
     def ask(worker: int) -> None:
-        # A worker answers so for every round, also for one that it has never heard of.
+        # A worker answers ABORT with ABORTED for every round, also for an unknown one.
         outbox.push(worker, Descriptor(Kind.ABORT, 1))
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        while (item := inbox.try_pop()) is None or item[1].kind != Kind.ABORTED:  # HELLO comes first
+        while (item := inbox.try_pop()) is None or item[1].kind != Kind.ABORTED:  # a new worker first sends HELLO
             if time.monotonic() > deadline:
                 raise PeerGoneError(f"worker {worker} did not answer in {ANSWER_TIMEOUT_S:g} s")
             if item is None:
                 inbox.wait(0.0)
 
-    seconds, pidfds, spawner = {}, [], None
+    seconds: dict[str, float] = {}
+    pidfds: list[int] = []
+    spawner = None
     try:
         begin = time.perf_counter()
         spawner = Spawner(arena.fd, bell.fd, 0.0)
@@ -197,7 +199,7 @@ def start_workers() -> dict[str, float]:
 def limits_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`measure_limits` as a table."""
     table = Table(title=f"The limits of this machine ({figures['cores']} cores, {figures['vector_width']})")
-    table.add_column("what")
+    table.add_column("limit")
     table.add_column("at most", justify="right")
     for title, name in (
         ("read memory, one core", "read_one_core_gb_per_s"),
@@ -218,7 +220,7 @@ def limits_table(figures: dict[str, Any]) -> Table:
         ("a new Node, to its first result", "node_cold_s"),
         ("the first worker, to its first answer", "worker_cold_s"),
         ("one more worker, to its first answer", "worker_start_s"),
-        ("a worker that is there, to its answer", "worker_warm_s"),
+        ("a running worker, to its answer", "worker_warm_s"),
     ):
         table.add_row(title, f"{figures[name] * 1000:,.2f} ms")
     table.add_section()

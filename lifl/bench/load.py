@@ -1,7 +1,7 @@
-"""The process that plays all SuperNodes of a benchmark: ``python -m lifl.bench.load ORDER``.
+"""The load generator of a benchmark, one process for all SuperNodes: ``python -m lifl.bench.load ORDER``.
 
-Owns what it writes: one line of JSON when its nodes are registered, and one for each message that is answered.
-It ends when it is killed, or with status 1 when a node fails.
+Owns its output: a line of JSON when its nodes are registered, and one for each message that is answered.
+Ends when it is killed, or with status 1 when a node fails.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ READY = "ready"
 
 
 def main(order: Path) -> None:
-    """Plays the nodes as the file `order` says: "address", "nodes", "tensors", "patient", and "out", where lines go."""
+    """Runs the nodes that the file `order` describes.
+
+    `order` is JSON with "address" (of the server), "nodes" (their number), "tensors" (of the updates), "patient"
+    (see :class:`lifl.bench.fleet.fleet.Fleet`), and "out" (path of the output).
+    """
     from lifl.bench.fleet.canned_reply import Prebuilt
     from lifl.bench.fleet.fleet import Fleet
     from lifl.bench.fleet.virtual_node import Answered
 
-    asked = json.loads(order.read_text())
-    spec = spec_of(asked["tensors"])
-    replies = [Prebuilt(random_update(spec, k), weight_of(k)) for k in range(asked["nodes"])]
-    with open(asked["out"], "w", buffering=1) as out:
+    config = json.loads(order.read_text())
+    spec = spec_of(config["tensors"])
+    replies = [Prebuilt(random_update(spec, k), weight_of(k)) for k in range(config["nodes"])]
+    with open(config["out"], "w", buffering=1) as out:
 
-        def say(line: Any) -> None:
+        def write(line: Any) -> None:
             out.write(json.dumps(line) + "\n")
 
-        def told(answered: Answered) -> None:
-            say(attrs.asdict(answered))
+        def write_answered(answered: Answered) -> None:
+            write(attrs.asdict(answered))
 
-        with Fleet(asked["address"], replies, is_patient=asked["patient"], on_answered=told) as fleet:
-            say(READY)
+        with Fleet(config["address"], replies, is_patient=config["patient"], on_answered=write_answered) as fleet:
+            write(READY)
             fleet.wait()
 
 

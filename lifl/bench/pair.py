@@ -1,8 +1,8 @@
-"""Two clean processes that hand one message back and forth, in every way that is compared.
+"""Two clean processes that pass one message back and forth, in every way that is compared.
 
-Owns the list of ways and the asking process: `run` executes a fresh interpreter, which imports nothing of the
-user's, forks its echo while it is single-threaded, measures and ends. Both die with the process that asked. Nothing
-here judges or prints the figures.
+Owns the list of ways and the asking process: `run` executes a fresh interpreter, which imports none of the user's
+modules, forks its echo while it is single-threaded, measures and ends. Both die with the process that called `run`.
+Nothing here judges or prints the figures.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ WARM_UP = 200
 
 @attrs.frozen
 class Trips:
-    """What two processes have measured.
+    """Measured times of the round trips between two processes.
 
     Attributes
     ----------
     ns : list of int
         Nanoseconds of each round trip.
     cpu_ns : int
-        CPU time of all of them, user's and kernel's, of every process that takes part.
+        Nanoseconds of CPU time, user's and kernel's, of all round trips and all processes that take part.
     """
 
     ns: list[int]
@@ -57,10 +57,10 @@ class Trips:
 def run(way: str, messages: int, *, is_same_core: bool = False) -> Trips:
     """Makes `messages` round trips between two new processes, on different cores or on one.
 
-    `way` is a key of ``WAYS``. Raises :class:`PeerGoneError` with their output if they fail or take
+    `way` is a key of ``WAYS``. Raises :class:`PeerGoneError`, with the output of the processes, if they fail or take
     longer than two minutes.
     """
-    # One BLAS thread: NumPy starts one per core at import, and a process with threads must not fork.
+    # At import NumPy starts a BLAS thread per core unless these say one, and a process with threads must not fork.
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BOOT, json.dumps(sys.path), way, str(messages), str(int(is_same_core))]
     pipe = subprocess.PIPE
@@ -70,7 +70,7 @@ def run(way: str, messages: int, *, is_same_core: bool = False) -> Trips:
         except subprocess.TimeoutExpired:
             raise PeerGoneError(f"two processes that pass messages ({way}) took over {TIMEOUT_S:g} s") from None
         finally:
-            process.kill()  # nothing if it has ended; else its echo goes with it
+            process.kill()  # no effect if the process has ended; otherwise its echo dies with it
     if process.returncode:
         raise PeerGoneError(f"two processes that pass messages ({way}) failed:\n{errors.decode().strip()}")
     return Trips(**json.loads(out))
@@ -80,8 +80,8 @@ def run(way: str, messages: int, *, is_same_core: bool = False) -> Trips:
 
 
 def main(way: str, messages: int, is_same_core: bool) -> None:
-    """The asking process's life: its answer is JSON on stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked: it kills this one
+    """Entry point of the asking process; writes its figures to stdout, as JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller of run(), which kills this process
     die_with(os.getppid())
     if is_same_core:
         share_a_core()
@@ -136,12 +136,12 @@ def ring_poll() -> Iterator[Measure]:
                 poll.poll()
                 bell.clear()
 
-    def end(arena: Arena, me: int) -> tuple[Inbox, Producer, select.poll]:
-        other = 1 - me
+    def end(arena: Arena, side: int) -> tuple[Inbox, Producer, select.poll]:
+        other = 1 - side
         ring_for(arena, other, bells[other].fd)
         poll = select.poll()
-        poll.register(bells[me].fd, select.POLLIN)
-        return Inbox(arena, me), Producer(arena, me, other), poll
+        poll.register(bells[side].fd, select.POLLIN)
+        return Inbox(arena, side), Producer(arena, side, other), poll
 
     def echo() -> None:
         inbox, back, poll = end(Arena.attach(fd), ECHO)
@@ -161,7 +161,7 @@ def ring_poll() -> Iterator[Measure]:
 
 @contextmanager
 def ring_asyncio() -> Iterator[Measure]:
-    """lifl's rings; a consumer is an asyncio event loop that its eventfd wakes."""
+    """lifl's rings; a consumer is an asyncio event loop, which an eventfd wakes."""
     arena, bells = Arena.create(1, 2), (Bell(), Bell())
     fd = arena.fd
 
@@ -174,11 +174,12 @@ def ring_asyncio() -> Iterator[Measure]:
                 await rung.wait()
                 bell.clear()
 
-    def end(arena: Arena, me: int) -> tuple[Inbox, Producer, asyncio.Event]:
+    def end(arena: Arena, side: int) -> tuple[Inbox, Producer, asyncio.Event]:
+        other = 1 - side
         rung = asyncio.Event()
-        asyncio.get_running_loop().add_reader(bells[me].fd, rung.set)
-        ring_for(arena, 1 - me, bells[1 - me].fd)
-        return Inbox(arena, me), Producer(arena, me, 1 - me), rung
+        asyncio.get_running_loop().add_reader(bells[side].fd, rung.set)
+        ring_for(arena, other, bells[other].fd)
+        return Inbox(arena, side), Producer(arena, side, other), rung
 
     async def serve() -> None:
         inbox, back, rung = end(Arena.attach(fd), ECHO)
@@ -202,7 +203,7 @@ def ring_asyncio() -> Iterator[Measure]:
 
 @contextmanager
 def eventfd() -> Iterator[Measure]:
-    """Two blocking eventfds and nothing else: what the kernel's wake-up costs from Python."""
+    """Two blocking eventfds and nothing else: the cost of the kernel's wake-up, from Python."""
     ask, answer = os.eventfd(0), os.eventfd(0)
 
     def echo() -> None:
@@ -247,7 +248,7 @@ def grpc_unary() -> Iterator[Measure]:
     """A unary gRPC call over loopback TCP; request and response are the bytes."""
     (until, end), (port_in, port_out) = os.pipe(), os.pipe()
 
-    # Each side imports gRPC after the fork: it does not survive one.
+    # Each side imports gRPC after the fork, because gRPC does not work in a fork of a process that uses it.
     def echo() -> None:
         from concurrent.futures import ThreadPoolExecutor
 
@@ -286,4 +287,4 @@ WAYS: dict[str, Callable[[], AbstractContextManager[Measure]]] = {
     "queue": queue,
     "grpc": grpc_unary,
 }
-"""What `run` knows; each is set up in the asking process and forks its echo."""
+"""The ways that `run` knows; each is set up in the asking process and forks its echo."""

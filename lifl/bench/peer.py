@@ -1,7 +1,7 @@
 """The rounds of ``lifl bench round`` on NVFLARE: a real server and real clients, a process or two each, over loopback.
 
-Owns how NVFLARE is provisioned and started: its own ``nvflare poc prepare``, changed to a free port, its TCP driver and
-no TLS, as Flower is measured with ``--insecure``, and its own start scripts. What its processes load is ``peer_job``.
+Owns the provisioning and the start of NVFLARE: its own ``nvflare poc prepare``, changed to a free port, its TCP driver
+and no TLS (Flower is measured with ``--insecure``), and its own start scripts. Its processes load ``peer_job``.
 """
 
 from __future__ import annotations
@@ -26,29 +26,28 @@ PREPARE_TIMEOUT_S, RUN_TIMEOUT_S, ROUND_TIMEOUT_S = 120.0, 240.0, 300.0
 
 
 def run_nvflare(work: Work) -> Run:
-    """One run, as :func:`lifl.bench.round.measure_round` describes it.
+    """Runs the rounds as :func:`lifl.bench.round.measure_round` describes, and raises the same errors.
 
-    A round's ``last_to_model_s`` begins when the server's controller is handed the last result. Raises as
-    ``measure_round`` does.
+    A round's ``last_to_model_s`` begins when the server's controller receives the last result.
     """
     with Programs() as programs:
         kits = _provision(programs, work)
         sites = ["server", *(f"{SITE}{k + 1}" for k in range(work.nodes))]
         for name in sites:
-            # What start.sh runs; --once: without a shell that would start it again.
+            # start.sh runs this script too; with --once there is no shell that would start the process again.
             programs.launch(name, ["bash", str(kits / name / "startup" / "sub_start.sh"), "--once"])
         server = programs.pid("server")
         job, out, model = _write_job(programs.folder, server, work)
         command = [sys.executable, "-m", JOB, str(kits / "admin@nvidia.com"), str(job), str(work.nodes)]
         programs.launch("submit", command, is_passing=True)
         with MemoryLog(server) as memory:
-            status = programs.finish("submit", RUN_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S, what="NVFLARE's job")
+            status = programs.finish("submit", RUN_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S, title="NVFLARE's job")
         if status or not out.exists():
             raise RuntimeError(f"NVFLARE's job failed.\n{programs.tail('submit')}\n{programs.tail('server')}")
-        told = json.loads(out.read_text())
+        figures = json.loads(out.read_text())
         with np.load(model) as archive:
             arrays = {name: archive[f"arr_{k}"] for k, name in enumerate(work.spec)}
-    pairs = zip(told["models"], told["models"][1:], strict=False)
+    pairs = zip(figures["models"], figures["models"][1:], strict=False)
     rounds = [
         {
             "round": number,
@@ -57,11 +56,11 @@ def run_nvflare(work: Work) -> Run:
         }
         for number, (before, after) in enumerate(pairs, 1)
     ]
-    return make_run(work, TITLE, rounds, told, memory, arrays, is_exact=False)
+    return make_run(work, TITLE, rounds, figures, memory, arrays, is_exact=False)
 
 
 def _provision(programs: Programs, work: Work) -> Path:
-    """Makes the folders with which server, clients and the administrator start; gives the folder of all of them."""
+    """Makes the start folders of the server, the clients and the administrator; returns the folder that holds them."""
     home = {"HOME": str(programs.folder), "NVFLARE_POC_WORKSPACE": str(programs.folder / "poc")}
     command = ["nvflare", "poc", "prepare", "-n", str(work.nodes)]
     programs.launch("prepare", command, home, is_passing=True)
@@ -83,7 +82,7 @@ def _provision(programs: Programs, work: Work) -> Path:
         config["admin"] |= {"host": "localhost", "port": port, "scheme": "tcp"} | insecure
 
     def allow(config: Any) -> None:
-        config["class_allow_list"] += [f"{JOB}.LookedAt", f"{JOB}.Returning"]
+        config["class_allow_list"] += [f"{JOB}.ObservedFedAvg", f"{JOB}.CannedExecutor"]
 
     _change(kits / "server" / "startup" / "fed_server.json", server)
     _change(kits / "admin@nvidia.com" / "startup" / "fed_admin.json", admin)
@@ -96,23 +95,23 @@ def _provision(programs: Programs, work: Work) -> Path:
     return kits
 
 
-def _change(path: Path, how: Callable[[Any], None]) -> None:
+def _change(path: Path, change: Callable[[Any], None]) -> None:
     config = json.loads(path.read_text())
-    how(config)
+    change(config)
     path.write_text(json.dumps(config))
 
 
 def _write_job(folder: Path, server: int, work: Work) -> tuple[Path, Path, Path]:
-    """The job's folder, and the files that its controller will write: what it saw, and the last model."""
+    """Writes the job; returns its folder, and the paths where its controller will write figures and the last model."""
     job, order, out, model = (folder / name for name in ("job", "order.json", "out.json", "model.npz"))
-    asked = {"server": server, "tensors": tensors_of(work.spec), "out": str(out), "model": str(model)}
-    order.write_text(json.dumps(asked))
+    settings = {"server": server, "tensors": tensors_of(work.spec), "out": str(out), "model": str(model)}
+    order.write_text(json.dumps(settings))
     config = job / "app" / "config"
     config.mkdir(parents=True)
     common = {"format_version": 2, "task_data_filters": [], "task_result_filters": [], "components": []}
     controller = {"order": str(order), "num_clients": work.nodes, "num_rounds": work.rounds}
-    workflow = {"id": "controller", "path": f"{JOB}.LookedAt", "args": controller}
-    executor = {"path": f"{JOB}.Returning", "args": {"order": str(order)}}
+    workflow = {"id": "controller", "path": f"{JOB}.ObservedFedAvg", "args": controller}
+    executor = {"path": f"{JOB}.CannedExecutor", "args": {"order": str(order)}}
     files = {
         job / "meta.json": {
             "name": "round",

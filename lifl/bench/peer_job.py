@@ -1,7 +1,7 @@
-"""What NVFLARE's own processes load in a measured round: a controller, an executor, and who submits the job.
+"""The classes that NVFLARE's processes load in a measured round, a controller and an executor; and the job's submitter.
 
-Owns what they write. Is imported by NVFLARE's server and clients, by name, and run as ``python -m`` to submit; by
-nothing of lifl's. NVFLARE's FedAvg is not changed, only looked at.
+Owns the files that they write. NVFLARE's server and clients import this module by name, and ``python -m`` with it
+submits the job; no module of lifl imports it. NVFLARE's FedAvg is not changed, only observed.
 """
 
 from __future__ import annotations
@@ -25,54 +25,55 @@ from lifl.bench.shapes import random_update, spec_of
 from lifl.bench.work import FIRST_MODEL, weight_of
 
 SITE = "site-"
-"""What NVFLARE calls the clients that it makes up, with a number from 1."""
+"""Prefix of the names that NVFLARE gives to clients; a number from 1 follows."""
 
 WAIT_S = 120.0
 FINISHED, COMPLETED = "FINISHED", "FINISHED:COMPLETED"
 
 
-class LookedAt(FedAvg):  # type: ignore[misc]  # NVFLARE has no types
-    """NVFLARE's FedAvg; writes when each model was there, and what the server's processes had taken until then.
+class ObservedFedAvg(FedAvg):  # type: ignore[misc]  # NVFLARE has no types
+    """NVFLARE's FedAvg; writes the time of each model, and the CPU time of the server's processes at that time.
 
-    `order` is a file: "server", a process, "tensors", and the files "out" and "model".
+    `order` is the path of a JSON file with "server" (a process id), "tensors" (of the model), and the paths "out" and
+    "model" of the files to write.
     """
 
     def __init__(self, order: str, num_clients: int, num_rounds: int) -> None:
-        # No persistor, and no file per round: its own save_model() would write the model to disk each time.
+        # No persistor and no file name: with them FedAvg would write the model to disk in each round.
         super().__init__(num_clients=num_clients, num_rounds=num_rounds, persistor_id="", save_filename="")
-        self.asked = json.loads(Path(order).read_text())
+        self.settings = json.loads(Path(order).read_text())
         self.models: list[dict[str, Any]] = []
         self.last_s = 0.0
         self.final: dict[str, Any] = {}
 
     def run(self) -> None:
         """Runs the rounds; NVFLARE calls it."""
-        idle_bytes = tree.pss_bytes(self.asked["server"])
-        spec = spec_of(self.asked["tensors"])
+        idle_bytes = tree.pss_bytes(self.settings["server"])
+        spec = spec_of(self.settings["tensors"])
         self.model = FLModel(params=random_update(spec, FIRST_MODEL), params_type=ParamsType.FULL)
-        self._look()
+        self._note_model()
         super().run()
-        np.savez(self.asked["model"], *(self.final[name] for name in spec))
-        unfinished = Path(self.asked["out"] + ".unfinished")
+        np.savez(self.settings["model"], *(self.final[name] for name in spec))
+        unfinished = Path(self.settings["out"] + ".unfinished")
         unfinished.write_text(json.dumps({"idle_bytes": idle_bytes, "models": self.models}))
-        os.replace(unfinished, self.asked["out"])
+        os.replace(unfinished, self.settings["out"])
 
     def save_model(self, model: FLModel) -> None:
-        """NVFLARE calls it as soon as a round's model is there."""
+        """Notes the model of a round; NVFLARE calls it as soon as the model is ready."""
         self.final = model.params
-        self._look()
+        self._note_model()
 
-    def _look(self) -> None:
-        spent = tree.cpu_s(self.asked["server"])
+    def _note_model(self) -> None:
+        spent = tree.cpu_s(self.settings["server"])
         self.models.append({"at_s": time.monotonic(), "last_s": self.last_s, "cpu_s": spent})
 
     def _aggregate_one_result(self, result: FLModel) -> Any:
-        self.last_s = time.monotonic()  # of a round: when the last result has been handed over, its arrays included
+        self.last_s = time.monotonic()  # after a round, the time at which the last result arrived with its arrays
         return super()._aggregate_one_result(result)
 
 
-class Returning(Executor):  # type: ignore[misc]  # NVFLARE has no types
-    """A client that trains nothing: it returns the arrays that it made before."""
+class CannedExecutor(Executor):  # type: ignore[misc]  # NVFLARE has no types
+    """A client that trains nothing and returns the same arrays to each task."""
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class Returning(Executor):  # type: ignore[misc]  # NVFLARE has no types
 
 
 def submit(admin: str, job: str, clients: int) -> None:
-    """Waits until all clients are there, submits the job and waits until it has ended; else ends the process."""
+    """Waits until all clients are connected, submits the job and waits for its end; exits with an error if it fails."""
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     deadline, number = time.monotonic() + WAIT_S, 0
@@ -99,10 +100,10 @@ def submit(admin: str, job: str, clients: int) -> None:
         try:
             session = session or new_secure_session("admin@nvidia.com", admin, timeout=5.0)
             number = len(session.get_system_info().client_info)
-        except Exception as error:  # of many classes while the server starts
+        except Exception as error:  # while the server starts, NVFLARE raises errors of many classes
             print(f"not yet: {error!r}")
         if time.monotonic() > deadline:
-            sys.exit(f"{number} of {clients} clients are there after {WAIT_S:g} s")
+            sys.exit(f"{number} of {clients} clients are connected after {WAIT_S:g} s")
     assert session is not None
     job_id, status = session.submit_job(job), ""
     while not status.startswith(FINISHED):

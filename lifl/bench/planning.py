@@ -1,6 +1,6 @@
-"""How long it takes to plan a round; and the plan that ``lifl plan`` shows.
+"""The time that it takes to plan a round, and the cluster that is planned for.
 
-Owns the clock around the planner, which has none. Nothing is printed here.
+Owns the clock around the planner, which reads none itself. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -12,26 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
 
-from lifl.planner.drawing import Branch, outline
-from lifl.planner.hierarchy import FAN_IN, Role
+from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S, Load, ServerNode
 from lifl.planner.placement import Rule
 from lifl.planner.plan import Plan, make_plan, replan
 
 CORES = 8
-"""Of each node, where none are given."""
+"""Default number of cores of each node."""
 SPARE = 1.25
-"""How many updates all nodes together can take, for each client, where no capacity is given."""
+"""Default capacity of all nodes together, in updates per client."""
 GOAL_MS = 20.0
-"""What planning is to take at most for ``GOAL`` clients and nodes, in milliseconds."""
+"""Goal for the time to plan for ``GOAL`` clients and nodes, in milliseconds."""
 GOAL = (10_000, 100)
 SIZES = ((1_000, 10), GOAL, (100_000, 1_000), (1_000, 100), (10_000, 1_000), (100_000, 100))
-"""Clients and nodes: first as many clients on each node, so that what grows is the cluster; then more and fewer."""
+"""Clients and nodes: three sizes of cluster with 100 clients on each node, then fewer and more clients on each."""
 REPETITIONS = 5
-STYLES = {Role.LEAF: "blue", Role.MIDDLE: "green", Role.TOP: "bold magenta", None: "dim"}
 
 
 def cluster_of(
@@ -42,21 +38,21 @@ def cluster_of(
     rate: float = 0.0,
     execution_s: float = EXECUTION_S,
 ) -> tuple[list[str], list[ServerNode]]:
-    """Clients and equal nodes, to plan for.
+    """Names of clients, and equal nodes, for a plan.
 
     Parameters
     ----------
     clients, nodes : int
-        How many of each.
+        Number of clients and of nodes.
     capacity : float, optional
         MC, updates that a node can aggregate at once. Default: ``ceil(SPARE * clients / nodes) + ceil(k * E)``, so
-        that all fit beside what arrives already, and a fifth of the places is left.
+        that all clients fit in addition to the present load, and a fifth of the places stays free.
     cores : int
-        Of each node.
+        Cores of each node.
     rate : float
-        Updates per second that arrive already, over all nodes: ``k = rate / nodes`` at each.
+        Present load: updates per second over all nodes, ``k = rate / nodes`` at each.
     execution_s : float
-        E, seconds for one of these updates.
+        E, seconds for one of the updates of the present load.
 
     Raises ``ValueError`` for a number that is negative or not finite.
     """
@@ -76,16 +72,16 @@ def timed_plan(
     fan_in: int = FAN_IN,
     arity: int | None = None,
 ) -> tuple[Plan, float]:
-    """The plan, and the median of ``REPETITIONS`` times that it took, in milliseconds: placement, tree, processes.
+    """The plan, and the milliseconds that making it took: the median of ``REPETITIONS`` times.
 
-    Raises ``PlanError`` when there is no plan.
+    A plan is the placement, the tree and the processes. Raises ``PlanError`` if there is no plan.
     """
     plan, times = _timed(lambda: make_plan(clients, nodes, rule=rule, fan_in=fan_in, arity=arity), REPETITIONS)
     return plan, statistics.median(times)
 
 
 def _timed(make: Callable[[], Plan], repetitions: int) -> tuple[Plan, list[float]]:
-    """What is made, and the milliseconds that it took each time."""
+    """The plan, and the milliseconds of each repetition."""
     times = []
     for _ in range(repetitions):
         begin = time.perf_counter()
@@ -94,32 +90,20 @@ def _timed(make: Callable[[], Plan], repetitions: int) -> tuple[Plan, list[float
     return plan, times
 
 
-def plan_tree(plan: Plan) -> Tree:
-    """The plan's tree for a terminal, abbreviated as :func:`~lifl.planner.drawing.outline` says."""
-
-    def grow(branch: Branch, tree: Tree) -> Tree:
-        for one in branch.branches:
-            grow(one, tree.add(Text(one.label, STYLES[one.role])))
-        return tree
-
-    root = outline(plan.tasks)
-    return grow(root, Tree(Text(root.label, STYLES[root.role]), guide_style="dim"))
-
-
 def measure_planning(
     repetitions: int = REPETITIONS,
     *,
     sizes: tuple[tuple[int, int], ...] = SIZES,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Plans rounds of several sizes, on nodes of ``CORES`` cores; and plans them anew without the top's node.
+    """Times plans of rounds of several sizes, on nodes of ``CORES`` cores, and new plans without the top's node.
 
     Returns
     -------
     dict
         ``goal_ms``, ``goal_clients``, ``goal_nodes``, ``cores`` (of a node), ``repetitions``, and ``rows``: dicts with
         ``clients``, ``nodes``, ``nodes_used``, ``leaves``, ``levels``, ``median_ms``, ``worst_ms``,
-        ``ms_per_1000_clients``, ``replan_ms`` (median) and ``moved``, the updates that the second plan moves.
+        ``ms_per_1000_clients``, ``replan_ms`` (median) and ``moved``, the number of updates that the second plan moves.
 
     Raises ``ValueError`` for fewer than one repetition.
     """

@@ -1,7 +1,6 @@
-"""How long a worker's death costs: from the kill until what it held is reclaimed, and until its successor speaks.
+"""The time that a worker's death costs: from the kill until its blocks are reclaimed, and until its successor starts.
 
-Owns the deaths and their clock; what happens then is the Node's own work, which is only looked at. Nothing is
-printed here.
+Owns the kills and their clock; the Node recovers by itself and is only observed. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -31,34 +30,37 @@ from lifl.workers.supervisor import Supervisor
 
 WAYS = {"waiting": "its updates wait (READY)", "folding": "it is folding them (READING)"}
 SPANS = {
-    "kill_to_seen": ("killed_ns", "seen_ns", "killed, to the agent's seeing it"),
+    "kill_to_seen": ("killed_ns", "seen_ns", "killed, until the owner sees it"),
     "seen_to_reclaimed": ("seen_ns", "reclaimed_ns", "seen, to all reclaimed or requeued"),
     "kill_to_reclaimed": ("killed_ns", "reclaimed_ns", "killed, to all reclaimed or requeued"),
-    "kill_to_heard": ("killed_ns", "heard_ns", "killed, to the successor's first word"),
+    "kill_to_heard": ("killed_ns", "heard_ns", "killed, to the successor's first message"),
 }
 GOAL_MS = 100.0
-"""What a dead worker held is to be back within, in milliseconds."""
+"""Goal for the time in which a dead worker's blocks are reclaimed or requeued, in milliseconds."""
 WAIT_S = 60.0
 INTO_THE_FOLD_S = 0.01
-"""A worker is killed at a random moment of so many seconds after it began to fold."""
+"""A worker is killed at a random moment in this many seconds after the begin of its fold."""
 
 
 @attrs.define
 class Death:
-    """One worker's death: when it was killed, seen, swept and followed; and what the worker held."""
+    """The death of a worker: times of the kill, the detection, the sweep and the successor; and the worker's updates.
+
+    Times are of CLOCK_MONOTONIC; 0 until they are known.
+    """
 
     worker: int
     killed_ns: int = 0
     seen_ns: int = 0
     reclaimed_ns: int = 0
     heard_ns: int = 0
-    held: dict[State, int] = attrs.field(factory=dict)  # updates by state, when its death was seen
-    left: int = 0  # updates that were still READING when all was said to be swept
+    held: dict[State, int] = attrs.field(factory=dict)  # number of updates by state, when the death was seen
+    left: int = 0  # updates that were still READING after the sweep
     is_over: threading.Event = attrs.field(factory=threading.Event)
 
 
 class WatchedNode(Node):
-    """A Node whose agent writes down when it sees a death, has swept, and hears the successor."""
+    """A Node that notes the times at which it sees a death, has swept, and has a message from the successor."""
 
     def __init__(self, memory: int, workers: int) -> None:
         self.death: Death | None = None
@@ -66,34 +68,37 @@ class WatchedNode(Node):
         super().__init__(memory, workers)
         assert self._supervisor is not None
         self.supervisor: Supervisor = self._supervisor
-        self._start, self._heard = self.supervisor.start, self.supervisor.heard
-        self.supervisor.start, self.supervisor.heard = self._after_sweep, self._on_word  # type: ignore[method-assign]
+        # The supervisor starts the successor right after the sweep, and calls heard() for each worker's message.
+        self._start = self.supervisor.start
+        self._heard = self.supervisor.heard
+        self.supervisor.start = self._after_sweep  # type: ignore[method-assign]
+        self.supervisor.heard = self._on_message  # type: ignore[method-assign]
 
-    def states(self, me: int) -> dict[State, int]:
-        """How many of the updates worker `me` has in which state."""
+    def states(self, worker: int) -> dict[State, int]:
+        """Number of the worker's updates in each state."""
         found: dict[State, int] = {}
         for block in self.blocks:
             generation, owner, state, _, _ = self.arena.describe(block.index)
-            if (generation, owner) == (block.generation, me):
+            if (generation, owner) == (block.generation, worker):
                 found[state] = found.get(state, 0) + 1
         return found
 
-    def kill(self, me: int) -> Death:
-        """Kills worker `me`; returns when its successor has been heard."""
+    def kill(self, worker: int) -> Death:
+        """Kills a worker; returns after the first message of its successor."""
         with self.changed:
-            pid = next(worker.pid for worker in self.supervisor._workers.values() if worker.me == me)
-            self.death = death = Death(me)
+            pid = next(process.pid for process in self.supervisor._workers.values() if process.me == worker)
+            self.death = death = Death(worker)
         death.killed_ns = time.monotonic_ns()
         os.kill(pid, signal.SIGKILL)
         if not death.is_over.wait(WAIT_S):
             self.check_workers()
-            raise LiflError(f"worker {me} (pid {pid}) was killed and has no successor after {WAIT_S:g} s")
+            raise LiflError(f"worker {worker} (pid {pid}) was killed and has no successor after {WAIT_S:g} s")
         if death.left:
-            raise LiflError(f"{death.left} updates of the dead worker {me} were neither reclaimed nor requeued")
+            raise LiflError(f"{death.left} updates of the dead worker {worker} were neither reclaimed nor requeued")
         return death
 
     def replace(self, pidfd: int) -> None:
-        """Writes down when the death was seen, and what the dead one held."""
+        """Notes the time at which the death was seen, and the states of the dead worker's updates."""
         if self.death is not None:
             self.death.seen_ns = time.monotonic_ns()
             self.death.held = self.states(self.death.worker)
@@ -105,7 +110,7 @@ class WatchedNode(Node):
             self.death.left = self.states(me).get(State.READING, 0)
         self._start(me)
 
-    def _on_word(self, me: int, has_worked: bool) -> None:
+    def _on_message(self, me: int, has_worked: bool) -> None:
         self._heard(me, has_worked)
         death = self.death
         if death is not None and death.worker == me and death.reclaimed_ns:
@@ -122,22 +127,22 @@ def measure_recovery(
     spec: TensorSpec | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Kills workers that have `updates` updates each of a ResNet-18; the others live and fold on.
+    """Kills workers that have `updates` updates each of a ResNet-18, while the other workers fold on.
 
     In each round every worker is killed twice, while its updates wait and while it folds them. Every mean is checked.
 
     Parameters
     ----------
     deaths : int
-        How many are measured of each way.
+        Number of measured deaths of each way.
     spec : TensorSpec, optional
-        Other updates than a ResNet-18's; some tensor is float32, and all can hold 2**15.
+        Shapes other than a ResNet-18's; at least one tensor is float32, and all dtypes can hold 2**15.
 
     Returns
     -------
     dict
-        ``cores``, ``workers``, ``updates`` (each worker's), ``update_bytes``, ``goal_ms``, and ``rows``: dicts with
-        ``way`` (``waiting``: the dead one's updates were READY; ``folding``: READING), ``span`` (a key of ``SPANS``),
+        ``cores``, ``workers``, ``updates`` (of each worker), ``update_bytes``, ``goal_ms``, and ``rows``: dicts with
+        ``way`` (``waiting``: the dead worker's updates were READY; ``folding``: READING), ``span`` (of ``SPANS``),
         ``title``, ``deaths``, ``updates_held`` (median), ``median_ms``, ``p99_ms``, ``worst_ms``.
 
     Raises
@@ -154,7 +159,7 @@ def measure_recovery(
     choose = random.Random(0)
     measured: dict[str, list[Death]] = {way: [] for way in WAYS}
     with closing(WatchedNode(round_bytes(spec, workers, workers * updates + 1), workers)) as node:
-        _one_round(node, spec, workers * updates, choose)  # the arena's pages, which come at the first touch
+        _one_round(node, spec, workers * updates, choose)  # warms up: the arena's pages exist after their first use
         while min(map(len, measured.values())) < deaths:
             if on_progress is not None:
                 on_progress(", ".join(f"{len(done)} of {deaths} deaths, {way}" for way, done in measured.items()))
@@ -165,10 +170,10 @@ def measure_recovery(
 
 
 def _one_round(node: WatchedNode, spec: TensorSpec, updates: int, choose: random.Random) -> dict[str, list[Death]]:
-    """A round in which every worker dies twice, checked; the deaths that found the worker as it was meant.
+    """A round in which every worker dies twice; checks the mean, and returns the deaths by way.
 
-    The workers are stopped, so that what they are given waits; the first death is that of a stopped one, the second
-    that of its successor, which folds.
+    The workers are stopped, so that their updates wait; the first death is that of a stopped worker, the second
+    that of its successor, which folds. A successor that was not in a fold when it was killed is left out.
     """
     found: dict[str, list[Death]] = {way: [] for way in WAYS}
     node.blocks = []
@@ -178,12 +183,12 @@ def _one_round(node: WatchedNode, spec: TensorSpec, updates: int, choose: random
         with _stopped(node):
             with node.changed:
                 core_of(round_).lifecycle.press()
-            for me in range(1, 1 + node.workers):
-                found["waiting"].append(node.kill(me))
-                if not _wait_for_fold(node, me):
+            for worker in range(1, 1 + node.workers):
+                found["waiting"].append(node.kill(worker))
+                if not _wait_for_fold(node, worker):
                     continue
                 time.sleep(choose.random() * INTO_THE_FOLD_S)
-                if State.READING in (death := node.kill(me)).held:
+                if State.READING in (death := node.kill(worker)).held:
                     found["folding"].append(death)
         _send(node, round_, updates)
         result = round_.result(WAIT_S)
@@ -196,7 +201,7 @@ def _one_round(node: WatchedNode, spec: TensorSpec, updates: int, choose: random
 
 @contextmanager
 def _stopped(node: WatchedNode) -> Iterator[None]:
-    """The workers are stopped; at the end those of them that still live go on."""
+    """Stops the workers with SIGSTOP; at the end of the block those that still live continue."""
     pids = node.pids()
     try:
         for pid in pids:
@@ -208,7 +213,7 @@ def _stopped(node: WatchedNode) -> Iterator[None]:
 
 
 def _send(node: WatchedNode, round_: Round, i: int) -> None:
-    """Update number i, full of 2**i, so that a sum tells who is in it; written in place."""
+    """Sends update number i, written in place and full of 2**i, so that each sum of updates is a different number."""
     with round_.loan(i, timeout=WAIT_S) as loan:
         node.blocks.append(loan.lease.block)
         for array in loan.arrays.values():
@@ -216,10 +221,10 @@ def _send(node: WatchedNode, round_: Round, i: int) -> None:
         loan.send(1.0)
 
 
-def _wait_for_fold(node: WatchedNode, me: int) -> bool:
-    """Waits until worker `me` reads updates; false if it has none left."""
+def _wait_for_fold(node: WatchedNode, worker: int) -> bool:
+    """Waits until a worker reads updates; false if it has none left."""
     end = time.monotonic() + WAIT_S
-    while (states := node.states(me)) and time.monotonic() < end:
+    while (states := node.states(worker)) and time.monotonic() < end:
         if State.READING in states:
             return True
         time.sleep(0.0002)
@@ -241,7 +246,7 @@ def _rows(measured: dict[str, list[Death]]) -> Iterable[dict[str, Any]]:
 
 
 def spread_ms(times_ns: Sequence[int]) -> dict[str, float]:
-    """Median, 99th percentile and worst of some times, in milliseconds."""
+    """Median, 99th percentile and maximum of `times_ns`, in milliseconds."""
     ordered = sorted(t / 1e6 for t in times_ns)
     p99 = ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
     return {"median_ms": statistics.median(ordered), "p99_ms": p99, "worst_ms": ordered[-1]}

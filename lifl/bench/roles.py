@@ -1,6 +1,6 @@
-"""What it costs to give a warm worker its next role, against starting a worker for it.
+"""The time in which a warm worker takes its next role, compared with the start of a new worker.
 
-Owns the rounds that make workers change roles, and what is read of their spans. Nothing is printed here.
+Owns the rounds in which workers change roles, and the times read from their spans. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lifl.tensor import TensorSpec
 
 TITLES = {
     "change": "role change, leaf to top",
-    "told": "the same by the agent",
+    "told": "the same by the owner",
     "warm": "a sleeping worker's answer",
     "cold": "one more worker's first answer",
-    "first": "a Node's first worker's",
+    "first": "the first answer of a Node's first worker",
 }
 ARRAYS = {"w": np.ones(1000, np.float32)}
 """A model so small that a fold takes a microsecond."""
@@ -31,10 +31,10 @@ ARRAYS = {"w": np.ones(1000, np.float32)}
 SPEC = TensorSpec.from_arrays(ARRAYS)
 MEMORY_BYTES = 16 * 2**20
 GOAL_TIMES = 100.0
-"""How many times a role change is meant to be faster than a cold start."""
+"""Goal for the time of a cold start divided by that of a role change."""
 
 CHANGES = 10
-"""Role changes of each kind for each start of a worker, which takes a thousand times as long."""
+"""Role changes of each kind for each start of a worker; a start takes a thousand times as long."""
 
 ROUNDS = 2
 WAIT_S = 60.0
@@ -43,29 +43,29 @@ WAIT_S = 60.0
 def measure_roles(
     repetitions: int = 20, workers: int | None = None, *, on_progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Times role changes and starts, which take turns: medians; and counts what a second round starts.
+    """Times role changes and starts, which take turns; and counts the workers that a second round starts.
 
-    ``change``: a leaf becomes the top of its tree. From the end of its fold to the beginning of the mean, by its own
-    clock: it commits, gives the updates' memory back and says so, hands its sum over, and takes up and maps what the
-    mean is made of. ``told``: the last update is in, and a worker that was a leaf is told by the agent to make a range
-    of the mean; from the agent's clock to the worker's, which is the same. ``cold``: from the demand for one more
-    worker to its answer to a first question; ``first``: the same, with the process that forks workers.
+    ``change``: a leaf becomes the top of its tree. The time is from the end of its fold to the beginning of the mean,
+    by the worker's clock: it commits, frees the updates and reports that, passes its sum on, and maps the blocks of the
+    mean. ``told``: the last update is in, and the owner gives a former leaf a range of the mean; the time is from the
+    owner's clock to the worker's, both CLOCK_MONOTONIC. ``cold``: from the demand for one more worker to its first
+    answer; ``first``: the same, with the start of the spawner. All are medians.
 
     Parameters
     ----------
     repetitions : int
         Starts of each kind; role changes are ``CHANGES`` times as many.
     workers : int, optional
-        Of the Node that is looked at for two rounds; default: one per core.
+        Workers of the Node that runs two rounds; default: one per core.
 
     Returns
     -------
     dict
         ``cores``, ``repetitions``, ``goal_times``;
-        ``rows``: dicts with ``way``, ``title``, ``median_us``, ``min_us``, and ``times_change`` (the median over that
-        of ``change``);
-        ``reuse``: ``workers``, ``started`` (processes started cold for each of two rounds of a Node that had none),
-        ``is_same`` (the same process ids after both).
+        ``rows``: dicts with ``way``, ``title``, ``median_us``, ``min_us``, and ``times_change`` (the median divided by
+        that of ``change``);
+        ``reuse``: ``workers``, ``started`` (workers started cold in each of two rounds of a Node that began with none),
+        ``is_same`` (the process ids are the same after both).
 
     Raises
     ------
@@ -109,7 +109,7 @@ def measure_roles(
 
 
 def _change_s(node: Node, shape: Shape) -> float:
-    """A round of two updates on one worker: seconds until it begins with the mean, from when nothing else is due."""
+    """Seconds from the end of all folds and the last arrival to the begin of the mean, in a round on one worker."""
     report = _round(node, 2, shape)
     spans = [span for span in report.spans if span.step == "aggregate"]
     mean = next(span for span in spans if span.role != "leaf")
@@ -118,7 +118,7 @@ def _change_s(node: Node, shape: Shape) -> float:
 
 
 def _reuse(workers: int) -> dict[str, Any]:
-    """Two rounds that need all workers, on a Node that begins with none."""
+    """Runs two rounds that need all workers, on a Node that begins with none; see ``reuse`` above."""
     started, pids = [], []
     with Node(MEMORY_BYTES, workers, warm=0) as node:
         for _ in range(ROUNDS):
@@ -148,7 +148,7 @@ def roles_table(figures: dict[str, Any]) -> Table:
         ),
         caption_justify="left",
     )
-    table.add_column("what")
+    table.add_column("time of")
     for heading in ("median\nus", "least\nus", "against\nrole change", "goal"):
         table.add_column(heading, justify="right")
     for row in figures["rows"]:

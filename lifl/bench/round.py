@@ -1,7 +1,7 @@
-"""Whole Flower rounds, end to end: lifl's server and strategy beside Flower's, in one run, taking turns.
+"""Whole Flower rounds, end to end: lifl's server and strategy and Flower's, which take turns in one run.
 
-Owns what is started, what is timed and from when to when. The server is real, so is the ServerApp, which ``flwr run``
-starts; the SuperNodes are played by one process, see ``lifl.bench.load``. Nothing is printed here.
+Owns the programs that are started, and the begin and end of each time. The server is real, and so is the ServerApp,
+which ``flwr run`` starts; one process stands for all SuperNodes, see ``lifl.bench.load``. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROUND_TIMEOUT_S = 600.0
 
 @attrs.frozen
 class Side:
-    """A server and a strategy; ``command`` starts the server, and ``takes_memory`` says that it has an arena."""
+    """A server and a strategy; ``command`` starts the server, ``takes_memory`` is true for one with an arena."""
 
     title: str
     command: tuple[str, ...]
@@ -74,12 +74,12 @@ def measure_round(
 ) -> dict[str, Any]:
     """Times `rounds` rounds of FedAvg with `nodes` virtual SuperNodes, `repetitions` times on each of `sides`.
 
-    A run has a server of its own. Every node pulls the model, and returns at once what was made before: random
-    numbers, its own, in the model's shapes. Nothing is evaluated. The last model of every run is checked.
+    Each run has its own server. Every node pulls the model, and returns at once an update that was made before: random
+    numbers of its own, in the model's shapes. Nothing is evaluated. The last model of every run is checked.
 
-    The nodes wait less than SuperNodes do, or most of a round would be sleep: one of them asks for messages every
-    0.1 s and tells the others when there are some, where each SuperNode asks every 3 s; and an object that is not
-    there yet is asked for again after 0.1 s to 1 s, where a SuperNode waits 1 s to 10 s.
+    The nodes wait less than SuperNodes do, because otherwise a round would mostly be sleep: one node asks for messages
+    every 0.1 s and wakes the others when there are some, while each SuperNode asks every 3 s; and a node asks again
+    for a missing object after 0.1 s to 1 s, while a SuperNode waits 1 s to 10 s.
 
     Parameters
     ----------
@@ -90,15 +90,15 @@ def measure_round(
         and ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``. ``"nvflare"``, if
         it is installed: NVFLARE's server and FedAvg, and its clients, which return their arrays at once too.
     timing : {"eager", "lazy", "jit"}
-        Of lifl's strategy.
+        Timing of lifl's strategy.
     memory : str, optional
-        Of lifl-superlink's arena; default: its own.
+        Size of lifl-superlink's arena; default: the server's default.
     is_patient : bool
-        The nodes wait as long as SuperNodes do.
+        True: the nodes wait as long as SuperNodes do.
     has_profile : bool
-        lifl-superlink notes where its CPU time goes, from its start to its end; each round is given its share.
+        True: lifl-superlink profiles its CPU time, from its start to its end; each round gets an equal share.
     spec : TensorSpec, optional
-        Other shapes than `model`'s, which then is only a name.
+        Other shapes than those of `model`, which then is only a name.
 
     Returns
     -------
@@ -107,32 +107,33 @@ def measure_round(
         ``cores``, and ``rows``, one for each side, with medians over all its rounds, or runs:
 
         ``side``, ``title``
-            Which.
+            The side.
         ``wall_s``
-            From one model to the next, as Flower calls ``evaluate_fn`` with them.
+            Seconds from one model to the next, by Flower's calls of ``evaluate_fn`` with them.
         ``last_to_model_s``
-            From the acknowledgement of the last update's last byte, at its node, to the new model; of NVFLARE from
-            when its controller is handed the last update.
+            Seconds from the acknowledgement of the last update's last byte, at its node, to the new model; for NVFLARE
+            from the time when its controller receives the last update.
         ``cpu_s``, ``cpu_by_process_s``
             CPU seconds of a round: of the SuperLink and all its descendants (SuperExec, ServerApp, lifl's workers),
-            dead ones included, from the first model to the last, over the number of rounds.
+            dead ones included, from the first model to the last, divided by the number of rounds.
         ``idle_bytes``, ``peak_bytes``
             Memory of the same processes: before the ServerApp makes the first array, when all is imported and
-            waits; and the most above that from the first model to the last. Both are sums of the proportional set
-            sizes, so that what processes share is counted once. Looked at every 50 ms.
+            idle; and the most above that from the first model to the last, measured every 50 ms. Both are sums of the
+            proportional set sizes, so that memory that processes share is counted once.
         ``peak_over_updates``
-            That peak over the bytes of all updates of a round.
+            ``peak_bytes`` divided by the bytes of all updates of a round.
         ``requests``, ``sent_bytes``, ``received_bytes``, ``objects``
-            Of a round, all nodes together, as they see it; polls included. ``objects`` were pulled or pushed. None of
-            NVFLARE.
+            Counts of a round, all nodes together, at the nodes; polls included. ``objects`` were pulled or pushed.
+            None for NVFLARE.
         ``load_cpu_s``
-            CPU seconds of a round that the process took which plays the nodes, on the same cores.
+            CPU seconds, per round, of the process that stands for the nodes; it runs on the same cores.
         ``error_over_tolerance``
-            The largest difference between the last model and the mean, over what rounding allows.
+            The largest difference between the last model and the mean, divided by the difference that rounding allows.
         ``runs``
             For each repetition: the rounds one by one.
         ``over_flower``
-            Each of the first figures over Flower's; only if ``"flower"`` is a side.
+            Each of ``wall_s``, ``last_to_model_s``, ``cpu_s`` and ``peak_bytes`` divided by Flower's; only if
+            ``"flower"`` is a side.
 
     Raises
     ------
@@ -141,7 +142,7 @@ def measure_round(
     LiflError
         If a model is not the mean of the updates.
     RuntimeError, TimeoutError
-        If a program fails or a run does not end; both show the log that tells why.
+        If a program fails or a run does not end; both show the program's log.
     ValueError
         For an unknown model or side, or counts below 1.
     """
@@ -157,8 +158,8 @@ def measure_round(
     say = on_progress or (lambda _: None)
     work = Work(spec, nodes, rounds, timing, memory, is_patient, has_profile)
     if {"strategy", "server", "unheld"} & set(sides):
-        say("what aggregation costs here, which lifl plans with")
-        calibration.costs(measure=True)  # or the first round would
+        say("the costs of aggregation on this machine, which lifl plans with")
+        calibration.costs(measure=True)  # otherwise the first round would measure them
     runs: dict[str, list[Run]] = {side: [] for side in sides}
     for repetition in range(repetitions):
         for side in sides if repetition % 2 == 0 else reversed(sides):
@@ -184,7 +185,7 @@ def measure_round(
 
 
 def run_side(side: Side, work: Work) -> Run:
-    """One run on a server of its own; raises as :func:`measure_round` does."""
+    """Runs the rounds on a server of their own; raises the same errors as :func:`measure_round`."""
     memory = ("--lifl-memory", work.memory) if side.takes_memory and work.memory is not None else ()
     profile = Path(tempfile.mkdtemp(prefix="lifl-profile-")) / "profile.json" if work.has_profile else None
     flags = ("--lifl-profile", str(profile)) if profile is not None and side.takes_memory else ()
@@ -206,31 +207,37 @@ def run_side(side: Side, work: Work) -> Run:
             deployment.run(APP, config, timeout=START_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S)
         load_s = sum(cpu_s(deployment.pid("load")).values()) - load_s
         workers_s = descendants_cpu_s(server, without=("flower-superexe", "flwr-serverapp"))
-        told = json.loads(files["out.json"].read_text())
+        figures = json.loads(files["out.json"].read_text())
         answered = [json.loads(line) for line in answers.read_text().splitlines()][1:]
         with np.load(files["model.npz"]) as archive:
             model = {name: archive[f"arr_{k}"] for k, name in enumerate(work.spec)}
     rounds = [
-        _round(before, after, answered, work) for before, after in zip(told["models"], told["models"][1:], strict=False)
+        _round(before, after, answered, work)
+        for before, after in zip(figures["models"], figures["models"][1:], strict=False)
     ]
     is_exact, each_s = side.strategy == "lifl", load_s / work.rounds
-    run = make_run(work, side.title, rounds, told, memory_log, model, is_exact=is_exact, load_cpu_s=each_s)
+    run = make_run(work, side.title, rounds, figures, memory_log, model, is_exact=is_exact, load_cpu_s=each_s)
     if profile is None:
         return run
-    said = json.loads(profile.read_text()) if profile.exists() else {"seconds": {}, "bytes": {}}
+    profiled = json.loads(profile.read_text()) if profile.exists() else {"seconds": {}, "bytes": {}}
     shutil.rmtree(profile.parent)
-    spent = {name: seconds / work.rounds for name, seconds in (said["seconds"] | {"fold": workers_s}).items()}
-    return attrs.evolve(run, profile=spent, gateway_bytes=said["bytes"])
+    spent = {name: seconds / work.rounds for name, seconds in (profiled["seconds"] | {"fold": workers_s}).items()}
+    return attrs.evolve(run, profile=spent, gateway_bytes=profiled["bytes"])
 
 
 def _start_load(deployment: Deployment, work: Work) -> Path:
-    """Starts the nodes and waits until they are registered; gives the file in which they tell what they answered."""
+    """Starts the nodes and waits until they are registered; returns the path of the file with their answers."""
     answers, order = deployment.folder / "answers.jsonl", deployment.folder / "order.json"
     tensors = tensors_of(work.spec)
     (deployment.folder / "tensors.json").write_text(json.dumps(tensors))
-    asked = {"address": deployment.address, "nodes": work.nodes, "tensors": tensors, "out": str(answers)}
-    asked["patient"] = work.is_patient
-    order.write_text(json.dumps(asked))
+    settings = {
+        "address": deployment.address,
+        "nodes": work.nodes,
+        "tensors": tensors,
+        "out": str(answers),
+        "patient": work.is_patient,
+    }
+    order.write_text(json.dumps(settings))
     home = {"FLWR_HOME": str(deployment.folder / "load")}
     deployment.launch("load", [sys.executable, "-m", "lifl.bench.load", str(order)], home)
     deployment.wait_until(
@@ -240,7 +247,7 @@ def _start_load(deployment: Deployment, work: Work) -> Path:
 
 
 def _round(before: dict[str, Any], after: dict[str, Any], answered: list[dict[str, Any]], work: Work) -> dict[str, Any]:
-    # Its messages do not tell the round, and none is under way between two.
+    # Answers have no number of a round, so they are assigned by their times: no message is under way between rounds.
     answered = [one for one in answered if before["at_s"] <= one["got_s"] < after["at_s"]]
     if len(answered) != work.nodes:
         raise LiflError(f"round {after['round']} had {len(answered)} answers of {work.nodes} nodes")

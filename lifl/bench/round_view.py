@@ -1,4 +1,4 @@
-"""Measured rounds to look at: a table in a terminal, a picture in a file. Measures nothing."""
+"""A table of measured rounds for a terminal, and their picture in a file. Measures nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def round_table(figures: dict[str, Any]) -> Table:
 
 
 def profile_table(figures: dict[str, Any]) -> Table:
-    """Where lifl-superlink's CPU time went, per round, per request and per GB that went through."""
+    """A table of lifl-superlink's CPU time by activity: per round, per request and per GB sent and received."""
     row = next(row for row in figures["rows"] if row["profile_s"])
     gigabytes = _bytes(row) / 1e9
     table = Table(
@@ -97,7 +97,7 @@ def _number(value: float) -> str:
 def save_picture(figures: dict[str, Any], path: Path) -> None:
     """Draws three of the figures into an SVG, PNG or PDF file. Needs matplotlib.
 
-    Raises ``ValueError`` for another ending or a folder that there is not.
+    Raises ``ValueError`` for another ending or a folder that does not exist.
     """
     check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -118,8 +118,8 @@ def save_picture(figures: dict[str, Any], path: Path) -> None:
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
-    ax.invert_yaxis()  # shared: the first side is at the top of all
-    what = f"{figures['nodes']} nodes, {figures['model']}, {figures['cores']} cores"
-    figure.suptitle(f"Whole rounds of FedAvg: {what}", x=0.01, ha="left", fontsize=11)
-    # Without it matplotlib writes the date into the file, and each run would change it.
+    ax.invert_yaxis()  # the axis is shared, so this puts the first side at the top of all panels
+    setting = f"{figures['nodes']} nodes, {figures['model']}, {figures['cores']} cores"
+    figure.suptitle(f"Whole rounds of FedAvg: {setting}", x=0.01, ha="left", fontsize=11)
+    # By default matplotlib writes the date into an SVG, and each run would change the file.
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

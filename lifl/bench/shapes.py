@@ -1,4 +1,4 @@
-"""The models that lifl is measured with: every tensor's name, shape and dtype, and no weights.
+"""The models of the benchmarks: every tensor's name, shape and dtype, and no weights.
 
 Owns the three ResNets as torchvision's ``state_dict()`` lists them, generated from the architecture
 (He et al., CVPR 2016, table 1), a model of very many small arrays, and the random numbers that stand for updates.
@@ -16,7 +16,7 @@ import numpy as np
 from lifl.tensor import Array, Tensor, TensorSpec
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-"""What a batch normalisation keeps beside its parameters."""
+"""Tensors of a batch normalisation that are no parameters."""
 
 
 @attrs.frozen
@@ -37,7 +37,7 @@ class Architecture:
 
 @attrs.frozen
 class Many:
-    """A model that is nothing but many float32 vectors of one length."""
+    """A model of many float32 vectors of one length."""
 
     arrays: int
     length: int
@@ -79,9 +79,10 @@ def model_spec(model: str) -> TensorSpec:
 
 
 def random_update(spec: TensorSpec, seed: int) -> dict[str, Array]:
-    """Numbers in these shapes, the same for the same seed: float32 between -0.5 and 0.5, others one number up to 99.
+    """An update of random numbers, the same for the same seed.
 
-    Counters of an update are equal, as a trained model's are: each layer has seen the same batches.
+    float32 tensors are between -0.5 and 0.5. All other tensors, the counters, have one equal number below 100, as in a
+    trained model, of which each layer has seen the same batches.
     """
     random = np.random.default_rng(SEED + seed)
     count = int(random.integers(0, 100))
@@ -95,17 +96,17 @@ def _numbers(random: np.random.Generator, tensor: Tensor, count: int) -> Array:
 
 
 def tensors_of(spec: TensorSpec) -> list[list[Any]]:
-    """A spec as JSON's values, for another process; see :func:`spec_of`."""
+    """A spec as values that JSON can hold, for another process; see :func:`spec_of`."""
     return [[t.name, t.dtype, list(t.shape)] for t in spec.tensors]
 
 
 def spec_of(tensors: Sequence[Sequence[Any]]) -> TensorSpec:
-    """The spec that :func:`tensors_of` was given."""
+    """The spec from which :func:`tensors_of` made `tensors`."""
     return TensorSpec(tuple(Tensor(name, dtype, tuple(shape)) for name, dtype, shape in tensors))
 
 
 def num_parameters(spec: TensorSpec) -> int:
-    """Weights and biases: what training changes, without running statistics and counters."""
+    """Number of weights and biases, without running statistics and counters."""
     return sum(t.size for t in spec.tensors if not t.name.endswith(RUNNING))
 
 
@@ -119,7 +120,7 @@ def _block(name: str, channels: int, width: int, out: int, stage: int, block: in
     for i, (before, after, kernel) in enumerate(lengths, 1):
         tensors += _convolution(f"{name}.conv{i}", before, after, kernel)
         tensors += _normalisation(f"{name}.bn{i}", after)
-    # The shortcut needs a convolution where the block halves the image or changes its channels.
+    # The shortcut needs a convolution if the block halves the image or changes its channels.
     if block == 0 and (stage > 1 or channels != out):
         tensors += _convolution(f"{name}.downsample.0", channels, out, 1)
         tensors += _normalisation(f"{name}.downsample.1", out)

@@ -1,6 +1,6 @@
-"""The ways through sockets to hand a message over: lifl's sidecar, a Unix socket, and a process between two of these.
+"""The ways to pass a message through sockets: lifl's sidecar, a Unix socket, and a process between two of these.
 
-Like those of ``lifl.bench.pair``: set up in the asking process, each forks what answers.
+As in ``lifl.bench.pair``, each way is set up in the asking process and forks the process that answers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ PING, END = Descriptor(Kind.UPDATE, 1), Descriptor(Kind.STOP, 0)
 
 @contextmanager
 def sidecar() -> Iterator[Measure]:
-    """lifl's sockets, whose records the program in the kernel moves and counts; a receiver sleeps in poll(2)."""
+    """lifl's sockets, whose records lifl's program in the kernel moves and counts; a receiver sleeps in poll(2)."""
     arena = Arena.create(1, 2)
     launcher = Sidecar(arena)
-    fd, given = arena.fd, launcher.admit(ECHO)
+    fd, link = arena.fd, launcher.admit(ECHO)
 
     def receive(inbox: Receiver) -> Descriptor:
         while (item := inbox.try_pop()) is None:
@@ -32,7 +32,7 @@ def sidecar() -> Iterator[Measure]:
         return item[1]
 
     def echo() -> None:
-        inbox, back = ends_of(Arena.attach(fd), given, ECHO)
+        inbox, back = ends_of(Arena.attach(fd), link, ECHO)
         while (descriptor := receive(inbox)).kind != Kind.STOP:
             back.push(ASKER, descriptor)
 
@@ -59,11 +59,11 @@ def unix() -> Iterator[Measure]:
 
 @contextmanager
 def proxy() -> Iterator[Measure]:
-    """A third process between two such pairs, which hands on what comes: what a container's sidecar does."""
+    """A third process between two such pairs, which passes messages on, as a container's sidecar does."""
     near, left = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     right, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    def hand_on() -> None:
+    def pass_on() -> None:
         poll, other = select.poll(), {left.fileno(): right, right.fileno(): left}
         for fd in other:
             poll.register(fd, select.POLLIN)
@@ -74,8 +74,8 @@ def proxy() -> Iterator[Measure]:
                 if not message:
                     return
 
-    # It is on the echo's side, as a container's sidecar is beside its container.
-    with forked(lambda: _echo(far)), forked(hand_on):
+    # The proxy runs on the echo's half of the cores, as a container's sidecar runs beside its container.
+    with forked(lambda: _echo(far)), forked(pass_on):
         yield lambda messages: timed(lambda: _ask(near), messages)
         near.send(b"")
 

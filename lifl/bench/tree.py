@@ -1,4 +1,4 @@
-"""A process and all its descendants: the CPU time that they took and the memory that they have.
+"""A process and all its descendants: their CPU time and their memory.
 
 Owns nothing; reads ``/proc``.
 """
@@ -22,12 +22,12 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PSS = re.compile(rb"^Pss: *([0-9]+) kB", re.MULTILINE)
 LOOKS = 5
 LOOKS_PER_SEARCH = 5
-"""To find out which processes there are takes as long as to look at them."""
+"""The memory log searches for processes at every fifth look, because a search takes as long as a look."""
 
 
 @attrs.frozen
 class Process:
-    """One line of ``/proc/PID/stat``; ``ticks`` are its own and those of the descendants that it has waited for."""
+    """A process as in ``/proc/PID/stat``; ``ticks`` include those of dead descendants that it has waited for."""
 
     name: str
     parent: int
@@ -37,7 +37,7 @@ class Process:
 def _processes() -> dict[int, Process]:
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # the process ended meanwhile
             head, _, rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")
             fields = rest.split()
             found[int(pid)] = Process(head.partition(" (")[2], int(fields[1]), sum(map(int, fields[11:15])))
@@ -45,15 +45,15 @@ def _processes() -> dict[int, Process]:
 
 
 def _tree(root: int) -> dict[int, Process]:
-    everyone = _processes()
+    processes = _processes()
     children: dict[int, list[int]] = {}
-    for pid, process in everyone.items():
+    for pid, process in processes.items():
         children.setdefault(process.parent, []).append(pid)
     found, todo = {}, [root]
     while todo:
         pid = todo.pop()
-        if pid in everyone:
-            found[pid] = everyone[pid]
+        if pid in processes:
+            found[pid] = processes[pid]
             todo += children.get(pid, [])
     return found
 
@@ -61,12 +61,12 @@ def _tree(root: int) -> dict[int, Process]:
 def cpu_s(root: int) -> dict[str, float]:
     """CPU seconds of `root` and its descendants, dead ones included, by the processes' names.
 
-    The kernel counts in ticks of 10 ms. What a dead one took is its parent's; lost are only those whose parent has
-    gone too, or never waits for its children.
+    The kernel counts in ticks of 10 ms. The CPU time of a dead process is added to its parent's; it is lost only if the
+    parent has ended too, or never waits for its children.
     """
     for _ in range(LOOKS):
         tree = _tree(root)
-        # One that ended between two reads would be counted twice, or not at all.
+        # A process that ended between the reads of two files would be counted twice, or not at all.
         if _tree(root).keys() == tree.keys():
             break
     spent: Counter[str] = Counter()
@@ -76,18 +76,20 @@ def cpu_s(root: int) -> dict[str, float]:
 
 
 def descendants_cpu_s(root: int, without: tuple[str, ...]) -> float:
-    """CPU seconds of a process's living descendants, those of the names `without` and their own left out."""
-    everyone, todo, ticks = _tree(root), [root], 0
+    """CPU seconds of the living descendants of `root`, except processes named in `without` and their descendants."""
+    processes = _tree(root)
+    todo = [root]
+    ticks = 0
     while todo:
         pid = todo.pop()
-        below = [child for child, process in everyone.items() if process.parent == pid and process.name not in without]
-        ticks += sum(everyone[child].ticks for child in below)
+        below = [child for child, process in processes.items() if process.parent == pid and process.name not in without]
+        ticks += sum(processes[child].ticks for child in below)
         todo += below
     return ticks / TICKS_PER_S
 
 
 def pss_bytes(root: int) -> int:
-    """Memory of `root` and its descendants; what several processes share is counted once, shared memory too."""
+    """Memory of `root` and its descendants; memory that several of them share is counted once."""
     return _pss_bytes(_tree(root))
 
 
@@ -101,9 +103,10 @@ def _pss_bytes(pids: Iterable[int]) -> int:
 
 
 class MemoryLog:
-    """`with MemoryLog(pid) as log:` the tree's memory, looked at every `every_s` by a thread, until the block ends.
+    """`with MemoryLog(pid) as log:` records the memory of a process tree, every `every_s`, until the block ends.
 
-    A look at some GB takes the kernel milliseconds; it never looks for more than a tenth of the time.
+    A thread reads the memory; the block starts and ends it. To read some GB takes the kernel milliseconds, and the
+    thread reads for at most a tenth of the time.
     """
 
     def __init__(self, root: int, every_s: float = 0.05) -> None:
@@ -124,11 +127,13 @@ class MemoryLog:
         self._thread.join()
 
     def peak_bytes(self, begin_s: float, end_s: float) -> int:
-        """The most between two times of CLOCK_MONOTONIC; 0 if it was not looked at."""
+        """The largest recorded memory between two times of CLOCK_MONOTONIC; 0 if there is no record."""
         return max((nbytes for at, nbytes in self.looks if begin_s <= at <= end_s), default=0)
 
     def _watch(self) -> None:
-        took_s, pids, number = 0.0, list[int](), 0
+        took_s = 0.0
+        pids: list[int] = []
+        number = 0
         while not self._stop.wait(max(self._every_s - took_s, 9 * took_s)):
             begin = time.monotonic()
             if number % LOOKS_PER_SEARCH == 0:

@@ -1,6 +1,6 @@
-"""Updates that trickle in: how soon after the last one the new model is there, eager beside just in time and lazy.
+"""Updates that trickle in: the time from the last update to the new model, for eager, just in time and lazy.
 
-Owns the arrivals and the clock. What is timed is a round of a Node, as any user's. Nothing is printed here.
+Owns the arrivals and the clock. The timed rounds are ordinary rounds of a Node. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from lifl.tensor import Array, TensorSpec
 TIMINGS: tuple[Timing, ...] = ("eager", "jit", "lazy")
 RESULT_TIMEOUT_S = 300.0
 FOLDS = 5
-"""Of one update onto a sum, at a time."""
+"""Timed folds of one update onto a sum, after each repetition."""
 
 GOAL_FOLDS = 1.0
-"""How many times the fold of one update eager's new model may take after the last one is in."""
+"""Goal for eager: the time from the last update to the new model, as a multiple of the fold of one update."""
 
 
 @attrs.frozen
 class Run:
-    """One round: the last update handed over, to the model readable; CPU; the arena's peak; and what happened."""
+    """Figures of a round: time from the last ``send`` to the model, CPU time, peak of the arena in use, report."""
 
     last_to_model_s: float
     cpu_s: float
@@ -56,41 +56,41 @@ def measure_trickle(
     spec: TensorSpec | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Rounds whose `updates` come evenly over `over_s` seconds: medians of `repetitions`; timings take turns.
+    """Times rounds whose `updates` arrive evenly over `over_s` seconds: medians of `repetitions`; timings take turns.
 
-    Each update is written into its block when it comes, then sent. The clock starts before the last ``send``, which
-    looks for NaN and Inf, and stops when ``result`` returns. One round of each timing before the others, with all
-    updates at once, warms up and is not counted. The planner chooses the shapes. Every mean is checked.
+    Each update is written into its block on arrival, then sent. The clock starts before the last ``send``, which
+    checks for NaN and Inf, and stops when ``result`` returns. A first round of each timing, with all updates at
+    once, warms up and is not counted. The planner chooses the shapes. Every mean is checked.
 
     Parameters
     ----------
     over_s : float
-        From the first update to the last.
+        Seconds from the first update to the last.
     model : str
         A name in ``lifl.bench.shapes.MODELS``.
     workers : int, optional
-        Of the Node; default: one per core.
+        Workers of the Node; default: one per core.
     spec : TensorSpec, optional
-        Other shapes than `model`'s, which then is only a name.
+        Other shapes than those of `model`, which then is only a name.
 
     Returns
     -------
     dict
         ``model``, ``updates``, ``update_bytes``, ``over_s``, ``workers``, ``cores``, ``repetitions``, ``goal_folds``;
-        ``fold_one_s``: one core folds one update onto a sum, median, measured between the rounds;
+        ``fold_one_s``: seconds in which one core folds one update onto a sum, median, measured between the rounds;
         ``rows``: dicts with ``timing``, ``shape`` (of the last round), ``last_to_model_s`` (median), ``worst_s``,
-        ``folds`` (the median as a multiple of ``fold_one_s``), ``arrived_to_model_s`` (median, from when the last
-        update was counted, so without the look for NaN and Inf), ``cpu_s`` (median, of all processes, the copying
-        included), ``peak_bytes`` (the most of the arena that was in use), and ``after_last``, the spans that end after
+        ``folds`` (the median as a multiple of ``fold_one_s``), ``arrived_to_model_s`` (median, from the time when the
+        last update was counted, after the check for NaN and Inf), ``cpu_s`` (median, of all processes, with the
+        copying), ``peak_bytes`` (the most of the arena that was in use), and ``after_last``, the spans that end after
         the last update was counted, of the round with the median time: dicts with ``runtime``, ``role``, ``updates``,
-        ``begin_ms``, ``end_ms``, from then on.
+        and ``begin_ms`` and ``end_ms``, counted from that time.
 
     Raises
     ------
     LiflError
         If a mean is wrong.
     ShmError
-        If the machine has not enough memory.
+        If the machine has too little memory.
     ValueError
         For an unknown model, or numbers that are too small.
     """
@@ -109,7 +109,7 @@ def measure_trickle(
         for repetition in range(repetitions + 1):
             for timing in TIMINGS if repetition % 2 else reversed(TIMINGS):
                 say(f"{timing}, " + (f"repetition {repetition}" if repetition else "warming up"))
-                read_gb_per_s(memory, cores())  # so that nothing of the round before lies in a cache
+                read_gb_per_s(memory, cores())  # removes the memory of the last round from the caches
                 run = _round(node, spec, timing, sources, updates, over_s if repetition else 0.0)
                 if repetition:
                     runs[timing].append(run)
@@ -137,8 +137,10 @@ def _filled(spec: TensorSpec, value: int) -> dict[str, Array]:
 def _round(
     node: Node, spec: TensorSpec, timing: Timing, sources: list[dict[str, Array]], updates: int, over_s: float
 ) -> Run:
-    """One round; its updates are full of 1 and 3 by turns, all of weight 1, so the mean is known."""
-    cpu_ns, peak_bytes, sent = _cpu_ns(node), 0, 0.0
+    """Runs a round and checks its mean, which is known: the updates are full of 1 and 3 by turns, with weight 1."""
+    cpu_ns = _cpu_ns(node)
+    peak_bytes = 0
+    sent = 0.0
     with node.open_round(spec, expected=updates, timing=timing) as round_:
         begin = time.perf_counter()
         for k in range(updates):
@@ -146,7 +148,7 @@ def _round(
             with round_.loan(client_id=k) as loan:
                 for name, array in sources[k % len(sources)].items():
                     loan.arrays[name][...] = array
-                # Blocks are taken by loans, and by sends for sums: after these as many are in use as ever will be.
+                # A loan takes a block, and a send may take blocks for sums, so the peak is right after one of them.
                 peak_bytes = max(peak_bytes, _used_bytes(node))
                 sent = time.perf_counter()
                 loan.send(1.0)
@@ -162,7 +164,7 @@ def _round(
 
 
 def _cpu_ns(node: Node) -> int:
-    """CPU time of this process and the workers."""
+    """CPU time of this process and the workers, in nanoseconds."""
     return time.process_time_ns() + sum(map(process_ns, node.pids()))
 
 
@@ -171,7 +173,7 @@ def _used_bytes(node: Node) -> int:
 
 
 def fold_one_s(spec: TensorSpec, memory: Array) -> float:
-    """Seconds in which this thread folds one update onto a sum, in an arena, all of it in no cache: median of some."""
+    """Seconds in which this thread folds one update onto a sum in an arena, with cold caches; median of ``FOLDS``."""
     layout = spec.layout
     sizes = (layout.update_bytes, layout.sum_bytes, layout.sum_bytes)
     arena = Arena.create(sum(map(units_of, sizes)), 1)
@@ -179,7 +181,7 @@ def fold_one_s(spec: TensorSpec, memory: Array) -> float:
         blocks = [arena.alloc(nbytes) for nbytes in sizes]
         mappings = [arena.map(block.index, block.generation) for block in blocks if block is not None]
         for mapping in mappings:
-            ctypes.memset(mapping.address, 0, mapping.nbytes)  # all pages have been touched
+            ctypes.memset(mapping.address, 0, mapping.nbytes)  # so that all pages exist
         update, previous, total = (mapping.address for mapping in mappings)
         seconds = []
         for _ in range(FOLDS):
@@ -192,7 +194,7 @@ def fold_one_s(spec: TensorSpec, memory: Array) -> float:
         arena.close()
 
 
-# ---------------------------------------------------------------- what is made of them
+# ---------------------------------------------------------------- the figures
 
 
 def _row(timing: Timing, runs: list[Run], fold_s: float) -> dict[str, Any]:

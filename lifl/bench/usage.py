@@ -1,4 +1,4 @@
-"""CPU time: what this process and its workers took, and what everybody else on the machine took meanwhile.
+"""CPU time of this process and its workers, and of all other processes on the machine meanwhile.
 
 Owns nothing; reads ``/proc``.
 """
@@ -12,15 +12,15 @@ from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 QUIET = 0.1
-"""What part of the machine others may take for it to count as quiet."""
+"""The largest share of the machine that others may use for it to count as quiet."""
 LOOK_S = 0.1
 
 
 def own_s() -> float:
-    """CPU seconds of this process, of its living descendants, and of no one else."""
+    """CPU seconds of this process and of its living descendants."""
     spent = 0.0
     for pid in _descendants(os.getpid()):
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # the process ended meanwhile
             spent += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
     return spent + time.process_time()
 
@@ -35,16 +35,16 @@ def _descendants(pid: int) -> list[int]:
 
 
 def machine_s() -> float:
-    """CPU seconds of everybody on this machine, and of other machines on its cores, since it was started.
+    """CPU seconds of all processes, and of other virtual machines on its cores, since this machine was started.
 
-    In ticks of ``TICKS_PER_S``, for each core: of a short time it says little.
+    The kernel counts in ticks of ``TICKS_PER_S`` for each core, which is coarse for short times.
     """
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / TICKS_PER_S
 
 
 def wait_for_quiet(patience_s: float, cores: int) -> bool:
-    """Waits until this machine has hardly anything to do, at most `patience_s`; true if it is so."""
+    """Waits until this machine is almost idle, at most `patience_s` seconds; true if it is."""
     deadline = time.monotonic() + patience_s
     while True:
         begin, busy_s = time.monotonic(), machine_s()

@@ -1,6 +1,6 @@
-"""The work that every side of a measured round does, and what comes of it: whoever's server it is.
+"""The work of every side of a measured round, and its figures; the same for each server.
 
-Owns what is asked for, the check of the model, and the names of the figures. Starts nothing.
+Owns the settings of the work, the check of the model, and the names of the figures. Starts nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lifl.round.settings import Timing
 from lifl.tensor import Array, TensorSpec
 
 FIRST_MODEL = -1
-"""The seed of the first model; those of the nodes' updates are 0 and up."""
+"""The seed of the first model; the seeds of the nodes' updates are 0 and up."""
 
 
 @attrs.frozen
 class Work:
-    """What a side has to do; ``timing`` and ``memory`` are for lifl's alone."""
+    """The work of a side; only lifl's sides use ``timing``, ``memory`` and ``has_profile``."""
 
     spec: TensorSpec
     nodes: int
@@ -38,7 +38,7 @@ class Work:
 
 @attrs.frozen
 class Run:
-    """One side's run: rounds, and what holds for all of them; see :func:`lifl.bench.round.measure_round`."""
+    """A run of one side: its rounds, and figures of all of them; see :func:`lifl.bench.round.measure_round`."""
 
     rounds: list[dict[str, Any]]
     cpu_s: float
@@ -55,47 +55,47 @@ def make_run(
     work: Work,
     title: str,
     rounds: list[dict[str, Any]],
-    told: Mapping[str, Any],
+    figures: Mapping[str, Any],
     memory: MemoryLog,
     model: Mapping[str, Array],
     *,
     is_exact: bool,
     load_cpu_s: float | None = None,
 ) -> Run:
-    """A run of what its server told: "idle_bytes", and "models", each with "at_s" and "cpu_s".
+    """A run from its server's `figures`: "idle_bytes", and "models", each with "at_s" and "cpu_s".
 
-    `is_exact`: lifl made the model. `load_cpu_s`: what playing the nodes took, of a round. Raises :class:`LiflError` if
-    the model is not the mean of the updates.
+    `is_exact`: lifl made the model. `load_cpu_s`: CPU seconds of the nodes' process, per round. Raises
+    :class:`LiflError` if the model is not the mean of the updates.
     """
     error = error_over_tolerance(model, work, is_exact=is_exact)
     if not error <= 1:
         raise LiflError(f"{title}: the model is off by {error:.3g} times what rounding allows")
-    first, last = told["models"][0], told["models"][-1]
+    first, last = figures["models"][0], figures["models"][-1]
     spent = Counter(last["cpu_s"])
     spent.subtract(first["cpu_s"])
     return Run(
         rounds=rounds,
         cpu_s=sum(spent.values()) / work.rounds,
         cpu_by_process_s={name: seconds / work.rounds for name, seconds in spent.most_common()},
-        idle_bytes=told["idle_bytes"],
-        peak_bytes=memory.peak_bytes(first["at_s"], last["at_s"]) - told["idle_bytes"],
+        idle_bytes=figures["idle_bytes"],
+        peak_bytes=memory.peak_bytes(first["at_s"], last["at_s"]) - figures["idle_bytes"],
         error_over_tolerance=error,
         load_cpu_s=load_cpu_s,
     )
 
 
 def weight_of(node: int) -> float:
-    """How many examples node `node` says that it has."""
+    """The weight of the updates of node `node`: its number of examples."""
     return node + 1.0
 
 
 def error_over_tolerance(model: Mapping[str, Array], work: Work, *, is_exact: bool) -> float:
-    """The largest difference of `model` from the mean of the updates, as a share of what its roundings allow.
+    """The largest difference of `model` from the mean of the updates, divided by the difference that rounding allows.
 
-    If it `is_exact`, as lifl's, that is :func:`lifl.fold.tolerance`; of sums in float32, as Flower's and NVFLARE's, see
-    ``lifl.bench.fold``: with n updates, (n + 2) / 2 times as much for floats, and as much for integers, of which they
-    do not round the mean. The mean here is in
-    float64: what it is off by is less than a millionth of that.
+    For an `is_exact` model, as lifl's, that is :func:`lifl.fold.tolerance`. For sums in float32, as Flower's and
+    NVFLARE's, it is (n + 2) / 2 times as much for floats, with n updates (see ``lifl.bench.fold``), and the same for
+    integers, whose mean they do not round. The mean here is computed in float64; its own error is less than a millionth
+    of the allowed difference.
     """
     updates = [random_update(work.spec, k) for k in range(work.nodes)]
     weights = [weight_of(k) for k in range(work.nodes)]
@@ -109,7 +109,7 @@ def error_over_tolerance(model: Mapping[str, Array], work: Work, *, is_exact: bo
         difference = np.abs(np.asarray(model[tensor.name], np.float64) - mean)
         with np.errstate(divide="ignore", invalid="ignore"):
             share = difference / allowed
-        # 0 / 0 is no difference where none is allowed; a NaN is as wrong as can be.
+        # 0 / 0 is no difference where none is allowed; a NaN is an infinite error.
         share = np.where(difference == 0, 0.0, np.where(np.isnan(share), np.inf, share))
         worst = max(worst, float(share.max(initial=0.0)))
     return worst

@@ -1,6 +1,6 @@
-"""The ``lifl bench`` commands: what is measured, what each is given, what it shows.
+"""The ``lifl bench`` commands: their names, their arguments, and their output.
 
-Owns arguments, and imports what measures only inside the command that needs it.
+Owns arguments. Each benchmark is imported only inside its command.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lifl.cli.console import AsJson, end, progress, show, told
+from lifl.cli.console import AsJson, end, progress, reporting_errors, show
 
 
 class Model(StrEnum):
@@ -25,13 +25,13 @@ class Model(StrEnum):
 
 
 class Peer(StrEnum):
-    """Who else can be measured."""
+    """Other libraries that can be measured."""
 
     NVFLARE = "nvflare"
 
 
 class Fold(StrEnum):
-    """``lifl.round.settings.Timing``."""
+    """The values of ``lifl.planner.timing.Timing``."""
 
     EAGER = "eager"
     LAZY = "lazy"
@@ -39,21 +39,21 @@ class Fold(StrEnum):
 
 
 bench = typer.Typer(
-    help="Measure this machine, the fold, the hand-off, the recovery, the planning, the runtimes.",
+    help="Measure this machine, the fold, the hand-off, the recovery, the planning, the workers.",
     no_args_is_help=True,
 )
 
 
 @bench.command()
-@told
+@reporting_errors
 def limits(
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of this many.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine can do at most.
+    """Limits of this machine.
 
-    Reading and copying memory, hashing, waking and starting processes; and what the cost model plans with, which is
-    measured anew and remembered. Takes about 15 seconds and 1 GiB of memory.
+    Reading and copying memory, hashing, waking and starting processes; and the costs that the planner uses, which are
+    measured anew and kept. Takes about 15 seconds and 1 GiB of memory.
     """
     from lifl.bench.limits import limits_table, measure_limits
 
@@ -63,16 +63,16 @@ def limits(
 
 
 @bench.command()
-@told
+@reporting_errors
 def fold(
     model: Annotated[
         Model, typer.Option(metavar="NAME", help="Shapes of the updates: resnet18, resnet34, resnet152, small2000.")
     ] = Model.RESNET18,
-    updates: Annotated[int, typer.Option(min=1, help="How many updates are averaged.")] = 16,
+    updates: Annotated[int, typer.Option(min=1, help="Number of updates to average.")] = 16,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Worker processes of lifl.", show_default="one per core")
     ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of this many.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """The mean of ready updates, by lifl, Flower and NVFLARE.
@@ -90,7 +90,7 @@ def fold(
 
 
 @bench.command()
-@told
+@reporting_errors
 def handoff(
     messages: Annotated[
         int, typer.Option(min=1, help="Hand-overs between the spinning sides; the other ways get a tenth.")
@@ -100,7 +100,7 @@ def handoff(
     """One descriptor from one Python process to another.
 
     lifl's rings and its eBPF sidecar against Unix sockets, a proxy, multiprocessing.Queue and gRPC; on two cores and
-    on one, and what CPU time it takes. A figure is half of a round trip. Takes about fifteen seconds.
+    on one, with the CPU time. A figure is half of a round trip. Takes about fifteen seconds.
     """
     from lifl.bench.handoff import handoff_table, measure_handoff
 
@@ -110,17 +110,17 @@ def handoff(
 
 
 @bench.command()
-@told
+@reporting_errors
 def recovery(
-    deaths: Annotated[int, typer.Option(min=1, help="Deaths of each way; each figure is over so many.")] = 200,
+    deaths: Annotated[int, typer.Option(min=1, help="Deaths of each way; each figure is over this many.")] = 200,
     updates: Annotated[int, typer.Option(min=1, help="Updates of ResNet-18 that each worker has.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes; one of them is killed at a time.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """From a worker's SIGKILL to all it held reclaimed.
+    """Time from a worker's SIGKILL until its blocks are reclaimed.
 
-    Workers die while their updates wait and while they fold them; the others live. Every mean is checked. Takes
-    about a minute and a half and 1.3 GB of memory with the defaults.
+    Workers are killed while their updates wait and while they fold them; the others fold on. Every mean is checked.
+    Takes about a minute and a half and 1.3 GB of memory with the defaults.
     """
     from lifl.bench.recovery import measure_recovery, recovery_table
 
@@ -130,14 +130,14 @@ def recovery(
 
 
 @bench.command()
-@told
+@reporting_errors
 def planning(
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 5,
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of this many.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Plans of rounds with up to 100,000 clients on up to 1,000 nodes.
 
-    Placement, tree and processes; and the new plan when a node is gone. Takes about five seconds.
+    Placement, tree and processes; and the new plan after a node is gone. Takes about five seconds.
     """
     from lifl.bench.planning import measure_planning, planning_table
 
@@ -147,19 +147,19 @@ def planning(
 
 
 @bench.command()
-@told
+@reporting_errors
 def trickle(
-    updates: Annotated[int, typer.Option(min=2, help="How many updates of ResNet-18 come.")] = 32,
-    seconds: Annotated[float, typer.Option(min=0, help="From the first to the last.")] = 10.0,
+    updates: Annotated[int, typer.Option(min=2, help="Number of updates of ResNet-18.")] = 32,
+    seconds: Annotated[float, typer.Option(min=0, help="Time from the first update to the last.")] = 10.0,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Worker processes of lifl.", show_default="one per core")
     ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of this many.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Updates that trickle in: from the last to the new model.
+    """Updates that trickle in: time from the last to the new model.
 
-    Eager, just in time and lazy take turns; beside it, how long one core folds one update onto a sum. Takes about
+    Eager, just in time and lazy take turns; for comparison, one core folds one update onto a sum. Takes about
     two minutes and 2.5 GB of memory with the defaults.
     """
     from lifl.bench.trickle import measure_trickle, trickle_table
@@ -170,17 +170,17 @@ def trickle(
 
 
 @bench.command()
-@told
+@reporting_errors
 def roles(
-    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 20,
+    repetitions: Annotated[int, typer.Option(min=1, help="Each figure is the median of this many.")] = 20,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Of the Node with two rounds.", show_default="one per core")
+        int | None, typer.Option(min=1, help="Workers of the Node with two rounds.", show_default="one per core")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A warm worker's next role, against starting one.
+    """A warm worker's next role, against the start of a worker.
 
-    And whether a second round starts a process. Takes about ten seconds.
+    Also counts the processes that a second round starts. Takes about ten seconds.
     """
     from lifl.bench.roles import measure_roles, roles_table
 
@@ -190,41 +190,45 @@ def roles(
 
 
 @bench.command()
-@told
+@reporting_errors
 def idle(
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long the Nodes are watched.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the measurement.")] = 60.0,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes of each Node.", show_default="one per core")
     ] = None,
     transport: Annotated[str | None, typer.Option(help="rings, ebpf or auto.", show_default="rings")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """CPU time of a Node that has nothing to do.
+    """CPU time of an idle Node.
 
     With warm workers, with a round that waits, and after all workers have gone.
     """
     from lifl.bench.idle import idle_table, measure_idle
 
     with progress() as say:
-        figures = measure_idle(seconds, workers, transport, on_progress=say)  # type: ignore[arg-type] # it checks
+        # The Node refuses unknown names of a transport.
+        figures = measure_idle(seconds, workers, transport, on_progress=say)  # type: ignore[arg-type]
     show(figures, idle_table, as_json)
 
 
 @bench.command()
-@told
+@reporting_errors
 def ablation(
-    updates: Annotated[str, typer.Option(help="Of 5 simulated nodes; 20 times as many for 100.")] = "20,60,100",
-    real_updates: Annotated[str, typer.Option(help="Of the 5 real Nodes; 40 take 12 GB.")] = "20,30,40",
-    repetitions: Annotated[int, typer.Option(min=1, help="Each real figure is the median of so many.")] = 3,
-    simulate_only: Annotated[bool, typer.Option("--simulate-only", help="Carry nothing out for real.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw it into this file: .svg, .png or .pdf.")] = None,
+    updates: Annotated[
+        str, typer.Option(help="Updates for 5 simulated nodes; 20 times as many for 100.")
+    ] = "20,60,100",
+    real_updates: Annotated[str, typer.Option(help="Updates for the 5 real Nodes; 40 take 12 GB.")] = "20,30,40",
+    repetitions: Annotated[int, typer.Option(min=1, help="Each real figure is the median of this many.")] = 3,
+    simulate_only: Annotated[bool, typer.Option("--simulate-only", help="No real rounds.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the figures into this file: .svg, .png or .pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One idea of lifl more at a time, for real and simulated.
+    """The ideas of lifl, added one at a time, for real and simulated.
 
-    Rounds of ResNet-18: a baseline, then locality, planned trees, reuse of runtimes, eager folding, shards. For real
-    on five Nodes of this machine; every model is checked. A round that others on the machine disturb is repeated, and
-    how much they took is told. Takes five to fifteen minutes and 12 GB of memory; simulated only, ten seconds.
+    Rounds of ResNet-18: a baseline, then locality, planned trees, reuse of workers, eager folding, shards. The real
+    rounds are on five Nodes of this machine; every model is checked. A round that other processes disturb is repeated,
+    and their share of the machine is shown. Takes five to fifteen minutes and 12 GB of memory; simulated only, ten
+    seconds.
     """
     from lifl.bench.ablation import measure_ablation
     from lifl.bench.ablation_view import ablation_tables, check_picture, save_picture
@@ -240,31 +244,31 @@ def ablation(
 
 
 @bench.command()
-@told
+@reporting_errors
 def round(
     model: Annotated[
         Model, typer.Option(metavar="NAME", help="Shapes of the model: resnet18, resnet34, resnet152, small2000.")
     ] = Model.RESNET18,
     nodes: Annotated[int, typer.Option(min=1, help="Virtual SuperNodes, which train nothing.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Of one run.")] = 2,
-    sides: Annotated[str, typer.Option(help="Who takes turns.")] = "flower,strategy,server",
-    peer: Annotated[Peer | None, typer.Option(metavar="NAME", help="One more: nvflare, on servers of its own.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of one run.")] = 2,
+    sides: Annotated[str, typer.Option(help="The sides that take turns.")] = "flower,strategy,server",
+    peer: Annotated[Peer | None, typer.Option(metavar="NAME", help="One more side: nvflare.")] = None,
     timing: Annotated[Fold, typer.Option(metavar="WHEN", help="lifl folds updates eager, lazy or jit.")] = Fold.EAGER,
     memory: Annotated[
-        str | None, typer.Option(help="Of lifl-superlink's arena, such as 2GiB.", show_default="its own default")
+        str | None, typer.Option(help="Size of lifl-superlink's arena, such as 2GiB.", show_default="its own default")
     ] = None,
-    profile: Annotated[bool, typer.Option(help="Show where lifl-superlink's CPU time went.")] = False,
+    profile: Annotated[bool, typer.Option(help="Show lifl-superlink's CPU time by activity.")] = False,
     patient: Annotated[bool, typer.Option(help="The nodes wait as long as SuperNodes do.")] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures into this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw them into this file: .svg, .png or .pdf.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the figures into this file: .svg, .png or .pdf.")] = None,
 ) -> None:
     """Whole Flower rounds, end to end, on real servers.
 
-    A real SuperLink, a real ServerApp, and SuperNodes that are played by one process, over HTTP. "flower": Flower's
-    server and FedAvg. "strategy": Flower's server, lifl's FedAvg. "server": lifl-superlink, lifl's FedAvg; "unheld":
-    the same, but it does not hold requests for work open. Every model is checked. A round of Flower's takes half a
-    minute with the defaults, and three with small2000 and 2 nodes. NVFLARE needs lifl's extra "peers".
+    A real SuperLink, a real ServerApp, and one process for all SuperNodes, over HTTP. "flower": Flower's server and
+    FedAvg. "strategy": Flower's server, lifl's FedAvg. "server": lifl-superlink, lifl's FedAvg; "unheld": the same,
+    but the server does not hold requests for work open. Every model is checked. A round of Flower's takes half a
+    minute with the defaults, and three minutes with small2000 and 2 nodes. NVFLARE needs lifl's extra "peers".
     """
     from lifl.bench.ablation_view import check_picture
     from lifl.bench.round import measure_round
@@ -281,7 +285,7 @@ def round(
     try:
         with progress() as say:
             figures = measure_round(model.value, nodes, rounds, chosen, on_progress=say, **options)
-    except (FileNotFoundError, RuntimeError, TimeoutError) as error:  # of the programs that are started
+    except (FileNotFoundError, RuntimeError, TimeoutError) as error:  # a program could not start, failed or hung
         end(str(error), 1)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2))

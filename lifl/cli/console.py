@@ -1,12 +1,15 @@
-"""How the ``lifl`` commands tell what they do: progress, figures, and errors in one line.
+"""The output of the ``lifl`` commands: progress, figures, and errors in one line.
 
-Owns output and exit statuses. Status 1: it failed, and why; 2: wrong arguments; 130: Ctrl-C.
+Owns output and exit statuses. Status 1: the command failed, and the line has the reason; 2: wrong arguments; 130:
+Ctrl-C.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
@@ -29,15 +32,15 @@ REMEDIES = {
     "sklearn": "pip install 'lifl[demo]'",
     "torch": "pip install 'lifl[torch]'",
 }
-"""Extras by the module that is missing without them."""
+"""Commands that install a missing module, by its name."""
 
 INTERRUPTED = 130
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
 
 
-def told(command: Callable[P, None]) -> Callable[P, None]:
-    """Turns the errors that a user can do something about into one line and a status."""
+def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Decorates a command: an error that the user can mend becomes one line on stderr and an exit status."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -49,7 +52,7 @@ def told(command: Callable[P, None]) -> Callable[P, None]:
             name = (error.name or "").partition(".")[0]
             end(f"{name} is not installed: {REMEDIES.get(name, f'pip install {name}')}", 1)
         except (LiflError, ValueError) as error:
-            # The text of an OSError begins with its number, which says nothing to a user.
+            # The text of an OSError begins with errno, which a user does not need; strerror is the text without it.
             end(getattr(error, "strerror", None) or str(error), 1)
 
     return run
@@ -63,15 +66,24 @@ def end(message: str, status: int) -> NoReturn:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """What is being measured, on stderr and only on a terminal; gone afterwards."""
+    """A function that shows the present step, on stderr and only on a terminal; the line is removed at the end."""
     console = Console(stderr=True)
     with console.status("starting") as status:
-        yield lambda what: status.update(f"measuring: {what}")
+        yield lambda step: status.update(f"measuring: {step}")
 
 
 def show(figures: dict[str, Any], table: Callable[[dict[str, Any]], RenderableType], as_json: bool) -> None:
-    """Prints figures, as JSON or as the table that is made of them."""
+    """Prints figures, as JSON or as the table that `table` makes of them."""
     if as_json:
         typer.echo(json.dumps(figures, indent=2))
     else:
         Console().print(table(figures))
+
+
+def terminal_svg(view: RenderableType, title: str, columns: int) -> str:
+    """A picture of a terminal that shows the view, as SVG that refers to no other host."""
+    console = Console(width=columns, record=True, force_terminal=True, file=io.StringIO())
+    console.print(view)
+    drawn = console.export_svg(title=title, unique_id=title.replace(" ", "-"))
+    # Its fonts would be fetched from a server; without them the reader's own are used.
+    return re.sub(r"\s*@font-face \{.*?\}", "", drawn, flags=re.DOTALL)

@@ -1,7 +1,7 @@
-"""``lifl doctor``: what this machine has, what lifl will use of it and why, and what to do to get more.
+"""``lifl doctor``: the features of this machine, those that lifl will use and why, and remedies for missing ones.
 
-Finds out and changes nothing; values only, shown elsewhere. Each thing is found out on its own and tried where that is
-possible; what cannot be found out becomes a line that says so, and the others are not held up by it.
+Examines the machine and changes nothing; returns values, which ``lifl.cli.doctor_view`` shows. Each feature is examined
+on its own, by a trial if possible; a check that fails becomes a line with the reason, and the others still run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import attrs
 
 from lifl.errors import EbpfUnavailableError, LiflError, RoundError, ShmError
 
-# Everything else of lifl is imported by the part that needs it: where that fails, the other parts can still be told.
+# Each part imports the other modules of lifl itself, so that a failing import ends only that part.
 
 ROUND_TIMEOUT_S = 20.0
 MANY_FILES = 4096
 """Descriptors that a server should be allowed: it has one for each SuperNode that is connected."""
 
 EBPF_LOADER = "LIFL_EBPF_LOADER"
-"""``lifl.ebpf.probe.VARIABLE``, which may not be there to be asked."""
+"""The name in ``lifl.ebpf.probe.VARIABLE``, repeated here because that module may fail to import."""
 
 PACKAGES = {
     "torch": ("torch", "torch's tensors in and out"),
@@ -35,44 +35,44 @@ PACKAGES = {
     "prometheus_client": ("metrics", "metrics for Prometheus"),
     "nvflare": ("peers", "benchmarks against NVFLARE"),
 }
-"""Optional packages: lifl's extra that brings each, and what it is for."""
+"""Optional packages: the extra of lifl that installs each, and its purpose."""
 
 
 @attrs.frozen
 class Line:
-    """One thing that was found out.
+    """A finding.
 
     Attributes
     ----------
     name : str
-        What it is, within its section.
+        Name of the finding, unique in its section.
     value : object
-        For programs: what JSON can hold.
-    said : str
-        For people; empty if other lines say it already.
+        The finding for programs, as a value that JSON can hold.
+    text : str
+        The finding for people; empty if the text of another line contains it.
     remedy : str
-        What to do to have it better; empty if it is as good as it can be.
+        Advice to improve it; empty if it cannot be better.
     """
 
     name: str
     value: Any
-    said: str = ""
+    text: str = ""
     remedy: str = ""
 
 
 @attrs.frozen
 class Findings:
-    """Everything that was found out, by section."""
+    """All findings, by section."""
 
     sections: Mapping[str, tuple[Line, ...]]
 
     @property
     def can_run(self) -> bool:
-        """False if lifl cannot do a round here at all."""
+        """False if lifl cannot run a round here at all."""
         return all(line.value for line in self.sections["lifl"] if line.name == "runs")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """For JSON: a dict for each section, with what each line says by its name, and ``remedies`` likewise."""
+        """The findings for JSON: for each section a dict of the lines' values by name, with ``remedies`` by name."""
         return {
             section: {line.name: line.value for line in lines}
             | {"remedies": {line.name: line.remedy for line in lines if line.remedy}}
@@ -81,7 +81,7 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Looks at this machine; takes a few seconds, most of them for Flower's imports. Raises nothing."""
+    """Examines this machine; takes a few seconds, most of them for Flower's imports. Raises nothing."""
     return Findings({section: tuple(_found(parts)) for section, parts in SECTIONS.items()})
 
 
@@ -89,14 +89,14 @@ def _found(parts: tuple[Callable[[], Iterator[Line]], ...]) -> Iterator[Line]:
     for part in parts:
         try:
             yield from part()
-        except Exception as error:  # whatever a machine that nobody has seen before may do
+        except Exception as error:  # on an unknown machine any error is possible
             is_ours = isinstance(error, LiflError)
-            remedy = "the message says what to do" if is_ours else "tell those who make lifl, please"
+            remedy = "the message says what to do" if is_ours else "please report this to lifl's developers"
             yield Line(part.__name__.strip("_"), None, f"cannot be found out: {_text(error)}", remedy)
 
 
 def _text(error: Exception) -> str:
-    # The text of an OSError begins with its number, which says nothing to a user.
+    # The text of an OSError begins with errno, which a user does not need; strerror is the text without it.
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -114,10 +114,10 @@ def _lifl() -> Iterator[Line]:
     try:
         _do_a_round()
     except Exception as error:
-        advice = "lifl cannot do a round here before this is mended; the message says what to do"
+        advice = "lifl cannot run a round here before this is mended; the message says what to do"
         yield Line("runs", False, f"no: {_text(error)}", advice)
     else:
-        yield Line("runs", True, "yes: a worker was started and has made the mean of a round")
+        yield Line("runs", True, "yes: a worker was started and has computed the mean of a round")
 
 
 def _do_a_round() -> None:
@@ -145,19 +145,21 @@ def _kernel() -> Iterator[Line]:
 def _cores() -> Iterator[Line]:
     from lifl.node.node import cores
 
-    may, there, quota = cores(), os.cpu_count() or 1, _cpu_quota()
-    said = f"{may} of {there} may be used: so many workers a Node has by default"
-    remedy = "" if may >= there else "allow more: taskset, cpuset, or the container's --cpuset-cpus"
-    if quota is not None and quota < may:
-        said += f"; a control group gives time for {quota:g}"
+    usable = cores()
+    present = os.cpu_count() or 1
+    quota = _cpu_quota()
+    text = f"{usable} of {present} may be used: a Node has one worker for each by default"
+    remedy = "" if usable >= present else "allow more: taskset, cpuset, or the container's --cpuset-cpus"
+    if quota is not None and quota < usable:
+        text += f"; a control group gives time for {quota:g}"
         remedy = f"Node(workers={max(1, int(quota))}), or a larger share: the container's --cpus"
-    yield Line("cores", may, said, remedy)
-    yield Line("cores_there", there)
+    yield Line("cores", usable, text, remedy)
+    yield Line("cores_there", present)
     yield Line("cpu_quota", quota)
 
 
 def _cpu_quota() -> float | None:
-    """Cores that the control group pays for; None if it does not bound them."""
+    """CPU time that the control group allows, in cores; None if it sets no bound."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -188,7 +190,7 @@ def _open_files() -> Iterator[Line]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = None if soft == resource.RLIM_INFINITY else soft
-    said = (
+    text = (
         "not bounded"
         if limit is None
         else f"{limit:,} descriptors; lifl-superlink has one for each SuperNode that is connected"
@@ -198,26 +200,26 @@ def _open_files() -> Iterator[Line]:
         may = hard == resource.RLIM_INFINITY or hard >= MANY_FILES
         remedy = f"ulimit -n {2**16 if hard < 0 else min(hard, 2**16)}, before the server is started"
         remedy = remedy if may else f"more than {hard:,}: limits.conf, or LimitNOFILE= of a systemd unit"
-    yield Line("open_files", limit, said, remedy)
+    yield Line("open_files", limit, text, remedy)
 
 
 # ---------------------------------------------------------------- the arena
 
 
 def _arenas() -> Iterator[Line]:
-    from lifl.node import node as runtime
+    from lifl.node import node
     from lifl.shm.sizes import default_bytes
     from lifl.superlink import command
 
-    for name, who, most, option in (
-        ("node_bytes", "a Node", runtime.DEFAULT_MEMORY, "memory="),
+    for name, owner, most, option in (
+        ("node_bytes", "a Node", node.DEFAULT_MEMORY, "memory="),
         ("superlink_bytes", "lifl-superlink", command.DEFAULT_MEMORY, "--lifl-memory"),
     ):
         nbytes = default_bytes(most)
         is_whole = nbytes >= most
-        why = "the default" if is_whole else f"a quarter of what is available, which is less than {_gib(most)}"
+        why = "the default" if is_whole else f"a quarter of the available memory, which is less than {_gib(most)}"
         remedy = "" if is_whole else f"free memory, or say how much: {option}"
-        yield Line(name, nbytes, f"{who} takes {_gib(nbytes)}: {why}", remedy)
+        yield Line(name, nbytes, f"{owner} takes {_gib(nbytes)}: {why}", remedy)
 
 
 def _memfd() -> Iterator[Line]:
@@ -229,7 +231,7 @@ def _memfd() -> Iterator[Line]:
         remedy = "Linux 4.14 or newer, and a seccomp profile that allows memfd_create"
         yield Line("memfd", False, f"no: {_text(error)}", remedy)
     else:
-        yield Line("memfd", True, "shared memory without a name can be had, and sealed")
+        yield Line("memfd", True, "shared memory without a name can be created, and sealed")
 
 
 def _huge_pages() -> Iterator[Line]:
@@ -237,17 +239,17 @@ def _huge_pages() -> Iterator[Line]:
 
     chosen = pages.shmem_enabled()
     is_huge = chosen in ("always", "force", "within_size")
-    said = f"an arena is in {'huge pages where they are free' if is_huge else 'small pages'} (shmem_enabled: {chosen})"
+    text = f"an arena is in {'huge pages if some are free' if is_huge else 'small pages'} (shmem_enabled: {chosen})"
     remedy = "" if is_huge else f"as root: echo always > {pages.SHMEM_ENABLED}"
     if chosen is None:
-        said = "the kernel has no huge pages for shared memory"
+        text = "the kernel has no huge pages for shared memory"
         remedy = "a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
-    yield Line("shmem_enabled", chosen, said, remedy)
+    yield Line("shmem_enabled", chosen, text, remedy)
     try:
         pages.collapse()
     except OSError as error:
-        said, remedy = f"MADV_COLLAPSE does not work on a memfd ({_text(error)})", "Linux 6.1 or newer, and free memory"
-        yield Line("madv_collapse", False, said, remedy)
+        text, remedy = f"MADV_COLLAPSE does not work on a memfd ({_text(error)})", "Linux 6.1 or newer, and free memory"
+        yield Line("madv_collapse", False, text, remedy)
     else:
         yield Line("madv_collapse", True, "MADV_COLLAPSE works on a memfd; lifl does not need it")
 
@@ -260,9 +262,15 @@ def _ebpf() -> Iterator[Line]:
         from lifl.ebpf import probe
 
         found = probe.support()
-        loader, reason, remedy, auto = found.loader, found.reason, found.remedy, "ebpf" if found.available else "rings"
-    except Exception as error:  # a loader is named that there is not, or no Linux is this
-        loader, reason, remedy, auto = None, _text(error), f"on Linux: unset {EBPF_LOADER}", None
+        loader = found.loader
+        reason = found.reason
+        remedy = found.remedy
+        auto = "ebpf" if found.available else "rings"
+    except Exception as error:  # unknown loader, or not Linux
+        loader = None
+        reason = _text(error)
+        remedy = f"on Linux: unset {EBPF_LOADER}"
+        auto = None
     yield Line("available", loader is not None, f"{'no' if loader is None else 'yes'}: {reason}", remedy)
     yield Line("loader", loader)
     yield Line("reason", reason)
@@ -272,9 +280,9 @@ def _ebpf() -> Iterator[Line]:
 def _transport() -> Iterator[Line]:
     from lifl.workers import transport
 
-    told = os.environ.get(transport.VARIABLE)
-    default = told or "rings"
-    why = f"{transport.VARIABLE} says so" if told else "the default, and the shortest hand-over"
+    chosen = os.environ.get(transport.VARIABLE)
+    default = chosen or "rings"
+    why = f"set by {transport.VARIABLE}" if chosen else "the default, and the fastest"
     remedy = "" if default in transport.NAMES else f"{transport.VARIABLE} is one of {', '.join(transport.NAMES)}"
     yield Line("default", default, f"{default}, if no transport is named ({why})", remedy)
 
@@ -282,7 +290,7 @@ def _transport() -> Iterator[Line]:
 def _capabilities() -> Iterator[Line]:
     from lifl.ebpf import probe
 
-    # For people they are in the reason.
+    # No text: the reason of the section's first line names them.
     yield Line("missing_capabilities", probe.missing_capabilities())
     yield Line("kernel", os.uname().release)
 
@@ -296,8 +304,8 @@ def _bcc() -> Iterator[Line]:
         remedy = f"only {EBPF_LOADER}=bcc needs it: {error.remedy}"
         yield Line("bcc", {"found": False, "path": None, "reason": error.reason}, error.reason, remedy)
     else:
-        said = f"{where}; used with {EBPF_LOADER}=bcc"
-        yield Line("bcc", {"found": True, "path": where, "reason": ""}, said)
+        text = f"{where}; used with {EBPF_LOADER}=bcc"
+        yield Line("bcc", {"found": True, "path": where, "reason": ""}, text)
 
 
 # ---------------------------------------------------------------- Flower
@@ -313,22 +321,22 @@ def _flower() -> Iterator[Line]:
         return
     is_tested = version.startswith(tuple(f"{one}." for one in command.TESTED))
     tested = " and ".join(command.TESTED)
-    said = f"flwr {version}, {'' if is_tested else 'not '}among those that lifl is tested with ({tested})"
-    yield Line("version", version, said, "" if is_tested else install)
+    text = f"flwr {version}, {'' if is_tested else 'not '}among the versions that lifl is tested with ({tested})"
+    yield Line("version", version, text, "" if is_tested else install)
     yield Line("is_tested", is_tested)
     missing = {name: _missing_name(name) for name in flower.NAMES}
     left = "; ".join(f"{name} ({reason})" for name, reason in missing.items() if reason)
-    said = f"left to Flower by lifl-superlink: {left}" if left else "lifl-superlink has every part of its data plane"
-    yield Line("parts", missing, said, install if left else "")
+    text = f"left to Flower by lifl-superlink: {left}" if left else "lifl-superlink has every part of its data plane"
+    yield Line("parts", missing, text, install if left else "")
 
 
 def _missing_name(part: str) -> str | None:
-    """Why a part of the server is left to Flower; None if it is not."""
+    """The reason why a part of the server is left to Flower; None if lifl has the part."""
     from lifl.superlink import flower
 
     try:
         flower.part(part)
-    except Exception as error:  # also whatever Flower's own modules do when they are imported
+    except Exception as error:  # Flower's own modules are imported here, and may raise any error
         return _text(error)
     return None
 
@@ -336,8 +344,8 @@ def _missing_name(part: str) -> str | None:
 def _signatures() -> Iterator[Line]:
     version = _version("awscrt")
     if version is None:
-        said = "SuperNodes' signatures are checked by OpenSSL"
-        yield Line("signatures", None, said, "pip install 'lifl[signatures]': AWS-LC is more than twice as fast")
+        text = "SuperNodes' signatures are checked by OpenSSL"
+        yield Line("signatures", None, text, "pip install 'lifl[signatures]': AWS-LC is more than twice as fast")
     else:
         yield Line("signatures", version, f"SuperNodes' signatures are checked by AWS-LC (awscrt {version})")
 
@@ -348,8 +356,8 @@ def _signatures() -> Iterator[Line]:
 def _packages() -> Iterator[Line]:
     for name, (extra, purpose) in PACKAGES.items():
         version = _version(name)
-        said = f"{version or 'not installed'}: {purpose}"
-        yield Line(name, version, said, "" if version else f"pip install 'lifl[{extra}]'")
+        text = f"{version or 'not installed'}: {purpose}"
+        yield Line(name, version, text, "" if version else f"pip install 'lifl[{extra}]'")
 
 
 def _version(name: str) -> str | None:
@@ -362,20 +370,20 @@ def _version(name: str) -> str | None:
 def _calibration() -> Iterator[Line]:
     from lifl.node import calibration
 
-    measured = calibration.known() is not None
-    said = "costs were measured on this machine" if measured else "costs are assumed: those of a slow machine"
-    remedy = "" if measured else "lifl bench limits measures them; a strategy's first run on a machine does too"
-    yield Line("is_measured", measured, said, remedy)
+    is_measured = calibration.known() is not None
+    text = "costs were measured on this machine" if is_measured else "costs are assumed: those of a slow machine"
+    remedy = "" if is_measured else "lifl bench limits measures them; a strategy's first run on a machine does too"
+    yield Line("is_measured", is_measured, text, remedy)
     yield Line("costs", calibration.costs().to_dict())
     try:
         path = calibration.path()
     except RuntimeError as error:
-        yield Line("path", None, f"they can be kept nowhere: {error}", "LIFL_CACHE=FOLDER")
+        yield Line("path", None, f"there is no folder for the costs: {error}", "LIFL_CACHE=FOLDER")
         return
-    there = next(one for one in path.parents if one.exists())
-    is_writable = os.access(there, os.W_OK)
-    said = f"kept in {path}" if is_writable else f"they cannot be kept in {path}, which this user cannot write"
-    yield Line("path", str(path), said, "" if is_writable else "LIFL_CACHE=FOLDER")
+    folder = next(one for one in path.parents if one.exists())
+    is_writable = os.access(folder, os.W_OK)
+    text = f"kept in {path}" if is_writable else f"they cannot be kept in {path}, which this user cannot write"
+    yield Line("path", str(path), text, "" if is_writable else "LIFL_CACHE=FOLDER")
 
 
 SECTIONS: dict[str, tuple[Callable[[], Iterator[Line]], ...]] = {

@@ -1,12 +1,9 @@
-"""What ``lifl doctor`` found out, to look at: in a terminal, and as a picture of one."""
+"""The table of what ``lifl doctor`` found out, for a terminal."""
 
 from __future__ import annotations
 
-import io
-import re
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +18,7 @@ SVG_COLUMNS = 116
 
 
 def findings_table(findings: Findings) -> Table:
-    """A row for each thing, and below it, if there is more to be had, what to do."""
+    """A row for each finding and, if it can be improved, its remedy below."""
     table = Table.grid(padding=(0, 1))
     for _ in range(2):
         table.add_column(no_wrap=True)
@@ -31,10 +28,10 @@ def findings_table(findings: Findings) -> Table:
             table.add_row()
         table.add_row("", Text(TITLES[section], "bold"))
         for line in lines:
-            if line.said:
+            if line.text:
                 name = line.name if section == "packages" else _label(line.name)
-                table.add_row(_mark(line), Text(name, "cyan"), Text(line.said))
-            if line.said and line.remedy:
+                table.add_row(_mark(line), Text(name, "cyan"), Text(line.text))
+            if line.text and line.remedy:
                 table.add_row("", "", Text(f"→ {line.remedy}", "yellow"))
     return table
 
@@ -47,11 +44,3 @@ def _mark(line: Line) -> Text:
     if line.name == "runs" and not line.value:
         return WRONG
     return BETTER if line.remedy else FINE
-
-
-def findings_svg(findings: Findings) -> str:
-    """A terminal with the table, as SVG that refers to no other host."""
-    console = Console(width=SVG_COLUMNS, record=True, file=io.StringIO(), force_terminal=True)
-    console.print(findings_table(findings))
-    svg = console.export_svg(title="lifl doctor", unique_id="doctor")
-    return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # they are fetched from a font server

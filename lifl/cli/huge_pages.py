@@ -1,6 +1,6 @@
-"""Which pages the kernel gives to shared memory: said by a file, and tried on a memfd of its own.
+"""The pages that the kernel gives to shared memory: from its setting, and by a trial on a memfd.
 
-Keeps nothing of what it tries, and changes no setting.
+Frees the memory of the trial, and changes no setting.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-"""Of memory like an arena's: whether it is in huge pages from the start."""
+"""The kernel's setting for memory like an arena's: whether it is in huge pages from the start."""
 HUGE_BYTES = 2 * 2**20
 _MADV_COLLAPSE = 25  # Linux 6.1; the module mmap has no name for it before Python 3.13
 _MAP_FIXED = 0x10
@@ -25,7 +25,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def shmem_enabled() -> str | None:
-    """The choice that is in brackets in the kernel's file; None if the kernel has no huge pages for shared memory."""
+    """The chosen value, in brackets in the kernel's file; None if the kernel has no huge pages for shared memory."""
     try:
         words = SHMEM_ENABLED.read_text().split()
     except OSError:
@@ -34,11 +34,11 @@ def shmem_enabled() -> str | None:
 
 
 def collapse() -> None:
-    """Has two megabytes of a memfd put into one huge page; raises ``OSError`` as the kernel gives it."""
+    """Makes the kernel put 2 MiB of a memfd into one huge page; raises the kernel's ``OSError`` if it cannot."""
     fd = os.memfd_create("lifl-doctor")
     try:
         os.ftruncate(fd, HUGE_BYTES)
-        # A huge page begins at a multiple of its size: room for two has one in it.
+        # A huge page begins at a multiple of its size, so the address range is twice as large: it contains one.
         room = _mapped(None, 2 * HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         try:
             start = -(-room // HUGE_BYTES) * HUGE_BYTES

@@ -1,7 +1,7 @@
-"""The ``lifl`` commands: what they are called, what they are given, what they show.
+"""The ``lifl`` commands: their names, their arguments, and their output.
 
-Owns arguments. Measures and runs nothing itself, and imports what does only inside the command that needs it; what
-is told is ``console``'s, and the benchmarks' commands are ``bench.commands``'.
+Owns arguments. Measures and runs nothing itself: the modules that do are imported only inside their commands.
+``lifl.cli.console`` prints errors and figures, and ``lifl.cli.bench`` has the commands of the benchmarks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from lifl.cli.bench import bench
-from lifl.cli.console import AsJson, show, told
+from lifl.cli.console import AsJson, reporting_errors, show, terminal_svg
 from lifl.planner.hierarchy import FAN_IN
 from lifl.planner.load import EXECUTION_S
 from lifl.planner.placement import Rule
@@ -43,24 +43,24 @@ def _version(is_asked: bool) -> None:
 @main.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print lifl's version and end.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print lifl's version and exit.")
     ] = False,
 ) -> None:
     """Aggregate Flower's model updates in shared memory."""
 
 
 @main.command()
-@told
+@reporting_errors
 def demo(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training, each way.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training with each strategy.")] = 3,
     supernodes: Annotated[int, typer.Option(min=2, help="Clients: processes that train on this machine.")] = 4,
-    keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Keep the processes' logs and say where.")] = False,
+    keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Keep the logs and print their folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a small model here, with lifl and then with Flower.
 
     Starts a real SuperLink and SuperNodes, runs the same rounds with both strategies, compares them and
-    ends everything that it started. Takes about a minute and a half. Needs scikit-learn.
+    ends all processes. Takes about a minute and a half. Needs scikit-learn.
     """
     from lifl.deploy.demo import run_demo
 
@@ -70,32 +70,33 @@ def demo(
 
 
 @main.command()
-@told
+@reporting_errors
 def plan(
-    clients: Annotated[int, typer.Option(min=1, help="Updates to aggregate in the round, one of each client.")] = 120,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes that can aggregate, all alike.")] = 5,
+    clients: Annotated[int, typer.Option(min=1, help="Clients of the round, each with one update.")] = 120,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that can aggregate, all equal.")] = 5,
     capacity: Annotated[
         float | None,
         typer.Option(help="Updates that a node can aggregate at once.", show_default="so that a fifth stays free"),
     ] = None,
-    cores: Annotated[int, typer.Option(min=1, help="Of each node; the most leaves that it gets.")] = 8,
-    rate: Annotated[float, typer.Option(help="Updates per second that arrive already, over all nodes.")] = 0.0,
-    execution: Annotated[float, typer.Option(help="Seconds that one of these takes.")] = EXECUTION_S,
-    fan_in: Annotated[int, typer.Option(help="Updates of one leaf, where the cores are enough.")] = FAN_IN,
+    cores: Annotated[int, typer.Option(min=1, help="Cores of each node, and the most leaves that it gets.")] = 8,
+    rate: Annotated[float, typer.Option(help="Present load: updates per second over all nodes.")] = 0.0,
+    execution: Annotated[float, typer.Option(help="Seconds for one update of the present load.")] = EXECUTION_S,
+    fan_in: Annotated[int, typer.Option(help="Updates of one leaf, if there are enough cores.")] = FAN_IN,
     arity: Annotated[
         int | None, typer.Option(help="The most sums that a middle or the top adds up.", show_default="no bound")
     ] = None,
-    rule: Annotated[Rule, typer.Option(help="Which node takes whose update.")] = Rule.BEST_FIT,
+    rule: Annotated[Rule, typer.Option(help="The rule that assigns updates to nodes.")] = Rule.BEST_FIT,
     svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Write the picture of the tree here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Who aggregates what, in which tree: the plan of one round.
+    """The plan of one round: its nodes, their updates, and the tree.
 
-    Nothing is started: the nodes are made up. The time is the median of five
+    Nothing is started, the nodes are imaginary. The time is the median of five
     plannings. With --json the plan is printed as a graph: tasks, channels,
     and the routing table of each node.
     """
-    from lifl.bench.planning import cluster_of, plan_tree, timed_plan
+    from lifl.bench.planning import cluster_of, timed_plan
+    from lifl.cli.plan_view import plan_tree
 
     names, servers = cluster_of(clients, nodes, capacity, cores, rate, execution)
     planned, planning_ms = timed_plan(names, servers, rule, fan_in, arity)
@@ -110,21 +111,22 @@ def plan(
 
 
 @main.command()
-@told
+@reporting_errors
 def top(
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
     pid: Annotated[int | None, typer.Option(help="Only the Nodes of this process.", show_default="all")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Look twice, an interval apart, print that and end.")] = False,
-    svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Draw it once, into this file.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Look twice, an interval apart, print and exit.")] = False,
+    svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Draw the view once, into this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What this user's Nodes and lifl-superlinks are doing now.
+    """Live view of this user's Nodes and lifl-superlinks.
 
-    Memory, open rounds, and of each worker its role, its queue and how busy it is; until Ctrl-C. With --json one look,
-    as JSON. If the output is no terminal, as with --once. A Node without workers (workers=0) is not found.
+    Shows memory, open rounds, and the role, queue and load of each worker, until Ctrl-C. With --json one look, as
+    JSON. If the output is no terminal, the command behaves as with --once. A Node without workers (workers=0) is not
+    found.
     """
     from lifl.monitor.top import Watcher, ask_all
-    from lifl.monitor.top_view import nodes_view, show_live, svg_of
+    from lifl.monitor.top_view import nodes_view, show_live
 
     if as_json:
         typer.echo(json.dumps({"nodes": [stats.to_dict() for stats in ask_all(pid)]}, indent=2))
@@ -139,24 +141,24 @@ def top(
     if svg is None:
         console.print(nodes_view(sights))
     else:
-        svg.write(svg_of(sights, SVG_WIDTH))
+        svg.write(terminal_svg(nodes_view(sights), "lifl top", SVG_WIDTH))
 
 
 @main.command()
-@told
+@reporting_errors
 def doctor(
     svg: Annotated[typer.FileTextWrite | None, typer.Option(help="Write the table as a picture here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine has, what lifl uses of it, and how to get more.
+    """Show the features of this machine that lifl uses, and ways to get more.
 
     Changes nothing and needs no privileges. The status is 1 if lifl cannot run here at all.
     """
     from lifl.cli.doctor import examine
-    from lifl.cli.doctor_view import findings_svg, findings_table
+    from lifl.cli.doctor_view import SVG_COLUMNS, findings_table
 
     findings = examine()
     if svg is not None:
-        svg.write(findings_svg(findings))
+        svg.write(terminal_svg(findings_table(findings), "lifl doctor", SVG_COLUMNS))
     show(findings.to_dict(), lambda _: findings_table(findings), as_json)
     raise typer.Exit(0 if findings.can_run else 1)

@@ -1,10 +1,10 @@
 """The janitor: the process that ends a `Deployment`, however its owner ends.
 
-Owns: ending every process that carries the deployment's mark in its environment, then
-removing the deployment's folder. Never starts anything, imports nothing but the standard
-library, and does nothing at all while its owner lives.
+Owns the end of every process that carries the deployment's mark in its environment, and then
+the removal of the deployment's folder. Never starts a process, imports nothing but the standard
+library, and does nothing while its owner lives.
 
-It is started as `python -I -S _janitor.py FOLDER` and waits for the end of its standard
+The owner starts it as `python -I -S _janitor.py FOLDER`. The janitor waits for the end of its standard
 input, a pipe whose only writer is the owner. The kernel closes that pipe on a normal close
 and on Ctrl-C, and also when the owner crashes or is killed. The usual ways are not enough:
 
@@ -25,8 +25,8 @@ import sys
 import time
 
 MARK = "LIFL_DEPLOYMENT"
-# Flower's programs end about a second after SIGTERM; those in the middle of a request of
-# theirs may take 5 s. Nothing here is worth that wait: the deployment is temporary.
+# Flower's programs end about a second after SIGTERM, and up to 5 s in the middle of a
+# request. A temporary deployment has no data that would justify the longer wait.
 GRACE_S = 2.0
 GIVE_UP_S = 10.0
 
@@ -41,7 +41,7 @@ def marked_processes(folder: str) -> list[int]:
         try:
             with open(f"/proc/{name}/environ", "rb") as file:
                 environment = file.read().split(b"\0")
-        except OSError:  # gone meanwhile, or another user's
+        except OSError:  # the process ended meanwhile, or belongs to another user
             continue
         if mark in environment:
             found.append(int(name))
@@ -49,11 +49,11 @@ def marked_processes(folder: str) -> list[int]:
 
 
 def end_all(folder: str) -> bool:
-    """SIGTERM, after GRACE_S SIGKILL; True when nothing is left, False at GIVE_UP_S."""
+    """Sends SIGTERM to all processes in `folder`, and SIGKILL after GRACE_S; False if some live after GIVE_UP_S."""
     started = time.monotonic()
     asked: set[int] = set()
     num_empty_looks = 0
-    # A process in the middle of execve() has no environment for an instant: look twice.
+    # A process in the middle of execve() has no environment for an instant, so one empty look proves nothing.
     while num_empty_looks < 2:
         seconds = time.monotonic() - started
         if seconds > GIVE_UP_S:

@@ -1,6 +1,6 @@
 """`lifl demo`: one Flower app three ways, side by side: Flower, lifl's strategy on Flower's server, lifl's server.
 
-Owns: what the demo runs and how it is shown. Everything in it is real: the SuperLinks, the
+Owns the runs of the demo and their presentation. Everything in the demo is real: the SuperLinks, the
 SuperNodes and the training of examples/quickstart-digits. Never aggregates anything itself
 and never imports flwr.
 """
@@ -26,27 +26,27 @@ from lifl.deploy.deployment import Deployment
 NAMES = {"flower": "Flower", "lifl": "lifl's strategy", "server": "lifl-superlink"}
 STRATEGIES = {"flower": "flower", "lifl": "lifl", "server": "lifl"}
 SERVERS = {"flower-superlink": ("flower", "lifl"), "lifl-superlink": ("server",)}
-"""What each server runs, one after another."""
-# Both average the same updates; only the order of float32 additions may differ, which moves
-# one or two of the 359 test images at most.
+"""The runs on each server, one after another."""
+# All average the same updates; only the order of float32 additions may differ, which changes the result for
+# at most one or two of the 359 test images.
 MAX_DIFFERENCE = 0.01
 MIN_ACCURACY = 0.9
 # A link to examples/quickstart-digits in a checkout, a copy of it in a wheel.
 _APP = Path(__file__).parents[1] / "_demo_app"
-# What the demo's app prints after each round.
+# The line that the demo's app prints after each round.
 _ROUND_ENDED = re.compile(r"Round (\d+) of \d+: accuracy ([\d.]+)")
 
 
 def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: bool = False) -> dict[str, Any]:
-    """Run the app all three ways, each server with SuperNodes of its own, show and return what came out.
+    """Runs the app in all three ways, each server with its own SuperNodes; shows and returns the results.
 
     Returns the runs under "flower", "lifl" and "server" (each: "strategy", "rounds" with round,
     accuracy, seconds and report, and the total "seconds", all on the ServerApp's clock),
     "accuracy_difference" of the last round, and "logs" (the folder, or None).
 
-    Every failure is told on `console` and then raised as SystemExit: 1 when a program
-    fails or when the accuracies differ by more than MAX_DIFFERENCE or are below
-    MIN_ACCURACY, 130 on Ctrl-C. Nothing is left running in any case.
+    Every failure is printed on `console` and then raised as SystemExit: 1 if a program
+    fails or if the accuracies differ by more than MAX_DIFFERENCE or are below
+    MIN_ACCURACY, 130 on Ctrl-C. No process is left in any case.
     """
     if rounds < 1:
         raise ValueError(f"the demo needs at least 1 round, not {rounds}")
@@ -60,7 +60,7 @@ def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: 
         console.print("Stopped by Ctrl-C; nothing is left running.")
         raise SystemExit(130) from None
     except (OSError, RuntimeError) as error:  # TimeoutError is an OSError
-        # Not as markup: logs are full of square brackets.
+        # markup=False, because rich would take the square brackets of a log for styles.
         console.print(str(error), style="red", markup=False, highlight=False)
         raise SystemExit(1) from None
     finally:
@@ -77,9 +77,9 @@ def run_demo(console: Console, rounds: int = 3, supernodes: int = 4, keep_logs: 
             console.print(f"{NAMES[side]}: {note}", highlight=False, markup=False)
     last = {name: result["rounds"][-1]["accuracy"] for name, result in results.items()}
     difference = max(last.values()) - min(last.values())
-    needed = ", ".join(f"{NAMES[name]} {result['seconds']:.1f} s" for name, result in results.items())
+    totals = ", ".join(f"{NAMES[name]} {result['seconds']:.1f} s" for name, result in results.items())
     console.print(
-        f"In all: {needed}. Most of that is the SuperNodes' own: they start a process for each task, and on Flower's "
+        f"In all: {totals}. Most of this time is the SuperNodes': they start a process for each task, and on Flower's "
         "server they ask for work every 3 s.",
         highlight=False,
     )
@@ -107,9 +107,9 @@ def _run_all(console: Console, rounds: int, supernodes: int, logs: Path | None) 
         TimeElapsedColumn(),
     )
     results = {}
-    # In a file or a CI log there is nothing to animate: the lines printed below are enough.
-    still = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=still) as progress:
+    # A file or a CI log cannot be animated; there the lines printed below are the progress.
+    is_still = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_still) as progress:
         for server, sides in SERVERS.items():
             folder = None if logs is None else logs / server
             with _deployment(progress, server, supernodes, folder) as deployment:
@@ -148,8 +148,8 @@ def _run_one(deployment: Deployment, side: str, rounds: int, supernodes: int, pr
                 f"{name}: round {round_} of {rounds} done after {seconds:.1f} s, accuracy {accuracy}",
                 highlight=False,
             )
-            what = f"round {round_ + 1} of {rounds}" if round_ < rounds else "ending the ServerApp"
-            progress.update(running, advance=1, description=f"{name}: {what}")
+            step = f"round {round_ + 1} of {rounds}" if round_ < rounds else "ending the ServerApp"
+            progress.update(running, advance=1, description=f"{name}: {step}")
 
     file = deployment.folder / f"{side}.json"
     config: dict[str, str | int | float | bool] = {
@@ -158,7 +158,7 @@ def _run_one(deployment: Deployment, side: str, rounds: int, supernodes: int, pr
         "num-nodes": supernodes,
         "results": str(file),
     }
-    # A round takes about 15 s on two cores; a run that needs 10 times that has gone wrong.
+    # A round takes about 15 s on two cores; a run that takes 10 times as long has failed.
     deployment.run(_APP, config, on_line, timeout=60 + 150 * rounds)
     progress.remove_task(running)
     result: dict[str, Any] = json.loads(file.read_text())
@@ -168,9 +168,9 @@ def _run_one(deployment: Deployment, side: str, rounds: int, supernodes: int, pr
 def _comparison(results: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="The same rounds, three ways", title_justify="left")
     table.add_column("round", justify="right")
-    for what in ("accuracy", "seconds"):
+    for figure in ("accuracy", "seconds"):
         for name in NAMES.values():
-            table.add_column(f"{name}\n{what}", justify="right")
+            table.add_column(f"{name}\n{figure}", justify="right")
     for entries in zip(*(results[side]["rounds"] for side in NAMES), strict=True):
         table.add_row(
             str(entries[0]["round"]),
@@ -184,8 +184,8 @@ def _comparison(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def _contributions(result: dict[str, Any]) -> Table:
-    """Whose updates are in lifl's model of each round, and with which weight."""
-    table = Table(title="Who contributed to lifl's rounds", title_justify="left")
+    """The nodes whose updates are in lifl's model of each round, with their weights."""
+    table = Table(title="Contributions to lifl's rounds", title_justify="left")
     table.add_column("node\n(weight: its examples)")
     weights: dict[str, dict[int, str]] = {}
     for entry in result["rounds"]:
@@ -198,10 +198,10 @@ def _contributions(result: dict[str, Any]) -> Table:
     return table
 
 
-def _times(result: dict[str, Any], whose: str) -> Table:
-    """Where the time of lifl's rounds went, by the stages that its reports name."""
+def _times(result: dict[str, Any], name: str) -> Table:
+    """The times of lifl's rounds, by the stages in their reports."""
     stages = list(dict.fromkeys(s for e in result["rounds"] for s in _report(e).get("stages", {})))
-    table = Table(title=f"Where the time of the rounds went, in ms: {whose}", title_justify="left")
+    table = Table(title=f"Times of the rounds' stages, in ms: {name}", title_justify="left")
     for heading in ("round", "updates", *(stage.replace("_", " ") for stage in stages)):
         table.add_column(heading, justify="right")
     for entry in result["rounds"]:
@@ -216,7 +216,7 @@ def _times(result: dict[str, Any], whose: str) -> Table:
 
 
 def _exceptions(result: dict[str, Any]) -> list[str]:
-    """One line for each update that did not count, and for each round that failed."""
+    """Lines about updates that did not count and rounds that failed."""
     notes = []
     for entry in result["rounds"]:
         report, start = _report(entry), f"Round {entry['round']}:"
@@ -229,5 +229,5 @@ def _exceptions(result: dict[str, Any]) -> list[str]:
 
 
 def _report(entry: dict[str, Any]) -> dict[str, Any]:
-    """The report of a round; empty where there is none."""
+    """The report of a round; empty if there is none."""
     return entry["report"] or {}

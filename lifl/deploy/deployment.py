@@ -1,8 +1,8 @@
 """A real Flower deployment on this machine: one SuperLink, some SuperNodes, `flwr run`.
 
-Owns what is started and in which order. Never imports flwr (it runs Flower's programs as a user would, found beside
-this Python), never listens on anything but loopback, and never touches `~/.flwr`. That nothing is left of it is
-:class:`lifl.deploy.programs.Programs`' part.
+Owns the list of programs and the order of their start. Never imports flwr (Flower's programs run as a user would run
+them, found beside this Python), never listens on anything but loopback, and never touches `~/.flwr`.
+:class:`lifl.deploy.programs.Programs` makes sure that no process is left.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from pathlib import Path
 
 from lifl.deploy.programs import HOST, Programs, find_program, free_ports, is_listening
 
-# What flower-supernode logs once the SuperLink has registered it (flwr 1.41).
+# The line that flower-supernode logs once the SuperLink has registered it (flwr 1.41).
 _REGISTERED = "SuperNode ID:"
 
 
 class Deployment(Programs):
     """`with Deployment(supernodes=4) as deployment: deployment.run(app_dir, {...})`.
 
-    `server_command` is the server to run, with its own first arguments: `flower-superlink` or anything that
-    takes the same flags. With `supernodes=0` it is alone, and what plays them is started with :meth:`launch`.
-    `on_progress` hears what is up; `start_timeout` is in seconds, for each program; the other arguments are
-    those of :class:`~lifl.deploy.programs.Programs`.
+    `server_command` is the server's command with its first arguments: `flower-superlink` or a program that
+    takes the same flags. With `supernodes=0` no SuperNode is started; :meth:`launch` may start virtual ones.
+    `on_progress` is called with a line for each program that is ready; `start_timeout` is in seconds, for each
+    program; the other arguments are those of :class:`~lifl.deploy.programs.Programs`.
 
-    Entering raises FileNotFoundError when a program is not installed, RuntimeError when one ends during
-    start-up and TimeoutError when they are not ready in time; both show the log that tells why. However
-    the owner ends, by Ctrl-C or SIGKILL too, the programs end.
+    Entering raises FileNotFoundError if a program is not installed, RuntimeError if one ends during
+    start-up and TimeoutError if they are not ready in time; the last two show the program's log. However
+    the owner ends, also by Ctrl-C or SIGKILL, the programs end.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class Deployment(Programs):
         on_line: Callable[[str], None] | None = None,
         timeout: float = 600.0,
     ) -> None:
-        """Run the Flower app in `app_dir` to its end, as `flwr run APP --stream` does.
+        """Runs the Flower app in `app_dir` to its end, as `flwr run APP --stream` does.
 
         Every line of the ServerApp goes to `on_line` as it comes, without line end and colours. Raises
-        RuntimeError when the app cannot start or fails or a program of the deployment ends meanwhile, and
+        RuntimeError if the app cannot start or fails or a program of the deployment ends meanwhile, and
         TimeoutError after `timeout` seconds; both show the last lines of the log. The app is then stopped.
         """
         if self._janitor is None:
             raise RuntimeError("this deployment is not open: use it in a `with` statement")
         self._num_runs += 1
         name = f"flwr-run-{self._num_runs}"
-        # A file, because on the command line flwr splits the overrides with a pattern of its own. JSON's
-        # strings, numbers and booleans are TOML's too.
+        # The overrides are in a file, because flwr splits those on its command line with a pattern of its own.
+        # Strings, numbers and booleans are the same in JSON and TOML.
         config = self.folder / f"{name}.toml"
         pairs = [f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in (run_config or {}).items()]
         config.write_text("".join(pairs))
@@ -79,7 +79,7 @@ class Deployment(Programs):
         try:
             status = self.finish(name, timeout, on_line, "the run")
         except Exception:
-            with contextlib.suppress(RuntimeError):  # nobody to ask, if it is the SuperLink that ended
+            with contextlib.suppress(RuntimeError):  # if the SuperLink has ended, it cannot be asked to stop the run
                 for run in self._runs():
                     if not run["status"].startswith("finished"):
                         self._flwr("stop", run["run-id"])
@@ -89,8 +89,8 @@ class Deployment(Programs):
         # The stream ends with 0 whether the ServerApp succeeded or not (flwr 1.41).
         run = self._runs()[0]
         if run["status"] != "finished:completed":
-            what = f"{run['status']}: {run['status-details']}"
-            raise RuntimeError(f"the run of {app_dir} ended as {what}\n{self.tail(name)}")
+            status_text = f"{run['status']}: {run['status-details']}"
+            raise RuntimeError(f"the run of {app_dir} ended as {status_text}\n{self.tail(name)}")
 
     def _start(self) -> None:
         super()._start()
@@ -115,21 +115,21 @@ class Deployment(Programs):
             self._on_progress(f"SuperNode {i} is registered")
 
     def _home(self, name: str) -> dict[str, str]:
-        """An FLWR_HOME for each program: they must not find each other's."""
+        """The environment with a program's own FLWR_HOME, so that programs do not share their files in it."""
         return {"FLWR_HOME": str(self.folder / name)}
 
     def _environment(self) -> dict[str, str]:
         return super()._environment() | {
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_LOG_LEVEL": "INFO",  # _REGISTERED is of that level
+            "FLWR_LOG_LEVEL": "INFO",  # the level of the line with _REGISTERED
         }
 
     def _has_registered(self, name: str) -> bool:
         return _REGISTERED in self.log(name)
 
     def _flwr(self, *arguments: str, cwd: Path | None = None) -> str:
-        """What a short `flwr` command prints; raises RuntimeError when it fails or takes a minute."""
+        """The output of a short `flwr` command; raises RuntimeError if the command fails or takes a minute."""
         environment = self._environment() | self._home("cli")
         try:
             done = subprocess.run(
@@ -144,12 +144,13 @@ class Deployment(Programs):
                 check=True,
             )
         except subprocess.SubprocessError as error:
-            said = f"{getattr(error, 'stdout', '')}{getattr(error, 'stderr', '')}"
-            raise RuntimeError(f"`flwr {' '.join(arguments)}` failed.\n{error}\n{said}") from None
+            output = f"{getattr(error, 'stdout', '')}{getattr(error, 'stderr', '')}"
+            raise RuntimeError(f"`flwr {' '.join(arguments)}` failed.\n{error}\n{output}") from None
         return done.stdout
 
     def _runs(self) -> list[dict[str, str]]:
-        """The SuperLink's runs, the newest first. Flower's exit status is 0 even if nobody answered."""
+        """The SuperLink's runs, the newest first; raises RuntimeError if the SuperLink does not answer."""
+        # The exit status of `flwr list` is 0 even without an answer; then its JSON has no "runs".
         listing = self._flwr("list", "--format", "json")
         runs: list[dict[str, str]] | None = json.loads(listing).get("runs")
         if runs is None:

@@ -1,7 +1,7 @@
-"""Programs that run on this machine for as long as they are needed, and are gone afterwards.
+"""Programs that run on this machine as long as they are needed, and are ended afterwards.
 
-Owns a temporary folder, the programs started in it and their logs; when it is closed none of them is left
-(`_janitor.py` says how). Knows nothing of what they do.
+Owns a temporary folder, the programs started in it and their logs; after `close` no program is left
+(see `_janitor.py`). Knows nothing of the programs' work.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import IO, Self
 from lifl.deploy import _janitor
 
 HOST = "127.0.0.1"
-# Below the range from which Linux takes the ports of outgoing connections (32768 and up): in there, a port
-# that is free now may be gone before the program listens on it.
+# Below the range from which Linux takes the ports of outgoing connections (32768 and up): a free port of that
+# range may be taken before the program listens on it.
 _PORTS = range(20_000, 32_000)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _POLL_S = 0.05
@@ -35,8 +35,9 @@ _TAIL_LINES = 15
 class Programs:
     """`with Programs() as programs: programs.launch("name", ["command", ...])`.
 
-    `env` is added to every program's environment. Logs go to `log_dir` and stay; without it they go with the
-    temporary `folder`. However the owner ends, by Ctrl-C or SIGKILL too, the programs end.
+    `env` is added to every program's environment. Logs are written to `log_dir` and stay there; without `log_dir` they
+    are in the temporary `folder` and removed with it. However the owner ends, also by Ctrl-C or SIGKILL, the programs
+    end.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Programs:
     def launch(
         self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, *, is_passing: bool = False
     ) -> subprocess.Popen[bytes]:
-        """Start a program; its output goes to `name`.log.
+        """Starts a program; its output goes to `name`.log.
 
-        If it ends before the others do, that is an error, unless it `is_passing`.
+        Its end before the close is an error, unless it `is_passing`.
         """
         environment = self._environment() | dict(env or {})
         with open(self.log_dir / f"{name}.log", "wb") as log:
@@ -87,27 +88,28 @@ class Programs:
         return self._programs[name]
 
     def pid(self, name: str) -> int:
-        """The process of the program `name`; what works for it is below."""
+        """The process id of the program `name`; its helpers are descendants of this process."""
         return self._programs[name].pid
 
     def wait_until(self, is_ready: Callable[[], bool], complaint: str, name: str) -> None:
-        """Return when it is so.
+        """Waits until `is_ready()` is true.
 
-        Raises RuntimeError when a program ends meanwhile, and TimeoutError with `complaint` when the program `name`
-        was not ready in `start_timeout` seconds; both show the log that tells why.
+        Raises RuntimeError if a program ends meanwhile, and TimeoutError with `complaint` if the program `name`
+        was not ready in `start_timeout` seconds; both show the last lines of the program's log.
         """
         deadline = time.monotonic() + self._start_timeout
         while not is_ready():
             self._check(deadline, complaint, name)
 
-    def finish(self, name: str, timeout: float, on_line: Callable[[str], None] | None = None, what: str = "it") -> int:
-        """The exit status of the passing program `name`, when it has ended.
+    def finish(self, name: str, timeout: float, on_line: Callable[[str], None] | None = None, title: str = "it") -> int:
+        """Waits for the end of the passing program `name` and returns its exit status.
 
-        Every line of its goes to `on_line` as it comes, without line end and colours. Raises as :meth:`wait_until`
-        does, after `timeout` seconds. The program is then ended.
+        Every line of its output goes to `on_line` as it comes, without line end and colours. Raises the errors of
+        :meth:`wait_until`, with `timeout` seconds and `title` as the subject of the complaint; the program is then
+        ended.
         """
         program, deadline = self._programs[name], time.monotonic() + timeout
-        complaint = f"{what} did not end in {timeout:g} s"
+        complaint = f"{title} did not end in {timeout:g} s"
         try:
             with open(self.log_dir / f"{name}.log", errors="replace") as log:
                 for line in _lines_while(log, lambda: program.poll() is None):
@@ -123,21 +125,21 @@ class Programs:
         return program.returncode
 
     def close(self) -> None:
-        """End every program and remove the folder; takes up to about 3 s.
+        """Ends every program and removes the folder; takes up to about 3 s.
 
-        May be called twice. Interrupted by a second Ctrl-C, it leaves the rest to the janitor, which
-        finishes without us. Raises RuntimeError when a process would not go.
+        May be called twice. If a second Ctrl-C interrupts the call, the janitor does the rest
+        alone. Raises RuntimeError if a process does not end.
         """
         if self._janitor is not None:
             assert self._janitor.stdin is not None
             self._janitor.stdin.close()
             self._janitor.wait()
-        # The check that nothing is left, and the work itself if somebody killed the janitor.
+        # Checks that no process is left, and ends the processes if somebody killed the janitor.
         if not _janitor.end_all(str(self.folder)):
             left = _janitor.marked_processes(str(self.folder))
             raise RuntimeError(f"processes {left} of {self.folder} did not end, even by SIGKILL")
         for program in self._programs.values():
-            program.wait()  # dead already, not yet reaped
+            program.wait()  # the program is dead; this reaps it
         self._programs.clear()
         self._janitor = None
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -145,8 +147,8 @@ class Programs:
     def _start(self) -> None:
         self.folder.mkdir(mode=0o700)
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        # First of all: from here on, whatever we start is ended. In a session of its own, as everything
-        # here, so that the terminal's Ctrl-C reaches us alone and we decide.
+        # The janitor is started first, so that it ends every later program. Janitor and programs have sessions of
+        # their own: the terminal's Ctrl-C reaches only this process, which then ends them in order.
         self._janitor = subprocess.Popen(
             [sys.executable, "-I", "-S", _janitor.__file__, str(self.folder)],
             stdin=subprocess.PIPE,
@@ -160,16 +162,16 @@ class Programs:
         no_proxy = ",".join(filter(None, [inherited.get("NO_PROXY"), HOST]))
         return inherited | {
             _janitor.MARK: str(self.folder),
-            # A program that starts others by name: they must be this Python's.
+            # Programs start others by name (flower-superlink starts flower-superexec), which must be this Python's.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', '')}",
-            # Or a proxy of the user's would be asked to fetch 127.0.0.1.
+            # Otherwise requests to 127.0.0.1 would go to the user's proxy.
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
-            "PYTHONUNBUFFERED": "1",  # or lines reach the log 8 KiB late
+            "PYTHONUNBUFFERED": "1",  # otherwise lines reach the log only in pieces of 8 KiB
         }
 
     def _check(self, deadline: float, complaint: str, name: str) -> None:
-        """Sleep a moment; raise when a program has ended or the deadline has passed."""
+        """Sleeps a moment; raises if a program has ended or the deadline has passed."""
         time.sleep(_POLL_S)
         for other, program in self._programs.items():
             if program.poll() is not None and other not in self._passing:
@@ -178,17 +180,17 @@ class Programs:
             raise TimeoutError(f"{complaint}.\n{self.tail(name)}")
 
     def log(self, name: str) -> str:
-        """What the program `name` has said so far, without colours."""
+        """The output of the program `name` so far, without colours."""
         return _COLOURS.sub("", (self.log_dir / f"{name}.log").read_text(errors="replace"))
 
     def tail(self, name: str) -> str:
-        """The last lines of its log, with a line above them that says so."""
+        """The last lines of the log of the program `name`, below a title."""
         lines = [f"  {line}" for line in self.log(name).splitlines() if line.strip()]
         return "\n".join([f"The last lines of {name}.log:", *lines[-_TAIL_LINES:]])
 
 
 def find_program(name: str, environment: Mapping[str, str]) -> str:
-    """The path of a program; raises FileNotFoundError if there is none of that name."""
+    """The path of a program; raises FileNotFoundError if there is no program of that name."""
     path = shutil.which(name, path=environment["PATH"])
     if path is None:
         raise FileNotFoundError(f"{name} is neither beside {sys.executable} nor on the PATH: install it there")
@@ -196,7 +198,7 @@ def find_program(name: str, environment: Mapping[str, str]) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback on which nobody listens."""
+    """Ports of loopback on which no program listens."""
     ports: set[int] = set()
     while len(ports) < count:
         port = random.SystemRandom().choice(_PORTS)
@@ -207,16 +209,16 @@ def free_ports(count: int) -> list[int]:
 
 
 def is_listening(port: int) -> bool:
-    """True if somebody listens on this port of loopback."""
+    """True if a program listens on this port of loopback."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
 
 
 def _lines_while(log: IO[str], is_alive: Callable[[], bool]) -> Iterator[str | None]:
-    """The lines of a growing file until its writer is gone; None when there is none yet."""
+    """The lines of a growing file until its writer has ended; None when there is no new line."""
     rest = ""
     while True:
-        # Asked before reading: what the writer wrote last is read after it has ended.
+        # The writer's state is read before the file, so that the last read is after the writer's end and gets all.
         was_alive = is_alive()
         *lines, rest = (rest + log.read()).split("\n")
         yield from (_COLOURS.sub("", line) for line in lines)

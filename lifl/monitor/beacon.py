@@ -1,7 +1,7 @@
-"""Where other processes of the same user ask a Node what it is doing: a socket with a name and no file.
+"""The socket at which other processes of the same user ask a Node for its figures.
 
-Owns the socket, its name and who may ask. The name is in the abstract namespace of Unix sockets, so that it is gone
-with the process, however that ends. One connection is one snapshot. What is told is the Node's.
+Owns the socket, its name and the rule of who may ask. The name is in the abstract namespace of Unix sockets, without a
+file, so that it is gone with the process, however that ends. A connection gets one snapshot, which the Node makes.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ log = logging.getLogger("lifl.monitor.beacon")
 PREFIX = "lifl-node"
 BACKLOG = 16
 MAX_AT_ONCE = BACKLOG + 1
-"""Askers that are answered before the workers are heard again: all that can have queued up by then. Who comes later is
-told of anew, which an edge-triggered wait needs."""
+"""Askers that are answered before the workers are heard again: all that can be in the queue by then. A later asker
+makes the socket readable anew, which an edge-triggered wait needs."""
 SEND_BYTES = 2**20
-"""What a connection is to take without anybody reading; the kernel may allow less (net.core.wmem_max)."""
+"""Bytes that a connection should take before anybody reads; the kernel may allow less (net.core.wmem_max)."""
 
 
 def name_of(pid: int, number: int) -> str:
-    """The name of a Node of this user's, without the NUL in front of it."""
+    """The name of a Node's socket for this user, without the NUL in front of it."""
     return f"{PREFIX}-{os.getuid()}-{pid}-{number}"
 
 
 class Beacon:
-    """One Node's. Raises ``OSError`` if the socket cannot be had.
+    """The socket of one Node. Raises ``OSError`` if the socket cannot be had.
 
-    `tell` is called for each snapshot, by who calls :meth:`serve`.
+    `tell` makes a snapshot. It is called for each asker, by the thread that calls :meth:`serve`.
     """
 
     def __init__(self, number: int, tell: Callable[[], dict[str, Any]]) -> None:
@@ -53,20 +53,20 @@ class Beacon:
 
     @property
     def fd(self) -> int:
-        """Readable when somebody asks; to be waited on edge-triggered, see :meth:`serve`."""
+        """The socket's descriptor: readable when somebody asks. Wait for it edge-triggered, see :meth:`serve`."""
         return self._socket.fileno()
 
     def serve(self) -> None:
-        """Answers those who ask, without ever blocking.
+        """Answers all askers, and never blocks.
 
-        If no descriptor is left for an asker it stays in the queue, and the socket readable, until the next one comes.
+        If the process has no descriptor left, an asker stays in the queue until the next one connects.
         """
         for _ in range(MAX_AT_ONCE):
             try:
                 asker, _address = self._socket.accept()
             except OSError as error:
                 if not isinstance(error, BlockingIOError):
-                    log.debug("nobody can be told what the Node is doing: %s", error)
+                    log.debug("no connection for a snapshot of the Node could be taken: %s", error)
                 return
             with asker:
                 self._answer(asker)
@@ -75,26 +75,26 @@ class Beacon:
         try:
             asker.setblocking(False)
             if (uid := uid_of_peer(asker)) != os.getuid():
-                log.debug("a process of user %s is not told what the Node is doing", uid)
+                log.debug("a process of user %s gets no snapshot of the Node", uid)
                 return
             asker.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
-            asker.send(self._said())
-        except OSError as error:  # it has gone
-            log.debug("an asker was not told what the Node is doing: %s", error)
+            asker.send(self._snapshot())
+        except OSError as error:  # the asker has gone
+            log.debug("a snapshot of the Node could not be sent: %s", error)
         finally:
-            # Not only closed: a fork that was made meanwhile may have a copy.
+            # Closing it is not enough: a fork that was made meanwhile may have a copy of the descriptor.
             with contextlib.suppress(OSError):
                 asker.shutdown(socket.SHUT_RDWR)
 
-    def _said(self) -> bytes:
+    def _snapshot(self) -> bytes:
         try:
             return json.dumps(self._tell()).encode()
-        except LeaseError:  # the Node is being closed: nothing is said, as if it were gone already
+        except LeaseError:  # the Node is being closed: the answer is empty, as if it were gone already
             return b""
-        except Exception as error:  # the thread that serves hears the workers too: it must go on
+        except Exception as error:  # this thread hears the workers too: it must go on
             log.warning("no snapshot could be made: %r", error)
             return json.dumps({"error": repr(error)}).encode()
 
     def close(self) -> None:
-        """Nobody is answered any more; harmless when closed."""
+        """Answers nobody any more; harmless when closed."""
         self._socket.close()

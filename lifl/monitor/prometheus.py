@@ -1,7 +1,7 @@
-"""The figures of a Node for Prometheus, over HTTP: collected when they are asked for, named by its conventions.
+"""The figures of a Node for Prometheus, over HTTP: collected at each scrape, named by Prometheus' conventions.
 
-Owns the server, its thread and the names. What is told is ``lifl.monitor.stats``; the program's default registry is not
-touched. Needs the extra ``metrics``.
+Owns the server, its thread and the names of the metrics. The values are those of ``lifl.monitor.stats``. The default
+registry of the program is not touched. Needs the extra ``metrics``.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lifl.monitor.stats import NodeStats, SuperlinkStats, WorkerStats
 log = logging.getLogger("lifl.monitor.prometheus")
 
 REQUESTS = 8
-"""So many are answered at once, each in a thread."""
+"""Requests that are answered at once, each in a thread."""
 REQUEST_S = 5.0
 """A request that takes longer, from the connection to the last byte of the answer, is cut."""
 GRACE_S = 0.05
-"""While all places are taken, a connection has so long to bring its request before it is cut for the next one."""
+"""Time for a connection to bring its request while all places are taken; then it is cut for the next one."""
 RETRY_S = 0.1
 
 ADVICE = {
@@ -45,14 +45,14 @@ ROLES = ("leaf", "top", "shard", "idle", "off")
 
 
 class Exporter:
-    """Serves what `stats` says at the time of a scrape.
+    """Serves the figures that `stats` gives at the time of a scrape.
 
     Parameters
     ----------
     stats : callable
-        Gives a :class:`~lifl.monitor.stats.NodeStats`; raises :class:`LiflError` when there is nothing more to tell.
+        Gives a :class:`~lifl.monitor.stats.NodeStats`; raises :class:`LiflError` when the Node is closed.
     port : int
-        0: any that is free.
+        0: any free port.
     host : str
         An address of this machine.
 
@@ -64,9 +64,9 @@ class Exporter:
     Raises
     ------
     ValueError
-        If `port` is none.
+        If `port` is no port number.
     OSError
-        If it cannot be had: with what to do.
+        If the port cannot be had; the message names a remedy.
     """
 
     def __init__(self, stats: Callable[[], NodeStats], port: int, host: str) -> None:
@@ -84,6 +84,7 @@ class Exporter:
         keep_from_forks(self._server.socket)
         self._server.set_app(make_wsgi_app(registry))
         self.address = self._server.address
+        # Waits for connections; `close` ends it. A daemon, so that a program that forgets `close` can exit.
         self._thread = threading.Thread(target=self._server.serve, name="lifl-metrics", daemon=True)
         self._thread.start()
 
@@ -99,14 +100,14 @@ class _Handler(WSGIRequestHandler):
     server: _Server
 
     def parse_request(self) -> bool:
-        """WSGI's; the server is told when the head has come whole."""
+        """Parses as WSGI's handler does, and notes in the server that the whole head has arrived."""
         is_whole = super().parse_request()
         if is_whole:
             self.server.note_whole(self.connection)
         return is_whole
 
     def log_message(self, *_: Any) -> None:
-        """A scrape is nothing to log."""
+        """Logs nothing: scrapes are frequent."""
 
 
 @attrs.define(eq=False)
@@ -115,37 +116,37 @@ class _Scrape:
 
     connection: socket.socket
     began_s: float
-    is_whole: bool = False  # the request has come
+    is_whole: bool = False  # the whole request has arrived
     is_cut: bool = False
 
     def cut(self) -> None:
-        """Its thread finds the connection at its end."""
+        """Shuts the connection down: the thread that answers it then finds its end."""
         self.is_cut = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A few threads, one for each scrape; whoever drips or does not read holds nobody else up."""
+    """A few threads, one for each scrape. A client that sends slowly or does not read delays no other."""
 
     daemon_threads = True
-    request_queue_size = 64  # who finds the queue full tries again after a second
+    request_queue_size = 64  # a client that finds the queue full tries again after a second
 
     def __init__(self, family: int, where: tuple[str, int]) -> None:
         self.address_family, self._is_ended = family, False
         self._scrapes: dict[socket.socket, _Scrape] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards _scrapes; notified when a place is free
         super().__init__(where, _Handler)
 
     @property
     def timeout(self) -> float | None:  # type: ignore[override]
-        """How long to wait for a connection: until the next request has taken too long."""
+        """Seconds to wait for a connection: until the next request has taken too long."""
         with self._changed:
             ends_s = [one.began_s + REQUEST_S for one in self._scrapes.values() if not one.is_cut]
         return max(0.0, min(ends_s) - time.monotonic()) if ends_s else None
 
     def handle_timeout(self) -> None:
-        """Cuts what has taken too long."""
+        """Cuts requests that have taken too long."""
         now_s = time.monotonic()
         with self._changed:
             for one in self._scrapes.values():
@@ -153,7 +154,7 @@ class _Server(ThreadingMixIn, WSGIServer):
                     one.cut()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own, when there is a place for it."""
+        """Answers a request in a thread of its own, when there is a place for it."""
         self.handle_timeout()
         self._make_place()
         with self._changed:
@@ -165,7 +166,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """And then the place is free."""
+        """Answers a request, and frees its place."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -177,7 +178,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._changed.notify_all()
 
     def _make_place(self) -> None:
-        """Waits for one; cuts who has been at it longest without a whole request, or too long with one."""
+        """Waits for a free place. Cuts the oldest connection without a whole request, or one that takes too long."""
         with self._changed:
             while len(self._scrapes) >= REQUESTS and not self._is_ended:
                 now_s = time.monotonic()
@@ -190,13 +191,13 @@ class _Server(ThreadingMixIn, WSGIServer):
                 self._changed.wait(GRACE_S)
 
     def note_whole(self, request: Any) -> None:
-        """The head of a request has come."""
+        """Notes that the whole head of a request has arrived."""
         with self._changed:
             if (scrape := self._scrapes.get(request)) is not None:
                 scrape.is_whole = True
 
     def server_bind(self) -> None:
-        """As WSGIServer's, which asks a name server for this machine's name."""
+        """Binds as WSGIServer does, but asks no name server for this machine's name."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
@@ -207,7 +208,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         return f"{name}:{self.server_port}"
 
     def serve(self) -> None:
-        # Not serve_forever, which wakes up twice a second.
+        # serve_forever would wake up twice a second.
         while not self._is_ended:
             self.handle_request()
 
@@ -217,18 +218,18 @@ class _Server(ThreadingMixIn, WSGIServer):
             with self._changed:
                 for scrape in self._scrapes.values():
                     scrape.cut()
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes who waits for a connection
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a connection
 
     def get_request(self) -> Any:
         try:
             return super().get_request()
         except OSError:
-            if not self._is_ended:  # no descriptor is left: who connects waits, and this thread must not spin
+            if not self._is_ended:  # no descriptor is left: clients wait, and this thread must not spin
                 time.sleep(RETRY_S)
             raise
 
     def handle_error(self, *_: Any) -> None:
-        """Who scrapes is gone, or no thread is left."""
+        """Logs that a client has gone, or that no thread is left."""
         log.debug("a scrape was not answered", exc_info=True)
 
 
@@ -251,9 +252,9 @@ def metrics_of(stats: NodeStats) -> Iterator[Metric]:
     """A snapshot as metric families."""
     node = {"transport": stats.transport, "loader": stats.loader or "none", "number": str(stats.number)}
     yield InfoMetricFamily("lifl_node", "The Node: its number in the process, how descriptors travel.", value=node)
-    yield _gauge("lifl_node_uptime_seconds", "Since the Node was made.", stats.uptime_s)
+    yield _gauge("lifl_node_uptime_seconds", "Time since the Node was made.", stats.uptime_s)
     yield _gauge("lifl_arena_bytes", "Room in shared memory for updates, sums and models.", stats.memory.total_bytes)
-    yield _gauge("lifl_arena_used_bytes", "Of that, what is not free.", stats.memory.used_bytes)
+    yield _gauge("lifl_arena_used_bytes", "Part of it that is not free.", stats.memory.used_bytes)
     yield from _of_rounds(stats)
     yield from _of_workers(stats.workers)
     if stats.superlink is not None:
@@ -266,7 +267,7 @@ def _of_rounds(stats: NodeStats) -> Iterator[Metric]:
     yield _gauge("lifl_rounds_open_expected", "Updates that the open rounds wait for in all.", _sum(rounds, "expected"))
     yield _gauge("lifl_rounds_open_accepted", "Updates that the open rounds have.", _sum(rounds, "accepted"))
     oldest = max((one.age_s for one in rounds), default=0.0)
-    yield _gauge("lifl_rounds_open_oldest_age_seconds", "Of the oldest open round; 0 without one.", oldest)
+    yield _gauge("lifl_rounds_open_oldest_age_seconds", "Age of the oldest open round; 0 without one.", oldest)
     outcomes = {"done": totals.rounds_done, "failed": totals.rounds_failed}
     yield _counters("lifl_rounds", "Rounds that have a result, and that have none.", "outcome", outcomes)
     yield _counter("lifl_updates_accepted", "Updates that were accepted.", totals.accepted)
@@ -288,7 +289,9 @@ def _of_workers(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
     queue = GaugeMetricFamily("lifl_worker_queue", "Descriptors that it has not taken.", labels=["worker"])
     folded = CounterMetricFamily("lifl_worker_updates_folded", "Updates that it folded as a leaf.", labels=["worker"])
     busy = CounterMetricFamily("lifl_worker_busy_seconds", "Execution time of the worker.", labels=["worker"])
-    deaths = CounterMetricFamily("lifl_worker_deaths", "Deaths of its process, unasked for.", labels=["worker"])
+    deaths = CounterMetricFamily(
+        "lifl_worker_deaths", "Deaths of its process without an order to stop.", labels=["worker"]
+    )
     for one in workers:
         name = [str(one.id)]
         arrivals.add_metric(name, one.arrivals)
@@ -299,16 +302,16 @@ def _of_workers(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
     yield from (arrivals, queue, folded, busy, deaths)
 
 
-def _of_superlink(said: SuperlinkStats) -> Iterator[Metric]:
-    yield _counter("lifl_superlink_received_bytes", "Through the gateway, from SuperNodes.", said.received_bytes)
-    yield _counter("lifl_superlink_sent_bytes", "Through the gateway, to SuperNodes.", said.sent_bytes)
-    yield _counter("lifl_superlink_copied_bytes", "Of what was received, copied once more.", said.copied_bytes)
-    yield _gauge("lifl_superlink_uploads", "Objects that are coming in now.", said.uploads)
-    if said.objects is not None:
-        yield _gauge("lifl_superlink_objects", "Objects in the store.", said.objects)
-    yield _gauge("lifl_superlink_held_requests", "Requests for work that are held open.", said.held_requests)
-    yield _counter("lifl_superlink_messages", "Messages that were stored for SuperNodes.", said.messages)
-    yield _counter("lifl_superlink_replies", "Replies that came from SuperNodes.", said.replies)
+def _of_superlink(stats: SuperlinkStats) -> Iterator[Metric]:
+    yield _counter("lifl_superlink_received_bytes", "Bytes through the gateway, from SuperNodes.", stats.received_bytes)
+    yield _counter("lifl_superlink_sent_bytes", "Bytes through the gateway, to SuperNodes.", stats.sent_bytes)
+    yield _counter("lifl_superlink_copied_bytes", "Received bytes that were copied once more.", stats.copied_bytes)
+    yield _gauge("lifl_superlink_uploads", "Objects that are arriving now.", stats.uploads)
+    if stats.objects is not None:
+        yield _gauge("lifl_superlink_objects", "Objects in the store.", stats.objects)
+    yield _gauge("lifl_superlink_held_requests", "Requests for work that are held open.", stats.held_requests)
+    yield _counter("lifl_superlink_messages", "Messages that were stored for SuperNodes.", stats.messages)
+    yield _counter("lifl_superlink_replies", "Replies that came from SuperNodes.", stats.replies)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

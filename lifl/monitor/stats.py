@@ -1,6 +1,6 @@
-"""What a Node is doing at a moment, and what it has done since its start, as values. Collected and drawn elsewhere.
+"""The figures of a Node as values: its state at a moment, and counters since its start. Collected and drawn elsewhere.
 
-Times are seconds, sizes bytes. What counts since the start only ever rises: the difference of two snapshots is a rate.
+Times are seconds, sizes bytes. A counter only ever rises: the difference of two snapshots is a rate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import attrs
 
 @attrs.frozen
 class MemoryStats:
-    """The arena: its room for blocks, and what is not free of it."""
+    """The arena: its room for blocks, and the part of it that is not free."""
 
     total_bytes: int
     used_bytes: int
@@ -23,8 +23,8 @@ class MemoryStats:
 class RoundStats:
     """A round that has not been closed.
 
-    ``phase`` is "open" (takes updates), "folding" (all are in), "done" or "failed"; ``accepted`` of ``expected``
-    updates are in, together ``accepted_bytes``; ``refused`` are those that are not, by rule.
+    ``phase`` is "open" (takes updates), "folding" (all updates are in), "done" or "failed". ``accepted`` of
+    ``expected`` updates are in, together ``accepted_bytes``; ``refused`` counts refused updates by rule.
     """
 
     number: int
@@ -39,10 +39,10 @@ class RoundStats:
 
 @attrs.frozen
 class Totals:
-    """Since the Node's start, open rounds included.
+    """Counters since the Node's start, open rounds included.
 
-    ``rounds_failed`` includes rounds that were closed before their result. ``accepted`` are updates as they came in at
-    the door: one that workers died of later is in ``refused``, under "poison", too.
+    ``rounds_failed`` includes rounds that were closed before their result. ``accepted`` counts updates when they are
+    admitted: an update that workers died of later is also in ``refused``, under "poison".
     """
 
     rounds_done: int
@@ -54,28 +54,29 @@ class Totals:
 
 @attrs.frozen
 class WorkerStats:
-    """One participant of the arena that can fold.
+    """A worker, or the calling process if the Node has none.
 
     Attributes
     ----------
     id : int
-        From 1; the same number is in a round's report.
+        The worker's number, from 1, as in a round's report.
     pid : int or None
-        None: no process is there for it now.
+        None: no process runs as this worker now.
     roles : tuple of str
-        Now: "leaf", "top" and "shard" (several if it has a part in several rounds), or "idle", or "off" (no process).
+        The roles of now: "leaf", "top" and "shard" (several if the worker takes part in several rounds), or "idle",
+        or "off" (no process).
     rounds : tuple of int
-        The open rounds that it has a part in.
+        The open rounds in which the worker has a role.
     arrivals : int
-        Descriptors that were ever sent to it.
+        Descriptors that were ever sent to the worker.
     queued : int
-        Of these, what it has not taken.
+        Arrivals that the worker has not taken yet.
     folded : int
-        Updates that it has folded into a sum of its own, as a leaf. What is folded in shards is not in it.
+        Updates that the worker has folded into a sum of its own, as a leaf. Updates folded in shards do not count.
     busy_s : float
-        Execution time, as far as it has told of it.
+        Execution time, as far as the worker has reported it.
     deaths : int
-        How often its process died without having been told to stop.
+        Deaths of the worker's process without an order to stop.
     """
 
     id: int
@@ -91,22 +92,22 @@ class WorkerStats:
 
 @attrs.frozen
 class SuperlinkStats:
-    """What a ``lifl-superlink`` has to tell beside its Node.
+    """Figures of a ``lifl-superlink`` beside those of its Node.
 
     Attributes
     ----------
     received_bytes, sent_bytes : int
-        Through the gateway.
+        Bytes through the gateway.
     copied_bytes : int
-        Of what was received: copied once more in the server.
+        Received bytes that were copied once more in the server.
     uploads : int
-        Objects that are coming in now.
+        Objects that are arriving now.
     objects : int or None
-        In the store; None if they are in a database, which is not asked.
+        Objects in the store; None if they are in a database, which is not asked.
     held_requests : int
-        SuperNodes' requests for work that are held open now.
+        Requests of SuperNodes for work that are held open now.
     messages, replies : int
-        Stored for SuperNodes, and announced by them; one that is announced again counts again.
+        Messages stored for SuperNodes, and replies announced by them; a reply that is announced again counts again.
     """
 
     received_bytes: int
@@ -121,28 +122,28 @@ class SuperlinkStats:
 
 @attrs.frozen
 class NodeStats:
-    """One look at a Node.
+    """A snapshot of a Node.
 
     Attributes
     ----------
     pid, number : int
-        Its process, and which of that process's Nodes it is, from 1.
+        The Node's process, and the Node's number in it, from 1.
     transport : str
         "rings" or "ebpf".
     loader : str or None
-        With "ebpf": what has loaded the program.
+        With "ebpf": the loader of the program.
     uptime_s : float
-        Since the Node was made.
+        Time since the Node was made.
     memory : MemoryStats
     rounds : tuple of RoundStats
-        Those that have not been closed, the oldest first.
+        Rounds that have not been closed, the oldest first.
     open_rounds : int
-        How many these are; more than ``rounds`` has if a snapshot for another process was cut short.
+        The number of these rounds; ``rounds`` has fewer if the snapshot was cut short for another process.
     totals : Totals
     workers : tuple of WorkerStats
-        All that there may be, by id.
+        All workers that the Node may have, by id.
     superlink : SuperlinkStats or None
-        If the Node is a ``lifl-superlink``'s.
+        None if the Node is not a ``lifl-superlink``'s.
     """
 
     pid: int
@@ -158,25 +159,25 @@ class NodeStats:
     superlink: SuperlinkStats | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers, for JSON."""
+        """The snapshot as plain dicts, lists, strings and numbers, for JSON."""
         return attrs.asdict(self)
 
     @classmethod
-    def from_dict(cls, said: Any) -> NodeStats:
-        """What :meth:`to_dict` was called on; of a newer version, without what this one does not know.
+    def from_dict(cls, values: Any) -> NodeStats:
+        """The reverse of :meth:`to_dict`. Fields of a newer version that this one does not know are left out.
 
-        Raises ``ValueError`` for what is no snapshot.
+        Raises ``ValueError`` if `values` is no snapshot.
         """
         try:
-            values = {
-                **said,
-                "memory": _made(MemoryStats, said["memory"]),
-                "rounds": tuple(_made(RoundStats, one) for one in said["rounds"]),
-                "totals": _made(Totals, said["totals"]),
-                "workers": tuple(_worker(one) for one in said["workers"]),
-                "superlink": None if said["superlink"] is None else _made(SuperlinkStats, said["superlink"]),
+            fields = {
+                **values,
+                "memory": _made(MemoryStats, values["memory"]),
+                "rounds": tuple(_made(RoundStats, one) for one in values["rounds"]),
+                "totals": _made(Totals, values["totals"]),
+                "workers": tuple(_worker(one) for one in values["workers"]),
+                "superlink": None if values["superlink"] is None else _made(SuperlinkStats, values["superlink"]),
             }
-            return _made(cls, values)
+            return _made(cls, fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no snapshot of a Node: {error!r}") from None
 
@@ -184,10 +185,10 @@ class NodeStats:
 Kind = TypeVar("Kind")
 
 
-def _made(kind: type[Kind], said: Mapping[str, Any]) -> Kind:
+def _made(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
     known = {field.name for field in attrs.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in said.items() if name in known})
+    return kind(**{name: value for name, value in values.items() if name in known})
 
 
-def _worker(said: Mapping[str, Any]) -> WorkerStats:
-    return _made(WorkerStats, {**said, "roles": tuple(said["roles"]), "rounds": tuple(said["rounds"])})
+def _worker(values: Mapping[str, Any]) -> WorkerStats:
+    return _made(WorkerStats, {**values, "roles": tuple(values["roles"]), "rounds": tuple(values["rounds"])})

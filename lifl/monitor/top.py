@@ -1,6 +1,6 @@
-"""Finds the Nodes of this user on this machine, and asks them what they are doing.
+"""Finds the Nodes of this user on this machine, and asks them for snapshots.
 
-Owns the finding and the asking, and what two looks at a Node say together. Draws nothing, and trusts no answer.
+Owns the search, the question, and the rates that follow from two snapshots. Draws nothing, and trusts no answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TIMEOUT_S = 2.0
 RETRY_S = 0.005
 MAX_BYTES = 2**24
 MAX_GONE = 5
-"""Nodes that are still in sight after they have gone."""
+"""Nodes that are still shown after they have gone."""
 LISTENING = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
 
 HOW_TO_START = (
@@ -35,16 +35,16 @@ HOW_TO_START = (
 
 @attrs.frozen(order=True)
 class Place:
-    """Where a Node is asked: its process, and its number in that."""
+    """The address of a Node: its process, and its number in that process."""
 
     pid: int
     number: int
 
 
 def find_places() -> list[Place]:
-    """The Nodes of this user that can be asked, by process; those without workers cannot.
+    """The Nodes of this user that can be asked, sorted by process. A Node without workers cannot be asked.
 
-    Those of other network namespaces (another container's) are not seen.
+    Nodes in other network namespaces (of another container) are not found.
     """
     wanted = re.compile(rf"@{PREFIX}-{os.getuid()}-(\d+)-(\d+)")
     found = set()
@@ -56,16 +56,17 @@ def find_places() -> list[Place]:
 
 
 def ask(place: Place, timeout_s: float = TIMEOUT_S) -> NodeStats:
-    """One look at a Node.
+    """A snapshot of a Node.
 
-    Raises :class:`PeerGoneError` if it is gone, :class:`LiflError` if it does not answer or what answers is none.
+    Raises :class:`PeerGoneError` if the Node is gone, :class:`LiflError` if it does not answer, or if the answer is no
+    snapshot.
     """
     who = f"the Node of process {place.pid}"
     with socket.socket(socket.AF_UNIX) as asking:
         asking.settimeout(timeout_s)
         try:
             _connect(asking, f"\0{name_of(place.pid, place.number)}", timeout_s)
-            if (uid := uid_of_peer(asking)) != os.getuid():  # anybody may take a name that is free
+            if (uid := uid_of_peer(asking)) != os.getuid():  # any process may take a name that is free
                 raise LiflError(f"{who} is not asked: a process of user {uid} has taken its name")
             data = bytearray()
             while (part := asking.recv(2**16)) and len(data) < MAX_BYTES:
@@ -77,10 +78,10 @@ def ask(place: Place, timeout_s: float = TIMEOUT_S) -> NodeStats:
     if not data:
         raise PeerGoneError(f"{who} is gone")
     try:
-        said = json.loads(data)
-        if isinstance(said, dict) and "error" in said:
-            raise LiflError(f"{who} has no figures: {said['error']}")
-        return NodeStats.from_dict(said)
+        answer = json.loads(data)
+        if isinstance(answer, dict) and "error" in answer:
+            raise LiflError(f"{who} has no figures: {answer['error']}")
+        return NodeStats.from_dict(answer)
     except (ValueError, RecursionError) as error:
         raise LiflError(f"{who} says what is not understood, it may be of another version of lifl: {error}") from None
 
@@ -90,7 +91,7 @@ def _connect(asking: socket.socket, name: str, timeout_s: float) -> None:
     while True:
         try:
             return asking.connect(name)
-        except BlockingIOError:  # many ask at once, and the queue is full
+        except BlockingIOError:  # many processes ask at once, and the queue is full
             if time.monotonic() > deadline:
                 raise
             time.sleep(RETRY_S)
@@ -105,12 +106,12 @@ def command_of(pid: int) -> str:
     return " ".join(word.decode(errors="replace") for word in words)
 
 
-# ---------------------------------------------------------------- two looks
+# ---------------------------------------------------------------- two snapshots
 
 
 @attrs.frozen
 class Rates:
-    """What a worker does, from two looks: descriptors that come in a second, and its share of a core."""
+    """Rates of a worker between two snapshots: descriptors that arrive in a second, and its share of a core."""
 
     arrivals: float
     busy: float
@@ -118,10 +119,10 @@ class Rates:
 
 @attrs.frozen
 class Sight:
-    """What is known of one Node: the newest look at it, and its workers' rates if there was one before.
+    """All that is known of one Node: the newest snapshot, and its workers' rates since the snapshot before.
 
-    ``trouble`` says why there is no newer look; ``now`` is then the last one, or None if there was none. ``received``
-    and ``sent`` are a lifl-superlink's bytes a second.
+    ``trouble`` says why there is no newer snapshot; ``now`` is then the last one, or None if there was none.
+    ``received`` and ``sent`` are bytes a second of a lifl-superlink.
     """
 
     place: Place
@@ -135,12 +136,12 @@ class Sight:
 
 
 def rates_of(before: NodeStats, now: NodeStats) -> dict[int, Rates]:
-    """Of each worker that both looks have; empty if no time is between them."""
+    """The rates of each worker that is in both snapshots; empty if no time is between them."""
     seconds = now.uptime_s - before.uptime_s
     if seconds <= 0:
         return {}
     then = {worker.id: worker for worker in before.workers}
-    # A fold is told of when it is over, and may have begun before the first look.
+    # A fold is reported at its end and may have begun before the first snapshot: a share above 1 is cut.
     return {
         worker.id: Rates(
             (worker.arrivals - then[worker.id].arrivals) / seconds,
@@ -152,9 +153,9 @@ def rates_of(before: NodeStats, now: NodeStats) -> dict[int, Rates]:
 
 
 class Watcher:
-    """Looks at the Nodes again and again; those that have gone are kept in sight.
+    """Asks the Nodes again and again; the last ones that have gone are still shown.
 
-    Raises :class:`LiflError` if there is none to begin with.
+    Raises :class:`LiflError` if no Node is there at the start.
     """
 
     def __init__(self, pid: int | None = None) -> None:
@@ -163,7 +164,7 @@ class Watcher:
         ask_all(pid)
 
     def look(self) -> list[Sight]:
-        """A look at all that there are, and at those that were there."""
+        """Asks all Nodes that are there, and returns them and those that have gone."""
         places = [place for place in find_places() if self._pid in (None, place.pid)]
         for place in {*places, *self._sights}:
             self._sights[place] = self._look_at(place, self._sights.pop(place, None))
@@ -197,7 +198,7 @@ def _bytes_a_second(before: NodeStats, now: NodeStats) -> tuple[float | None, fl
 
 
 def ask_all(pid: int | None = None) -> list[NodeStats]:
-    """One look at each Node that answers; raises :class:`LiflError` if none does, with what to do."""
+    """A snapshot of each Node that answers; raises :class:`LiflError`, with a remedy, if none does."""
     found: list[NodeStats] = []
     trouble = LiflError(HOW_TO_START if pid is None else nothing_of(pid))
     for place in find_places():
@@ -214,5 +215,5 @@ def ask_all(pid: int | None = None) -> list[NodeStats]:
 
 
 def nothing_of(pid: int) -> str:
-    """What there is to say of a process without a Node."""
+    """The message for a process without a Node."""
     return f"process {pid} has no Node with workers that this user could ask"

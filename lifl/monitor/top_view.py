@@ -1,13 +1,11 @@
-"""Draws what `lifl top` shows: one panel for each Node, once, live or as a picture.
+"""Draws what `lifl top` shows: a panel for each Node, once or live.
 
-What comes from other processes is text, whatever is in it.
+Text from other processes is shown as text, whatever is in it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -26,19 +24,19 @@ MAX_ROUNDS = 8
 MAX_WORKERS = 32
 BAR = 20
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-UNKNOWN = "–"  # noqa: RUF001 # a dash, where a number is not known yet
+UNKNOWN = "–"  # noqa: RUF001 # a dash for a number that is not known yet
 
 ROLE_STYLES = {"leaf": "green", "top": "magenta", "shard": "cyan", "idle": "dim", "off": "dim"}
 PHASE_STYLES = {"open": "green", "folding": "cyan", "done": "dim", "failed": "red"}
 
 
 def nodes_view(sights: Sequence[Sight]) -> RenderableType:
-    """All that is in sight; what has gone comes last."""
+    """All Nodes; those that have gone come last."""
     return Group(*(node_view(one) for one in sorted(sights, key=lambda one: (one.is_gone, one.place))))
 
 
 def node_view(sight: Sight) -> RenderableType:
-    """One Node."""
+    """The panel of a Node."""
     title = Text(f"process {sight.place.pid}", style="bold")
     if sight.place.number > 1:
         title.append(f", Node {sight.place.number}")
@@ -91,14 +89,14 @@ def _totals(now: NodeStats) -> Text:
     return line
 
 
-def _superlink(sight: Sight, said: SuperlinkStats) -> list[RenderableType]:
-    received, sent = size_text(said.received_bytes), size_text(said.sent_bytes)
+def _superlink(sight: Sight, stats: SuperlinkStats) -> list[RenderableType]:
+    received, sent = size_text(stats.received_bytes), size_text(stats.sent_bytes)
     gateway = f"gateway in {_rate(sight.received)} ({received}), out {_rate(sight.sent)} ({sent})"
-    objects = "objects in the database" if said.objects is None else f"objects {said.objects:,}"
-    passed = f"messages {said.messages:,}, replies {said.replies:,}, requests held {said.held_requests:,}"
+    objects = "objects in the database" if stats.objects is None else f"objects {stats.objects:,}"
+    passed = f"messages {stats.messages:,}, replies {stats.replies:,}, requests held {stats.held_requests:,}"
     return [
-        Text(f"{gateway}, copied {size_text(said.copied_bytes)}"),
-        Text(f"uploads {said.uploads:,}, {objects}; {passed}"),
+        Text(f"{gateway}, copied {size_text(stats.copied_bytes)}"),
+        Text(f"uploads {stats.uploads:,}, {objects}; {passed}"),
     ]
 
 
@@ -152,7 +150,7 @@ def _workers(workers: Sequence[WorkerStats], rates: Mapping[int, Rates]) -> Rend
 
 
 def _table(*columns: str) -> Table:
-    """Columns by name; one that begins with ">" has numbers. None is ever wrapped: what is too wide is cut off."""
+    """A table with these columns; ">" before a name is for numbers. No cell is wrapped: a wide one is cut off."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for name in columns:
         table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
@@ -169,7 +167,7 @@ def _shortened(numbers: Iterable[int]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what would move the cursor."""
+    """The text without characters that would move the cursor."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
@@ -193,21 +191,12 @@ def time_text(seconds: float) -> str:
     return f"{minutes} min {int(seconds % 60):02} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
-# ---------------------------------------------------------------- on a terminal, and as a picture
+# ---------------------------------------------------------------- on a terminal
 
 
 def show_live(console: Console, watcher: Watcher, interval_s: float) -> None:
-    """Looks again and again until Ctrl-C; what does not fit on the terminal is cut off."""
+    """Shows the Nodes again and again until Ctrl-C; lines that do not fit on the terminal are cut off."""
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             live.update(nodes_view(watcher.look()), refresh=True)
             time.sleep(interval_s)
-
-
-def svg_of(sights: Sequence[Sight], width: int) -> str:
-    """The view as an SVG that refers to no other host."""
-    console = Console(width=width, record=True, force_terminal=True, file=io.StringIO())
-    console.print(nodes_view(sights))
-    drawn = console.export_svg(title="lifl top", unique_id="lifl-top")
-    # Fonts that would be loaded; without them the reader's own are used.
-    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)

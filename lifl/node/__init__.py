@@ -1,1 +1,1 @@
-"""The wiring of a Node: arena, workers, rounds, forecasts and what watches them."""
+"""The wiring of a Node: arena, workers, rounds, forecasts, calibration and telemetry."""

@@ -1,8 +1,8 @@
-"""Measures what aggregation costs on this machine, once, and remembers it in a file.
+"""Measures the costs of aggregation on this machine, once, and remembers them in a file.
 
-Owns the measurement and the file. What the costs mean for a round is ``lifl.planner``'s. The file is only a
-convenience: if it cannot be read, was damaged, or was written by another version or on another machine, it is as if it
-were not there, and if it cannot be written, nothing is lost but the time of the next measurement.
+Owns the measurement and the file. ``lifl.planner`` owns the meaning of the costs for a round. The file is only a
+convenience: if it cannot be read, is damaged, or was written by another version or on another machine, it counts as
+missing; if it cannot be written, nothing is lost but the time of the next measurement.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ ANSWER_TIMEOUT_S = 20.0
 
 
 def default_costs() -> Costs:
-    """What is assumed of a machine that was not measured: a slow one, so that little is promised.
+    """The costs assumed for a machine that was not measured: those of a slow one, so that predictions are modest.
 
-    Rates are about half of what a server of 2020 does. The bus carries a core and a quarter of each other one.
+    Rates are about half of those of a server of 2020. The bus carries one core and a quarter of each other core.
     """
     count = _cores()
     return Costs(
@@ -61,7 +61,7 @@ def default_costs() -> Costs:
 
 
 def costs(measure: bool = False) -> Costs:
-    """The costs of this machine: from the file; else measured if `measure` is true, else the default, at once."""
+    """The costs of this machine: from the file; else measured if `measure` is true; else the default, at once."""
     if (remembered := known()) is not None:
         return remembered
     return calibrate() if measure else default_costs()
@@ -70,8 +70,8 @@ def costs(measure: bool = False) -> Costs:
 def calibrate() -> Costs:
     """Measures this machine's costs and writes them to the file. Takes one to two seconds and 270 MB for that time.
 
-    Of the kernels those runs count that had their cores to themselves: differences of disturbed runs mean nothing. What
-    cannot be measured, because no process or socket may be made, is taken from :func:`default_costs`.
+    Only undisturbed runs of the kernels count: differences of disturbed runs mean nothing. Costs that cannot be
+    measured, because no process or socket may be made, are those of :func:`default_costs`.
 
     Raises :class:`~lifl.errors.ShmError` where lifl cannot run.
     """
@@ -84,7 +84,7 @@ def calibrate() -> Costs:
     return measured
 
 
-# ---------------------------------------------------------------- runtimes
+# ---------------------------------------------------------------- workers
 
 
 class _Workers:
@@ -102,20 +102,20 @@ class _Workers:
             self._end = stack.pop_all()
 
     def start(self) -> float:
-        """Seconds until one more worker waits for work."""
+        """Starts one more worker; returns the seconds until it waits for work."""
         begin = time.perf_counter()
         self._pidfds.append(self._spawner.start_worker(len(self._pidfds) + 1)[1])
         self._ask(len(self._pidfds))
         return time.perf_counter() - begin
 
     def ask(self) -> float:
-        """Seconds until the first worker, which sleeps, has done as it was told and said so."""
+        """Asks the first worker, which sleeps; returns the seconds until its answer is here."""
         begin = time.perf_counter()
         self._ask(1)
         return time.perf_counter() - begin
 
     def _ask(self, worker: int) -> None:
-        # A worker answers so for every round, also for one that it has never heard of.
+        # A worker answers ABORT with ABORTED for every round, also for an unknown one.
         self._outbox.push(worker, Descriptor(Kind.ABORT, 1))
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while (item := self._inbox.try_pop()) is None or item[1].kind != Kind.ABORTED:  # HELLO comes first
@@ -136,7 +136,7 @@ class _Workers:
 
 
 def _starts() -> dict[str, Any]:
-    """One more worker beside a first; and half of a question and its answer, which is one way."""
+    """The time to start a worker beside a first one, and that of a message: half of a question and its answer."""
     with _Workers() as workers:
         workers.start()
         starts = [workers.start() for _ in range(STARTS)]
@@ -148,7 +148,7 @@ def _starts() -> dict[str, Any]:
 
 
 def _wire() -> dict[str, Any]:
-    """One connection over loopback: bytes a second, and bytes per second of CPU, the mean of both sides."""
+    """A connection over loopback: bytes a second, and bytes per second of CPU, the mean of both sides."""
     source, target = bytearray(2**20), bytearray(2**20)
     spent: list[float] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -161,7 +161,8 @@ def _wire() -> dict[str, Any]:
                     connection.sendall(source)
                 spent.append(time.thread_time() - begin)
 
-        sender = threading.Thread(target=send, daemon=True)  # nobody waits for it if nothing comes
+        # Joined below; a daemon, because nobody joins it if the connection fails and this function raises.
+        sender = threading.Thread(target=send, daemon=True)
         sender.start()
         connection, _ = server.accept()
         with connection:
@@ -181,15 +182,20 @@ def _wire() -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """``$LIFL_CACHE``, else ``lifl`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    """``$LIFL_CACHE``, else the user's cache folder: ``lifl`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+
+    Raises ``RuntimeError`` if there is no home.
+    """
     if folder := os.environ.get("LIFL_CACHE"):
         return Path(folder)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "lifl"
+    from platformdirs import user_cache_path  # here: a Node whose costs are given needs no folder
+
+    # Not every version of it notices that there is no home.
+    return user_cache_path("lifl", appauthor=False).expanduser()
 
 
 def machine() -> dict[str, str | int]:
-    """What the costs depend on: the processor's model, the cores that lifl may use, and lifl's version."""
+    """The key of the costs: the processor's model, the cores that lifl may use, and lifl's version."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
@@ -206,14 +212,14 @@ def _cores() -> int:
 
 
 def path() -> Path:
-    """The file in which this machine's costs are remembered; raises ``RuntimeError`` if there is no home."""
+    """The file of this machine's costs; raises ``RuntimeError`` if there is no home."""
     key = json.dumps(machine(), sort_keys=True)
     return cache_folder() / f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def known() -> Costs | None:
-    """What was measured on this machine before; None if nothing was, or it cannot be read."""
-    # RuntimeError: there is no home. The others: no file, no JSON, not these names, no numbers, too deep, ...
+    """The costs that were measured on this machine before; None if there are none, or they cannot be read."""
+    # RuntimeError: no home, or JSON that is too deep. The others: no file, no JSON, other names, no numbers.
     with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, OverflowError):
         found = json.loads(path().read_bytes())
         if found["machine"] == machine():
@@ -222,7 +228,7 @@ def known() -> Costs | None:
 
 
 def _write(measured: Costs) -> None:
-    """As a whole or not at all: another process may read it, or write its own."""
+    """Writes the file as a whole or not at all: another process may read it, or write its own."""
     with contextlib.suppress(OSError, RuntimeError):
         target = path()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The process's own Node, for strategies that were given none: made on first use, closed at exit."""
+"""The embedded Node of a process, for strategies without a Node of their own: made on first use, closed at exit."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ MIN_BYTES = 2**28
 MAX_SIDE_BY_SIDE = 16
 
 _node: Node | None = None
-_lock = threading.Lock()
+_lock = threading.Lock()  # guards _node: two strategies in two threads share one Node
 
 
 def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
-    """The Node of this process, made anew when a model needs more room than it has.
+    """The embedded Node of this process; it is made anew when a model needs more room than it has.
 
-    It has room for `updates` of `spec` beside each other. Where they can be folded one after another, 16
-    and half of the machine's memory are the most, and more than fit wait their turn; ``order="flower"``
-    keeps all of them, and raises :class:`~lifl.errors.ShmError` if the machine cannot. The first one on a machine
-    measures what aggregation costs there, which is kept in a file; see ``lifl.node.calibration``.
+    The Node has room for `updates` of `spec` beside each other. If updates can be folded one after another, it has
+    room for 16 at most, and takes at most half of the available memory; more updates wait their turn.
+    ``order="flower"`` keeps all updates, and raises :class:`~lifl.errors.ShmError` if the memory cannot be had. The
+    first embedded Node on a machine measures the costs of aggregation; see ``lifl.node.calibration``.
     """
     global _node
     with _lock:
@@ -37,7 +37,7 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
             if node.has_rounds or node.arena.block_bytes >= wanted:
                 return node
             node.close()
-        # The first time on a machine this takes a second or two, before anything is asked of the clients.
+        # The first time on a machine this takes a second or two, before any client is asked for an update.
         measured = calibration.costs()
         with contextlib.suppress(LiflError, OSError):  # a machine that is too full to be measured can still aggregate
             measured = calibration.costs(measure=True)

@@ -1,6 +1,6 @@
-"""Measures what work on memory costs: the kernels, the first touch of a page, the start of an array's copy.
+"""Measures the costs of work on memory: the kernels, the first touch of a page, the start of an array's copy.
 
-Owns these measurements; what they mean, and where they are remembered, is ``lifl.node.calibration``'s.
+Owns these measurements; ``lifl.node.calibration`` owns their use and the file.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from lifl.shm.arena import Arena
 from lifl.tensor import CODES, TensorSpec
 
 PARAMETERS = 3_000_000
-"""Of the model that is measured with: an update of 12 MB, larger than what a core caches for itself."""
+"""Parameters of the model that is folded here: an update has 12 MB, more than a core's own caches."""
 
 UPDATES = 14
 FEW_UPDATES = 2
 REPETITIONS = 25
 ALONE = 1.03
-"""Seconds for each CPU second up to which a run counts as undisturbed."""
+"""A run with at most so many seconds for each CPU second counts as undisturbed."""
 
 PATIENCE_S = 0.5
-"""How much longer all cores are waited for."""
+"""Seconds to go on trying until all cores are free at the same time."""
 
 ARRAYS = 200
 TOUCHED = 5
-"""How many are touched, each twice."""
+"""Blocks that are touched, each twice."""
 
 
 def measure_memory(cores: int) -> dict[str, Any]:
-    """Those of the costs that are about memory, by their names, for so many cores."""
+    """The costs of work on memory, by the names of :class:`~lifl.planner.costs.Costs`, for so many cores."""
     return _rates(cores) | _arrays() | _touches()
 
 
 def _rates(count: int) -> dict[str, Any]:
-    """The rates of the kernels, from pairs of runs whose difference is the step that is meant.
+    """The rates of the kernels, from pairs of runs whose difference is the step to measure.
 
     With U, S and M the bytes of an update, a sum and the mean, and t(n) the time to fold n updates into a new sum:
-    ``fold = (14 - 2) U / (t(14) - t(2))``; ``sum = 2 S / (t'(2) - 2 U / fold)`` with t' that to fold onto a sum, which
-    reads one and writes one; ``mean = M / (f(2) - 2 S / sum)`` with f the time to make the mean of two sums.
+    ``fold = (14 - 2) U / (t(14) - t(2))``; ``sum = 2 S / (t'(2) - 2 U / fold)`` with t' the time to fold onto a sum,
+    which reads one sum and writes one; ``mean = M / (f(2) - 2 S / sum)`` with f the time to make the mean of two sums.
     """
     n = PARAMETERS
-    arena = Arena.create((UPDATES + 2 * 2 + 1) * 4 * n + 2**20, 1)  # its small pages are what workers read
+    arena = Arena.create((UPDATES + 2 * 2 + 1) * 4 * n + 2**20, 1)  # of small pages, as workers read them
     try:
         return _kernels(arena, n, count)
     finally:
@@ -64,7 +64,7 @@ def _kernels(arena: Arena, n: int, count: int) -> dict[str, Any]:
         assert block is not None, "the arena was made for them"
         return arena.map(block.index, block.generation).address
 
-    source = np.ones(n, np.float32)  # what a client's arrays lie in
+    source = np.ones(n, np.float32)  # ordinary memory, as a client's arrays
     code, weights = CODES["float32"], [1.0] * UPDATES
     at = [take(4 * n) for _ in range(UPDATES)]
     mean, one, two = take(4 * n), take(8 * n), take(8 * n)
@@ -87,9 +87,9 @@ def _kernels(arena: Arena, n: int, count: int) -> dict[str, Any]:
         "finish": lambda: kernels.finish(code, mean, [one, two], [], [], (1.0, 0.0), n),
     }
     for way in ways.values():
-        way()  # the first touch of a page is no part of what a warm runtime does
+        way()  # a warm worker's work has no first touch of a page
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in (*ways, "together")}
-    for _ in range(REPETITIONS):  # in turn, so that a noisy moment spares none of them
+    for _ in range(REPETITIONS):  # in turn, so that a noisy moment hits all of them alike
         for name, way in ways.items():
             begin, begin_cpu = time.perf_counter(), time.thread_time()
             way()
@@ -101,7 +101,7 @@ def _kernels(arena: Arena, n: int, count: int) -> dict[str, Any]:
         runs["together"].append(_together(fold_range, count))  # all cores are seldom free at the same time
     t = {name: _undisturbed(some) for name, some in runs.items()}
     u, s, m = 4.0 * n, 8.0 * n, 4.0 * n
-    # Noise may make a difference small or negative: no step is faster than the whole runs allow.
+    # Noise may make a difference small or negative: each step gets a least share of its whole run.
     fold_s = max(t["all"] - t["few"], t["all"] * 0.2) / (UPDATES - FEW_UPDATES)
     sum_s = max(t["onto"] - FEW_UPDATES * fold_s, t["onto"] * 0.2) / 2
     mean_s = max(t["finish"] - 2 * sum_s, t["finish"] * 0.1)
@@ -116,14 +116,14 @@ def _kernels(arena: Arena, n: int, count: int) -> dict[str, Any]:
 
 @attrs.define
 class _Room:
-    """As much of a loan as a copy needs."""
+    """The part of a loan that a copy needs."""
 
     address: int
     client_id: str = ""
 
 
 def _arrays() -> dict[str, Any]:
-    """An update of many arrays of one number each, checked and copied: its CPU time, for one array."""
+    """The CPU time for each array of an update: of checking and copying many arrays of one number each."""
     update = {str(i): np.ones(1, np.float32) for i in range(ARRAYS)}
     spec = TensorSpec.from_arrays(update)
     target = np.empty(spec.layout.update_bytes, np.uint8)
@@ -137,9 +137,9 @@ def _arrays() -> dict[str, Any]:
 
 
 def _touches() -> dict[str, Any]:
-    """What the first touch of memory costs a process: the CPU time of a first pass over it, less that of a second.
+    """The cost of a process' first touch of memory: the CPU time of a first pass over it, less that of a second.
 
-    Read in a mapping of its own, as a new worker has one: ``U / (first - second)`` for an update's U bytes.
+    Memory is read in a mapping of its own, as in a new worker: ``U / (first - second)`` for an update's U bytes.
     """
     n, code = PARAMETERS, CODES["float32"]
     source = np.ones(n, np.float32)
@@ -161,7 +161,7 @@ def _touches() -> dict[str, Any]:
 
 
 def _more_s(work: Callable[..., object], *arguments: object) -> float:
-    """By how much more CPU time `work` takes the first time than the second."""
+    """The CPU time of `work` the first time, less that of the second time."""
     times = [time.thread_time()]
     for _ in range(2):
         work(*arguments)
@@ -170,9 +170,9 @@ def _more_s(work: Callable[..., object], *arguments: object) -> float:
 
 
 def _together(work: Callable[[int], None], count: int) -> tuple[float, float]:
-    """`count` threads, each with its part and its core: seconds from the first to begin to the last to end, and CPU.
+    """Runs `work` in `count` threads, each with its part and its core, and joins them.
 
-    The CPU time is that of the thread that took most.
+    Returns the seconds from the first begin to the last end, and the CPU time of the thread that took most.
     """
     ready = threading.Barrier(count)
     cores = sorted(os.sched_getaffinity(0))
@@ -180,7 +180,8 @@ def _together(work: Callable[[int], None], count: int) -> tuple[float, float]:
     spent: list[float] = []
 
     def run(part: int) -> None:
-        # Of this thread alone. Where it wakes up it would stay for milliseconds, also beside another.
+        # Pins this thread alone. Unpinned it would stay for milliseconds on the core on which it wakes up, also if
+        # that is another thread's.
         os.sched_setaffinity(0, {cores[part % len(cores)]})
         ready.wait()
         begin, begin_cpu = time.perf_counter(), time.thread_time()
@@ -197,7 +198,7 @@ def _together(work: Callable[[int], None], count: int) -> tuple[float, float]:
 
 
 def _undisturbed(runs: list[tuple[float, float]]) -> float:
-    """The median of the runs, (seconds, CPU seconds), that had their cores to themselves; else the least disturbed."""
+    """The median seconds of the undisturbed runs (seconds, CPU seconds); if there is none, of the least disturbed."""
     ranked = sorted((seconds / max(cpu, 1e-9), seconds) for seconds, cpu in runs)
     alone = [seconds for shared, seconds in ranked if shared < ALONE]
     return statistics.median(alone or [ranked[0][1]])

@@ -1,4 +1,4 @@
-"""Looks at a Node while it works: collects its figures, and holds what tells others of them.
+"""The figures of a Node while it works, and the beacon and the exporter that give them to others.
 
 Takes the Node's lock for as long as it reads counters, and waits for no worker. Changes nothing.
 """
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lifl.node.telemetry")
 
-MAX_ROUNDS_TOLD = 64
-"""Open rounds in a snapshot for another process, which is to fit into what a socket takes."""
+MAX_ROUNDS_SHOWN = 64
+"""Open rounds in a snapshot for another process, so that it fits into a socket's buffer."""
 
 _numbers = itertools.count(1)
 
 
 class Watched(Protocol):
-    """The part of a Node that is read here."""
+    """The part of a Node that telemetry uses."""
 
     arena: Arena
     changed: threading.Condition
@@ -57,14 +57,14 @@ class Watched(Protocol):
 
 
 class Watch:
-    """One Node's.
+    """The telemetry of one Node.
 
     Attributes
     ----------
     number : int
-        Of the Node, in its process.
+        The number of the Node in its process, from 1.
     superlink : callable or None
-        What a ``lifl-superlink`` has to tell beside its Node; called by any thread, without the Node's lock.
+        Gives the figures of a ``lifl-superlink``; called by any thread, without the Node's lock.
     """
 
     def __init__(self, node: Watched, rounds: Mapping[int, RoundCore], team: Team) -> None:
@@ -76,17 +76,17 @@ class Watch:
         self._exporter: Exporter | None = None
         if team.supervisor is not None:
             try:
-                self._beacon = beacon = Beacon(self.number, self._told)
+                self._beacon = beacon = Beacon(self.number, self._snapshot)
                 team.supervisor.listen(beacon.fd, beacon.serve)
             except OSError as error:
                 log.debug("`lifl top` will not find this Node: %s", error)
 
-    # ------------------------------------------------------------ who is told
+    # ------------------------------------------------------------ beacon and exporter
 
     def export(self, port: int, host: str) -> None:
-        """Serves the figures to Prometheus, by an ``Exporter``. Closes the Node if that cannot be."""
+        """Serves the figures to Prometheus, by an ``Exporter``. Closes the Node if the exporter cannot be made."""
         try:
-            from lifl.monitor.prometheus import Exporter  # late: it needs an extra
+            from lifl.monitor.prometheus import Exporter  # imported late: it needs an extra
 
             self._exporter = Exporter(self.stats, port, host)
         except ModuleNotFoundError as error:
@@ -99,15 +99,15 @@ class Watch:
 
     @property
     def metrics_address(self) -> str | None:
-        """Where Prometheus finds them, as "127.0.0.1:9400"; None if they are not served."""
+        """The address for Prometheus, as "127.0.0.1:9400"; None if the figures are not served."""
         return None if self._exporter is None else self._exporter.address
 
-    def _told(self) -> dict[str, Any]:
-        said = self.stats().to_dict()
-        return {**said, "rounds": said["rounds"][:MAX_ROUNDS_TOLD]}
+    def _snapshot(self) -> dict[str, Any]:
+        stats = self.stats().to_dict()
+        return {**stats, "rounds": stats["rounds"][:MAX_ROUNDS_SHOWN]}
 
     def close(self) -> None:
-        """Tells nobody any more; harmless when closed."""
+        """Closes the beacon and the exporter; harmless when closed."""
         if self._beacon is not None:
             self._beacon.close()
         if self._exporter is not None:
@@ -149,24 +149,24 @@ class Watch:
         parts = [(number, round_.lifecycle.roles()) for number, round_ in self._rounds.items()]
         kernel = self._team.transport.metrics()
         found = []
-        for me in ids:
-            # Of sockets the kernel keeps its own books, which no worker can get wrong.
-            counted = kernel.get(me)
-            busy_ns, folded = tally.busy_ns[me], tally.folded[me]
+        for worker in ids:
+            # For sockets the kernel counts, and a worker cannot report wrong numbers.
+            counted = kernel.get(worker)
+            busy_ns, folded = tally.busy_ns[worker], tally.folded[worker]
             if counted is not None:
                 busy_ns, folded = counted.busy_ns, counted.folded
-            roles = sorted({has[me] for _, has in parts if me in has})
+            roles = sorted({roles_in[worker] for _, roles_in in parts if worker in roles_in})
             found.append(
                 WorkerStats(
-                    id=me,
-                    pid=pids.get(me),
-                    roles=tuple(roles or ["idle" if me in pids else "off"]),
-                    rounds=tuple(number for number, has in parts if me in has),
-                    arrivals=counts_of(node.arena, me)[0] if counted is None else counted.records,
-                    queued=queued(node.arena, me),
+                    id=worker,
+                    pid=pids.get(worker),
+                    roles=tuple(roles or ["idle" if worker in pids else "off"]),
+                    rounds=tuple(number for number, roles_in in parts if worker in roles_in),
+                    arrivals=counts_of(node.arena, worker)[0] if counted is None else counted.records,
+                    queued=queued(node.arena, worker),
                     folded=folded,
                     busy_s=busy_ns / 1e9,
-                    deaths=tally.deaths[me],
+                    deaths=tally.deaths[worker],
                 )
             )
         return tuple(found)

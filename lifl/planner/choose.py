@@ -1,4 +1,4 @@
-"""Which shape and timing a Node takes for a round, from what the cost model predicts for each."""
+"""The choice of a round's shape and timing, from the cost model's prediction for each."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from lifl.planner.shape import Shape
 from lifl.planner.timing import check_timing
 
 MAX_ARRIVALS = 64
-"""With how many arrivals shapes are compared at most: what a shape gains shows in a few batches."""
+"""Shapes are compared with at most so many arrivals: the gain of a shape shows in a few batches."""
 
 WORTH_IT = 0.02
-"""What part of the best time a cheaper shape may lose and still be taken: below it the prediction is noise."""
+"""A cheaper shape is taken if it loses at most this part of the best time: below it the prediction is noise."""
 
 
 def choose_shape(
     expected: int, rate: float | None, sizes: Sizes, costs: Costs, workers: int, timing: str = "eager"
 ) -> Shape:
-    """The shape with the earliest result; of those within ``WORTH_IT``, the one that takes least CPU, then memory.
+    """The shape with the earliest result; among those within ``WORTH_IT``, the one that takes least CPU, then memory.
 
-    The time is ``last_to_result_s``, from the last arrival to the mean, if update i of `expected` is at the door at
+    The time is ``last_to_result_s``, from the last arrival to the mean, if update i of `expected` arrives at
     ``i / rate``. Landing counts: a leaf that folds meanwhile takes the memory bus from it. Without a rate the time is
-    the sum of two: all at once, and each after the one before has been folded; so a shape is taken that is good for
-    both.
+    the sum of two cases: all updates arrive at once, and each arrives after the one before is folded. So the shape is
+    good for both.
 
-    With all at once shards win: each byte is read once and no sum is written. With arrivals slower than folding a leaf
-    ahead wins: when the last update comes, all but that one are in the sum.
+    If all arrive at once, shards win: each byte is read once and no sum is written. If they arrive more slowly than
+    they are folded, a leaf wins: when the last update arrives, all others are in the sum.
 
     Parameters
     ----------
     expected : int
         Updates of the round.
     rate : float or None
-        Updates per second; None: not known. ``math.inf``: all at once.
+        Updates per second; None: unknown. ``math.inf``: all at once.
     sizes : Sizes
     costs : Costs
     workers : int
-        The most runtimes. No more leaves or shards are planned than that, nor than there are cores.
+        The most workers. The shape has no more leaves or shards than workers, or than cores.
     timing : str
         One of ``lifl.planner.timing.TIMINGS``.
 
@@ -64,10 +64,10 @@ def choose_timing(
     workers: int,
     timings: tuple[str, ...] = ("eager", "jit", "lazy"),
 ) -> str:
-    """The timing, with the best shape for it, that has the result first; else the one that takes least CPU and memory.
+    """The timing that, with the best shape for it, has the result first; among equals the one that costs least.
 
-    By the same measure as :func:`choose_shape`, over the `timings` that are allowed. With updates that trickle in it is
-    eager or jit; with all at once any does, and the first that costs least is taken.
+    The measure is that of :func:`choose_shape`, over the allowed `timings`. For updates that trickle in it is eager or
+    jit. If all arrive at once, all timings are alike, and the first with the least cost is taken.
     """
     tried = []
     for timing in timings:
@@ -77,9 +77,9 @@ def choose_timing(
 
 
 def candidates(expected: int, cores: int, workers: int) -> Iterator[Shape]:
-    """Trees, shards and both, of at most ``min(cores, workers)`` runtimes, and no more leaves than updates.
+    """Trees, shards and both, for at most ``min(cores, workers)`` workers, and with no more leaves than updates.
 
-    Leaves are tried in powers of two and all; shards none, one a core.
+    The leaves are none, a power of two, or as many as possible; the shards none, or as many as possible.
     """
     most = max(1, min(cores, workers))
     leaves = sorted({0, min(most, expected), *(n for n in _powers(most) if n <= expected)})

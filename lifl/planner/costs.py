@@ -1,6 +1,6 @@
-"""What aggregation costs on a machine, and what a round will therefore take.
+"""The costs of aggregation on a machine, and the prediction of a round's time that follows from them.
 
-The rates were measured (``lifl.node.calibration``); here they are only numbers.
+``lifl.node.calibration`` measures the rates; here they are only numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from lifl.planner.shape import Shape
 from lifl.planner.site import Site
 from lifl.planner.timing import check_timing
 
-"""When a leaf folds: at once, when the last update is in, or so that it ends when the last is expected."""
-
 
 def _above_zero(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     if not (math.isfinite(value) and value > 0):
@@ -35,9 +33,9 @@ def _not_negative(instance: object, attribute: attrs.Attribute[Any], value: floa
 
 @attrs.frozen
 class Sizes:
-    """Bytes of one update, of one partial sum and of the mean; a ``Layout`` has them under these names.
+    """Bytes of an update, of a partial sum and of the mean, by the names of a ``Layout``.
 
-    ``arrays`` is how many arrays an update is made of.
+    ``arrays`` is the number of arrays in an update.
     """
 
     update_bytes: int = attrs.field(validator=_above_zero)
@@ -47,41 +45,41 @@ class Sizes:
 
     @classmethod
     def of_float32(cls, parameters: int) -> Sizes:
-        """Of a model of float32: 4 bytes a parameter, and 8 in a sum."""
+        """The sizes of a model of float32: 4 bytes a parameter, and 8 in a sum."""
         return cls(4 * parameters, 8 * parameters, 4 * parameters)
 
 
 @attrs.frozen
 class Costs:
-    """What one machine can do. Rates are those of one core while the others rest, in bytes a second.
+    """The abilities of one machine. Rates are those of one core while the others rest, in bytes a second.
 
     Attributes
     ----------
     cores : int
-        c, how many runtimes can work at a time.
+        c, the workers that can work at a time.
     land_bytes_s : float
         Copying and checking updates: bytes of updates.
     land_array_s : float
-        Seconds more for each array of an update: its name, shape and dtype are looked at, and its copy is begun.
+        Seconds more for each array of an update: its name, shape and dtype are checked, and its copy is begun.
     fold_bytes_s : float
         Reading updates while folding: bytes of updates.
     sum_bytes_s : float
         Reading or writing partial sums: bytes of sums.
     mean_bytes_s : float
-        Writing the mean: bytes of it.
+        Writing the mean: bytes of the mean.
     parallel : float
         P, the rate of all cores over that of one, for work that reads memory: 1 to c.
     dispatch_s : float
-        From a decision to the first instruction of a warm runtime's work.
+        From a decision to the first instruction of a warm worker's work.
     cold_start_s : float
-        From a decision to a new runtime that waits for work; a core works all that time.
+        From a decision to a new worker that waits for work; a core works all that time.
     first_read_bytes_s, first_write_bytes_s : float
-        Memory that a new runtime reads or writes for the first time costs it so much in addition: the kernel enters
-        its pages into the runtime's address space, for reading several at a time.
+        The additional cost of memory that a new worker reads or writes for the first time: the kernel enters the pages
+        into the worker's address space, for reading several at a time.
     wire_bytes_s : float
-        Between nodes: bytes a second that one node takes in.
+        Between nodes: bytes a second that one node receives.
     wire_cpu_bytes_s : float
-        Sending, and receiving: bytes that one core handles in a second, on either side.
+        Sending, and receiving: bytes that one core handles in a second.
     """
 
     cores: int = attrs.field(validator=_above_zero)
@@ -114,9 +112,10 @@ class Costs:
     def corrected(self, predicted_s: float, real_s: float, alpha: float = ALPHA) -> Costs:
         """The costs after one more round, whose time after the last arrival was predicted and measured.
 
-        With ``f = (predicted / real) ** (1 - alpha)``, the ratio held to 1/4 to 4, the fold rate is multiplied by f,
-        and those of sums and the mean by f ** 0.5, which are fewer and so vary less: an EWMA of their logarithms. So
-        they follow what a short calibration cannot see: where the arena lies in memory, and who else uses the machine.
+        With ``f = (predicted / real) ** (1 - alpha)``, the ratio limited to 1/4 to 4, the fold rate is multiplied by
+        f, and those of sums and the mean, which are fewer and so vary less, by f ** 0.5: an EWMA of their logarithms.
+        So the rates follow effects that a short calibration cannot see: the place of the arena in memory, and other
+        users of the machine.
 
         Raises ``PlanError`` for a time that is not above 0, or an alpha outside 0 to 1.
         """
@@ -131,11 +130,11 @@ class Costs:
         )
 
     def machine(self) -> Machine:
-        """One such machine, with nothing to do."""
+        """Such a machine, with nothing to do."""
         return Machine(self.cores, self.parallel)
 
     def work(self, sizes: Sizes) -> Work:
-        """The seconds of each step: ``bytes / rate``, for updates, sums and means of these sizes.
+        """The seconds of each step for updates, sums and means of these sizes: ``bytes / rate``.
 
         Landing takes ``arrays * land_array_s`` more.
         """
@@ -158,7 +157,7 @@ class Costs:
 
 @attrs.frozen
 class Prediction:
-    """What a round on one Node will take.
+    """The predicted cost of a round on one Node.
 
     Attributes
     ----------
@@ -167,13 +166,13 @@ class Prediction:
     last_to_result_s : float
         From the last arrival to the mean.
     cpu_s : float
-        Seconds of all cores: aggregation and started runtimes, and landing where it was asked for.
+        Seconds of all cores: aggregation and the start of workers, and landing where it is predicted too.
     peak_bytes : int
-        The most that updates, sums and the mean take at a time.
+        The largest size of updates, sums and the mean together at any time.
     runtimes : int
-        How many had a part in it or were warm.
+        Workers that had a role in the round or were warm.
     started : int
-        How many of them were started.
+        Workers that were started.
     """
 
     completion_s: float
@@ -196,7 +195,7 @@ def predict(
     rate: float | None = None,
     has_landed: bool = True,
 ) -> Prediction:
-    """What a round on one Node takes if the updates arrive at `arrivals`.
+    """Predicts a round on one Node whose updates arrive at `arrivals`.
 
     The rules of ``lifl.planner.aggregation`` are played through in virtual time; each event costs microseconds.
 
@@ -209,16 +208,16 @@ def predict(
         Seconds, sorted, at least one.
     sizes : Sizes
     costs : Costs
-        Of this machine.
+        The costs of this machine.
     workers : int
-        The most runtimes; 0: the work is done in the caller's process, by one.
+        The most workers; 0: the calling process does the work, as one worker.
     warm : int, optional
-        How many of them wait for work already; default: all.
+        Workers that wait for work already; default: all.
     rate : float, optional
         Updates per second that ``jit`` expects until it has seen a rate; default: unknown.
     has_landed : bool
-        `arrivals` are when updates can be folded. If false they are when the bytes are there, and each update is
-        landed first, at the cost of a core.
+        True: an update can be folded at its arrival. False: its bytes are there at its arrival, and it is landed
+        first, at the cost of a core.
 
     Raises ``PlanError`` without arrivals, for arrivals that are not sorted, or for an unknown timing.
     """

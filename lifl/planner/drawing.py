@@ -1,7 +1,7 @@
-"""How a plan is shown: an outline of its tree for the terminal, and the tree as a picture for a notebook.
+"""The drawing of a plan: an outline of its tree, and the tree as a picture for a notebook.
 
-Large trees are abbreviated: of subtrees that are alike a few are drawn, and the others counted. Nothing is printed or
-written here.
+Large trees are abbreviated: a few of the subtrees that are alike are drawn, and the others counted. Prints and writes
+nothing; ``lifl.cli.plan_view`` shows the outline on a terminal.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import attrs
 from lifl.planner.hierarchy import Role, Task
 
 COLUMNS = 12
-"""Of subtrees that are alike, about so many columns of leaves are drawn at least; the others are counted."""
+"""About so many columns of leaves are drawn at least of subtrees that are alike; the others are counted."""
 BOXES = 4
-"""The most leaves of a node that are drawn one by one."""
+"""At most so many leaves of a node are drawn one by one."""
 
 COLOURS = {
     Role.LEAF: ("#8fb4f2", "#2f5fae"),
@@ -33,7 +33,7 @@ def count(n: int, one: str, many: str = "") -> str:
 
 @attrs.frozen
 class Branch:
-    """What is drawn as one.
+    """A part of the tree that is drawn as one thing.
 
     Attributes
     ----------
@@ -41,17 +41,17 @@ class Branch:
         ``LEAF``: all leaves of one node that feed the same task. ``MIDDLE``, ``TOP``: one task. None: subtrees that
         are not drawn.
     node : str
-        Where it is; the first node of those that are not drawn.
+        The node of the branch; for subtrees that are not drawn the first of their nodes.
     nodes : tuple of str
-        All nodes of it and of what is below it.
+        All nodes of the branch and of the branches below it.
     sizes : tuple of int
         Updates of each leaf, of the task, or of each subtree that is not drawn.
     height : int
-        1 for leaves, and one more than what is below it.
+        1 for leaves, otherwise one more than the highest branch below.
     branches : tuple of Branch
-        What feeds it.
+        The branches that feed it.
     leaves : tuple of Task
-        The tasks of it that have clients.
+        The tasks of the branch that have clients.
     """
 
     role: Role | None
@@ -64,19 +64,19 @@ class Branch:
 
     @property
     def updates(self) -> int:
-        """All updates of it."""
+        """All updates of the branch."""
         return sum(self.sizes)
 
     @property
     def columns(self) -> int:
-        """About how wide it is, in leaves."""
+        """The approximate width, in leaves."""
         if self.role is None:
             return 2
         return max(2, min(BOXES, len(self.leaves)), sum(branch.columns for branch in self.branches))
 
     @property
     def label(self) -> str:
-        """It in a line of words."""
+        """The branch in a line of words."""
         updates = count(self.updates, "update")
         if self.role is None:
             like = f"like it on {self.node if len(self.nodes) == 1 else f'{len(self.nodes):,} nodes'}"
@@ -100,9 +100,9 @@ def each(sizes: Sequence[int]) -> str:
 def outline(tasks: Sequence[Task]) -> Branch:
     """The tree of a plan's tasks, abbreviated; the top is its root.
 
-    What feeds a task is alike if it is on the same node, or from several, or each from one other and equally high. Of n
-    that are alike, c columns wide at most, all are drawn if ``n * c <= COLUMNS + BOXES``, else the first
-    ``max(1, COLUMNS // c)``.
+    Branches that feed a task are alike if they are on the task's node, or each over several nodes, or each on one other
+    node and equally high. If n branches, at most c columns wide, are alike, all are drawn if
+    ``n * c <= COLUMNS + BOXES``, else the first ``max(1, COLUMNS // c)``.
     """
     made: list[Branch] = []
     for task in tasks:
@@ -126,7 +126,7 @@ def outline(tasks: Sequence[Task]) -> Branch:
 
 
 def _together(inputs: Sequence[Branch]) -> list[Branch]:
-    """The same, with the leaves of a node as one branch."""
+    """The inputs, with the leaves of a node as one branch."""
     left: list[Branch] = []
     leaves: dict[str, list[Branch]] = {}
     for branch in inputs:
@@ -152,7 +152,8 @@ def _together(inputs: Sequence[Branch]) -> list[Branch]:
 def _abbreviated(inputs: Sequence[Branch], node: str) -> Iterator[Branch]:
     alike: dict[str | int, list[Branch]] = {}
     for branch in inputs:
-        # Subtrees that differ in height lie side by side at every level: each would be drawn, and its own so again.
+        # "several nodes" ignores the height: subtrees of several heights lie side by side at every level, and if
+        # each height were a kind, one of each would be drawn, and again of each of their inputs.
         kind = "here" if branch.nodes == (node,) else "several nodes" if len(branch.nodes) > 1 else branch.height
         alike.setdefault(kind, []).append(branch)
     for group in alike.values():
@@ -168,13 +169,13 @@ def _abbreviated(inputs: Sequence[Branch], node: str) -> Iterator[Branch]:
 # ---------------------------------------------------------------- the picture
 
 BOX, GAP, PAD = 46, 8, 14
-"""Width of a leaf's box, what is between two, and between them and the edge of their node; in pixels."""
+"""Width of a leaf's box, the gap between two boxes, and that between boxes and the edge of their node, in pixels."""
 ROW, THICK = 92, 32
-"""From one level to the next, and the height of a box."""
+"""Distance from one level to the next, and the height of a box."""
 MARGIN, HEAD = 22, 74
-"""Around the picture, and above the tree for its title."""
+"""Space around the picture, and above the tree for its title."""
 MORE = 150
-"""Width of what stands for subtrees that are not drawn."""
+"""Width of the card for subtrees that are not drawn."""
 INK, MUTED, LINE, PAPER, CARD = "#1f2430", "#566070", "#8a94a3", "#fbfbf8", "#eef1f6"
 FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif"
 
@@ -182,8 +183,8 @@ FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif"
 def tree_svg(tasks: Sequence[Task], head: str, line: str, label: str) -> str:
     """A plan's tree as an SVG element: the top above, its nodes as cards, their leaves as boxes with their updates.
 
-    `head` and `line` stand above it, `label` is for who cannot see it. The picture brings its own light background, so
-    that it is legible in a dark notebook too, and refers to nothing outside. A tooltip tells whose updates a leaf has.
+    `head` and `line` are above the tree; `label` is for screen readers. The picture has its own light background, so
+    that it is legible in a dark notebook too, and refers to nothing outside. A tooltip names the clients of a leaf.
     Names are escaped.
     """
     root = outline(tasks)
@@ -211,7 +212,7 @@ def tree_svg(tasks: Sequence[Task], head: str, line: str, label: str) -> str:
 
 
 class _Picture:
-    """Places of all that is drawn, from the widths of what is below, and the elements in three layers."""
+    """Places all branches, by the widths of the branches below them, and holds the elements in three layers."""
 
     def __init__(self, root: Branch) -> None:
         self.root = root
@@ -222,7 +223,7 @@ class _Picture:
         self.height = (root.height - 1) * ROW + THICK + 2 * PAD + 24
 
     def draw(self, left: float, top: float) -> None:
-        """Draws the tree with its left upper corner there."""
+        """Draws the tree with its left upper corner at (left, top)."""
         self.left, self.top = left, top
         self._draw(self.root, left, self.width, None, is_root_of_node=len(self.root.nodes) == 1)
 
@@ -239,7 +240,7 @@ class _Picture:
 
     @staticmethod
     def _is_root_of_node(branch: Branch, parent: Branch) -> bool:
-        """A node's card is around what is all on it, under a task that is over several nodes."""
+        """True if a card is drawn around the branch: it is on one node, and feeds a task that is over several nodes."""
         return branch.role is not None and len(branch.nodes) == 1 and len(parent.nodes) > 1
 
     @staticmethod
@@ -252,7 +253,7 @@ class _Picture:
     def _draw(
         self, branch: Branch, left: float, width: float, over: tuple[float, int] | None, is_root_of_node: bool
     ) -> None:
-        """Draws the branch in its columns; `over` is the middle and the height of what it feeds."""
+        """Draws the branch in its columns; `over` is the middle and the height of the branch that it feeds."""
         x, y = left + width / 2, self._y(branch.height)
         bottom = self._y(1) + THICK + PAD + 24
         if branch.role is None:
@@ -288,7 +289,7 @@ class _Picture:
             self._edge(at + BOX / 2, y, over)
             n = len(task.clients)
             short = f"{n:,}" if n < 100_000 else f"{n // 1000:,}k"
-            self.boxes.append(_box(at, y, BOX, Role.LEAF, short, _told(task), 6))
+            self.boxes.append(_box(at, y, BOX, Role.LEAF, short, _clients(task), 6))
             at += BOX + GAP
         if rest := branch.leaves[shown:]:
             self._edge(at + BOX / 2, y, over, " stroke-dasharray='4 4'")
@@ -301,7 +302,7 @@ class _Picture:
             )
 
     def _draw_more(self, branch: Branch, left: float, y: float, bottom: float) -> None:
-        if len(branch.nodes) != len(branch.sizes):  # no nodes, and so none as high as those beside it
+        if len(branch.nodes) != len(branch.sizes):  # no whole nodes, so the card is not as high as the cards beside it
             bottom = y + THICK + PAD + 24
         for shift in (8, 4, 0) if len(branch.sizes) > 1 else (0,):  # a pile of cards
             self.cards.append(
@@ -317,7 +318,7 @@ class _Picture:
             self.boxes.append(_text(left + (MORE - 8) / 2, middle + 18 * i, line, 12, weight=400 if i else 600))
 
     def _edge(self, x: float, y: float, over: tuple[float, int] | None, style: str = "") -> None:
-        """From the upper edge of something to what it feeds: straight up first, so that it crosses no other card."""
+        """Draws a line from a branch to the one that it feeds: straight up first, so that it crosses no card."""
         if over is None:
             return
         end_x, height = over
@@ -340,8 +341,8 @@ def _pill_text(branch: Branch) -> str:
     return branch.role.value if len(branch.nodes) == 1 else f"{branch.role.value} on {branch.node}"
 
 
-def _told(task: Task) -> str:
-    """Whose updates a leaf folds; the first of them by name."""
+def _clients(task: Task) -> str:
+    """The text of a leaf's tooltip: its clients, the first of them by name."""
     names = ", ".join(task.clients[:8])
     more = f" and {len(task.clients) - 8:,} more" if len(task.clients) > 8 else ""
     return f"leaf on {task.node}, {count(len(task.clients), 'update')}: {names}{more}"
@@ -366,17 +367,17 @@ def _text(
 
 
 def _escaped(text: str) -> str:
-    """For XML, which cannot have control characters even escaped."""
+    """Text for XML, which cannot have control characters even if they are escaped."""
     return html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _text_width(text: str, size: int) -> float:
-    """About its width in pixels: fonts differ, and letters beyond Latin may be twice as wide."""
+    """The approximate width in pixels: fonts differ, and letters beyond Latin may be twice as wide."""
     return sum(0.6 if c < "\u0250" else 1.1 for c in text) * size
 
 
 def _clipped(text: str, width: float, size: int) -> str:
-    """As much of it as fits."""
+    """The part of the text that fits."""
     if _text_width(text, size) <= width:
         return text
     while text and _text_width(text, size) > width - size:

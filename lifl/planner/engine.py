@@ -1,8 +1,8 @@
 """Virtual time: events, and machines whose jobs share their cores and their memory bus.
 
-Knows nothing of rounds. A job is a number of seconds that one core needs for it alone; what it takes among others
-follows from :meth:`Machine.rates`. Each job of a kind goes at the same rate, so each ends when the kind's clock, which
-runs at that rate, has moved by its seconds: an event costs O(log jobs), however many there are.
+Knows nothing of rounds. A job has the seconds that one core needs for it alone; its time among other jobs follows from
+:meth:`Machine.rates`. All jobs of a kind proceed at the same rate. So a job ends when the kind's clock, which runs at
+that rate, has moved by the job's seconds: an event costs O(log jobs).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import inf
 from typing import Any
 
 CPU, MEMORY = 0, 1
-"""What a job waits for: a core, or a core and the memory bus."""
+"""Kinds of jobs: one needs a core, or a core and the memory bus."""
 
 Done = Callable[[], object]
 
@@ -26,7 +26,7 @@ class Machine:
     cores : int
         c.
     parallel : float
-        P, how many cores' worth of memory-bound work the bus carries: 1 to c.
+        P, the memory-bound work that the bus carries, in cores: 1 to c.
     """
 
     __slots__ = ("_clocks", "_jobs", "_now", "_rates", "cores", "cpu_s", "parallel", "version")
@@ -41,10 +41,10 @@ class Machine:
         self._jobs: tuple[list[tuple[float, int, Done]], list[tuple[float, int, Done]]] = ([], [])
 
     def rates(self) -> list[float]:
-        """How fast a job of each kind goes, as a part of what it does alone.
+        """The rate of a job of each kind, as a part of its rate alone.
 
-        With n jobs on c cores, m of which need the bus: ``min(1, c / n)`` for one that needs a core, and
-        ``min(1, c / n, P / m)`` for one that needs the bus too.
+        With n jobs on c cores, m of which need the bus: ``min(1, c / n)`` for a job that needs a core, and
+        ``min(1, c / n, P / m)`` for a job that needs the bus too.
         """
         m = len(self._jobs[MEMORY])
         n = m + len(self._jobs[CPU])
@@ -62,14 +62,14 @@ class Machine:
             self._now = now
 
     def add(self, kind: int, seconds: float, order: int, done: Done) -> None:
-        """One more job, from now on."""
+        """Adds a job, from now on."""
         if not self._jobs[kind]:
-            self._clocks[kind] = 0.0  # no job is older: small numbers keep their digits
+            self._clocks[kind] = 0.0  # no job refers to this clock: small numbers keep their digits
         heappush(self._jobs[kind], (self._clocks[kind] + seconds, order, done))
         self._rates = self.rates()
 
     def next_end(self) -> tuple[float, int]:
-        """When the next job ends if none is added, and of which kind it is."""
+        """The time at which the next job ends if none is added, and its kind."""
         when, which = inf, CPU
         for kind in (CPU, MEMORY):
             if jobs := self._jobs[kind]:
@@ -79,7 +79,7 @@ class Machine:
         return when, which
 
     def end_next(self) -> Done:
-        """Takes the job away that ends now; what is to be done then."""
+        """Removes the job that ends now, and returns its `done`."""
         kind = self.next_end()[1]
         end, _, done = heappop(self._jobs[kind])
         self._clocks[kind] = max(self._clocks[kind], end)
@@ -108,14 +108,14 @@ class Engine:
         self._expect(machine)
 
     def _expect(self, machine: Machine) -> None:
-        machine.version += 1  # what was expected before is void
+        machine.version += 1  # the end that was expected before is void
         end = machine.next_end()[0]
         if end < inf:
             self._order += 1
             heappush(self._events, (end, self._order, machine, machine.version))
 
     def run(self) -> None:
-        """Until nothing is left to happen."""
+        """Runs until no event is left."""
         while self._events:
             time, _, what, version = heappop(self._events)
             if version < 0:

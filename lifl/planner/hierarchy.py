@@ -1,7 +1,7 @@
-"""The tree: which aggregations there are, on which node, and which feeds which.
+"""The tree: the aggregations, their nodes, and the aggregation that each one feeds.
 
 LIFL (MLSys 2024): two levels on each node, ceil(Q_i / I) leaves of I updates and one middle, and one top over all
-nodes. Here with no useless level: nothing but a leaf has a single input.
+nodes. Here no level is useless: only a leaf may have a single input.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAN_IN = 2
 
 
 class Role(StrEnum):
-    """What a runtime does in a tree."""
+    """The role of a worker in a tree."""
 
     LEAF = "leaf"
     MIDDLE = "middle"
@@ -33,21 +33,21 @@ class Role(StrEnum):
 
 @attrs.frozen
 class Task:
-    """One aggregation, done by one runtime.
+    """An aggregation, done by one worker.
 
     Attributes
     ----------
     number : int
-        Its place in the plan's ``tasks``; the tasks that feed it come before it.
+        The task's place in the plan's ``tasks``; the tasks that feed it come before it.
     node : str
     role : Role
         A tree of one task is a top that has clients.
     clients : tuple of str
-        Whose updates it folds.
+        The clients whose updates the task folds.
     inputs : tuple of int
-        The tasks whose sums it adds up.
+        The tasks whose sums the task adds up.
     feeds : int or None
-        The task that takes its sum; None: it is the top and makes the mean.
+        The task that takes the sum; None: the task is the top and makes the mean.
     """
 
     number: int
@@ -73,7 +73,7 @@ class _Draft:
         return number
 
     def reduce(self, inputs: Sequence[int], arity: int) -> list[int]:
-        """One more level: what is left when every `arity` of them have a task over them, on the node of the first."""
+        """Adds a level: a task over every `arity` inputs, on the first one's node. Returns the next level's inputs."""
         left = []
         for part in _even_parts(inputs, -(-len(inputs) // arity)):
             left.append(part[0] if len(part) == 1 else self.add(self.rows[part[0]][0], inputs=part))
@@ -94,18 +94,18 @@ def build_tree(
     """The tasks for the placed clients; one of them, the last, is the top.
 
     Node i, with n_i clients, gets ``L_i = min(ceil(n_i / fan_in), cores_i)`` leaves of ``n_i / L_i`` updates each (they
-    differ by one at most): more leaves than cores only take turns and write more partial sums. In this round n_i is
-    LIFL's Q_i, all that the node has to do; what it does for others has already made its room smaller. A node with
-    several leaves has a middle over them, so that one sum leaves it. The top is on the node with the most clients (the
-    first of those), whose sums would be the most to move; the leaves there feed it directly.
+    differ by one at most): more leaves than cores would only take turns and write more partial sums. In this round n_i
+    is LIFL's Q_i, all that the node has to do; its work for others has already made its room smaller. A node with
+    several leaves has a middle over them, so that one sum leaves the node. The top is on the node with the most clients
+    (the first, if several have as many), whose sums would be the most to move; the leaves there feed the top directly.
 
     Parameters
     ----------
     placement : Placement
     nodes : sequence of ServerNode
-        With all those of the placement.
+        All nodes of the placement, and perhaps others.
     fan_in : int
-        I, updates of a leaf; exceeded only where the cores are too few.
+        I, updates of a leaf; a leaf has more only where the cores are too few.
     arity : int, optional
         The most inputs that a task other than a leaf may have; levels are added as needed, on a node before between
         nodes. Default: no bound, which is LIFL's two levels on a node.
@@ -115,11 +115,11 @@ def build_tree(
     if fan_in < 1 or (arity is not None and arity < 2):
         raise PlanError(f"fan_in={fan_in}, arity={arity}: give a fan_in of 1 at least and an arity of 2 at least")
     if arity is None:
-        arity = max(2, sum(len(group.clients) for group in placement.groups))  # more than there can be inputs
+        arity = max(2, sum(len(group.clients) for group in placement.groups))  # no task can have more inputs
     cores = {node.name: node.cores for node in nodes}
     draft = _Draft()
     home = max(range(len(placement.groups)), key=lambda i: (len(placement.groups[i].clients), -i))
-    # The top's own node comes last: its leaves may feed the top, which has to come after all that feed it.
+    # The top's own node is last: its leaves may feed the top, which has to come after all tasks that feed it.
     away = [group for i, group in enumerate(placement.groups) if i != home]
     sums = [_reduce_to(draft, _leaves(draft, group, cores, fan_in), 1, arity)[0] for group in away]
     here = _leaves(draft, placement.groups[home], cores, fan_in)
@@ -137,7 +137,7 @@ def _leaves(draft: _Draft, group: Group, cores: Mapping[str, int], fan_in: int) 
 
 
 def _reduce_to(draft: _Draft, inputs: list[int], at_most: int, arity: int) -> list[int]:
-    """As many levels more as leave `at_most` of the inputs."""
+    """Adds levels until at most `at_most` inputs are left."""
     while len(inputs) > at_most:
         inputs = draft.reduce(inputs, arity)
     return inputs
@@ -151,7 +151,7 @@ def _even_parts(items: Sequence[T], count: int) -> list[Sequence[T]]:
 
 
 def depth(tasks: Sequence[Task]) -> int:
-    """How many tasks the longest way from an update to the mean goes through."""
+    """The number of tasks on the longest way from an update to the mean."""
     levels: list[int] = []
     for task in tasks:
         levels.append(1 + max((levels[i] for i in task.inputs), default=0))

@@ -1,7 +1,7 @@
-"""Which node aggregates whose update.
+"""Placement: the node that aggregates each client's update.
 
-Locality first: an update stays on the node on which it lands. The others are placed by a rule. An update takes one of
-a node's places (LIFL, MLSys 2024: residual capacity); no node is given more than it has room for.
+Locality is first: an update stays on the node on which it lands. The other updates are placed by a rule. An update
+takes one of a node's places (LIFL, MLSys 2024: residual capacity); no node gets more updates than it has room for.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lifl.planner.load import ServerNode
 
 
 class Rule(StrEnum):
-    """How clients are placed that have landed nowhere yet.
+    """The rule for clients whose updates have not landed.
 
-    ``BEST_FIT`` is lifl's, the others are there to compare with.
+    ``BEST_FIT`` is lifl's; the others are for comparison.
     """
 
     BEST_FIT = "best-fit"
@@ -40,14 +40,14 @@ class Group:
 
 @attrs.frozen
 class Placement:
-    """Who is where.
+    """The clients of each node.
 
     Attributes
     ----------
     groups : tuple of Group
         The nodes that have clients, in the order of the nodes.
     waiting : tuple of str
-        Clients for whom no node has room now: the next plan, when others are done, has them first.
+        Clients for whom no node has room now; the next plan places them first.
     """
 
     groups: tuple[Group, ...]
@@ -70,14 +70,15 @@ def place(
     Parameters
     ----------
     clients : sequence of str
-        Each once.
+        No client twice.
     nodes : sequence of ServerNode
-        Each name once.
+        No name twice.
     rule : Rule
-        For the clients that are not on one of the nodes already.
+        The rule for clients that are on none of the nodes yet.
     at : mapping of str to str, optional
-        Client to node: where its update lands, or where an earlier plan has put it. It stays there while there is
-        room, so that removing a node moves that node's clients alone. Names of other nodes count as nowhere.
+        Client to node: the node on which its update lands, or on which an earlier plan has put it. The client stays
+        there while there is room, so that removing a node moves only that node's clients. Names of unknown nodes are
+        ignored.
 
     Raises ``PlanError`` if there is no client or no node, if a name is there twice, or if no node has any room.
     """
@@ -117,17 +118,17 @@ def _check(clients: Sequence[str], nodes: Sequence[ServerNode]) -> None:
 
 
 Shares = list[tuple[str, int]]
-"""How many clients each node takes, in the order in which they are taken."""
+"""Nodes and the numbers of clients that they take, in the order in which clients are given to them."""
 
 
 def _best_fit(n: int, room: Mapping[str, int], used: Sequence[str]) -> Shares:
-    """As few nodes as can be.
+    """Uses as few nodes as possible.
 
-    First the places of nodes that carry the tree already. Then all that is left goes to the node with the least room
-    that still fits all of it; if none does, the node with the most room is filled, and so on.
+    First come the places of nodes that have clients already. Then all other clients go to the node with the least room
+    that fits them all; if no node does, the node with the most room is filled, and so on.
 
-    Best fit of single updates would fill the smallest nodes first and so use more nodes than worst fit, whose place is
-    the largest (rooms 1, 1, 1, 10 and four clients: four nodes against one). What has to fit is the group.
+    Best fit of single updates would fill the smallest nodes first and so use more nodes than worst fit, which takes
+    the largest (rooms 1, 1, 1, 10 and four clients: four nodes against one). So the group has to fit.
     """
     shares: Shares = []
     for name in used:
@@ -145,7 +146,7 @@ def _best_fit(n: int, room: Mapping[str, int], used: Sequence[str]) -> Shares:
 
 
 def _worst_fit(n: int, room: Mapping[str, int], used: Sequence[str]) -> Shares:
-    """Each client to the node with the most room left: as even as can be, over as many nodes as can be."""
+    """Gives each client to the node with the most room left: as evenly and over as many nodes as possible."""
     heap = [(-places, i, name) for i, (name, places) in enumerate(room.items()) if places]
     heapq.heapify(heap)
     taken: dict[str, int] = {}
@@ -162,7 +163,7 @@ def _worst_fit(n: int, room: Mapping[str, int], used: Sequence[str]) -> Shares:
 
 
 def _first_fit(n: int, room: Mapping[str, int], used: Sequence[str]) -> Shares:
-    """Each client to the first node, in their order, that has room."""
+    """Gives each client to the first node, in their order, that has room."""
     shares: Shares = []
     for name, places in room.items():
         if n and places:
@@ -172,13 +173,13 @@ def _first_fit(n: int, room: Mapping[str, int], used: Sequence[str]) -> Shares:
 
 
 def _round_robin(n: int, room: Mapping[str, int], used: Sequence[str]) -> Shares:
-    """One client to each node in turn, while it has room."""
+    """Gives a client to each node in turn, while the node has room."""
     taken = dict.fromkeys(room, 0)
     while n:
         free = [name for name, places in room.items() if taken[name] < places]
         if not free:
             break
-        # Whole turns at once: as many as the fullest of them can take part in.
+        # Whole turns at once: as many as the fullest of the nodes has room for.
         turns = max(1, min(n // len(free), min(room[name] - taken[name] for name in free)))
         for name in free[:n]:
             taken[name] += turns

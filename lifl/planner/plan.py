@@ -1,4 +1,4 @@
-"""A plan: who is aggregated where, in which tree, by how many processes, and the routes that follow from it."""
+"""A plan: the node of each update, the tree, the processes, and the routes that follow from them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lifl.planner.timing import Timing
 
 @attrs.frozen(repr=False)
 class Plan:
-    """What is to be done for one round. A value: the runtime carries it out.
+    """The plan of one round, a value; it does nothing itself.
 
     Attributes
     ----------
     nodes : tuple of ServerNode
-        Those it was made for, whether or not they have a part in it.
+        The nodes that the plan was made for, with updates or without.
     placement : Placement
     tasks : tuple of Task
-        What feeds a task comes before it; the last is the top.
+        The tasks that feed a task come before it; the last task is the top.
     reuse : Reuse
     timing : Timing
     rule, fan_in, arity, is_reusing
-        What it was made with, see :func:`make_plan`; the next plan is made with the same.
+        The arguments of :func:`make_plan`; the next plan is made with the same.
     """
 
     nodes: tuple[ServerNode, ...]
@@ -49,12 +49,12 @@ class Plan:
 
     @property
     def leaves(self) -> tuple[Task, ...]:
-        """The tasks that fold updates; in a tree of one task that is the top."""
+        """The tasks that fold updates; in a tree of one task this is the top."""
         return tuple(task for task in self.tasks if task.clients)
 
     @property
     def levels(self) -> int:
-        """How many tasks the longest way from an update to the mean goes through."""
+        """The number of tasks on the longest way from an update to the mean."""
         return depth(self.tasks)
 
     @property
@@ -64,20 +64,20 @@ class Plan:
 
     @property
     def updates(self) -> int:
-        """Clients whose updates are aggregated; those that wait are not among them."""
+        """Clients whose updates are aggregated; clients that wait do not count."""
         return sum(len(group.clients) for group in self.placement.groups)
 
     @property
     def channels(self) -> tuple[tuple[int, int], ...]:
-        """The edges of the tree: (task, the task that takes its sum), by their numbers."""
+        """The edges of the tree: (task, the task that takes its sum), by number."""
         return tuple((task.number, task.feeds) for task in self.tasks if task.feeds is not None)
 
     @property
     def routes(self) -> dict[str, dict[int, int | str]]:
-        """The routing table of each node that has a part, from which that of its transport is made.
+        """The routing table of each node that has updates; the table of its transport is made from it.
 
-        For each task whose sum is made on the node or comes to it: the process (slot) on this node that takes the
-        sum, or the name of the node to send it to.
+        For each task whose sum is made on the node or arrives there, the table has the process (slot) on this node
+        that takes the sum, or the name of the node to send it to.
         """
         tables: dict[str, dict[int, int | str]] = {group.node: {} for group in self.placement.groups}
         for number, feeds in self.channels:
@@ -90,8 +90,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values for JSON: the totals, and the topology as a graph.
 
-        ``nodes`` are those of the plan, with their updates (0: no part in it); ``tasks`` the vertices and ``channels``
-        the edges, both as in the plan; ``routes`` the table of each node (its keys are strings in JSON).
+        ``nodes`` are those of the plan, with the number of their updates; ``tasks`` are the vertices and ``channels``
+        the edges, both as in the plan; ``routes`` is the table of each node (its keys are strings in JSON).
         """
         here = {group.node: len(group.clients) for group in self.placement.groups}
         return {
@@ -131,7 +131,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        """One line: updates, nodes, levels, leaves, processes, and who waits."""
+        """A line: updates, nodes, levels, leaves, processes, timing, and clients that wait."""
         waiting = len(self.placement.waiting)
         return ", ".join(
             (
@@ -147,11 +147,11 @@ class Plan:
         )
 
     def __repr__(self) -> str:
-        # All that is in a plan is megabytes; `to_dict` has it.
+        # The whole plan would be megabytes; `to_dict` has it.
         return f"<Plan: {self}>"
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it."""
+        """The picture of the tree, as a notebook shows the plan."""
         head = f"{count(self.updates, 'update')} on {self.nodes_used:,} of {count(len(self.nodes), 'node')}"
         line = str(self).partition("nodes, " if len(self.nodes) > 1 else "node, ")[2]
         return tree_svg(self.tasks, head, line, f"plan: {self}")
@@ -168,7 +168,7 @@ def make_plan(
     timing: Timing = "eager",
     is_reusing: bool = True,
 ) -> Plan:
-    """Plans one round: placement, then the tree, then the processes. Time grows linearly with the clients.
+    """Plans one round: placement, then the tree, then the processes. The time grows linearly with the clients.
 
     See :func:`~lifl.planner.placement.place`, :func:`~lifl.planner.hierarchy.build_tree` and
     :func:`~lifl.planner.reuse.assign_processes` for the arguments and the rules.
@@ -185,17 +185,17 @@ def replan(plan: Plan, nodes: Sequence[ServerNode], clients: Sequence[str] | Non
     """The next plan, which moves as few updates as it can.
 
     A client c that `plan` put on node i stays there if i is among `nodes` and ``RC'_i > s``, with RC'_i the room that i
-    has now and s how many clients before c have stayed on it. So ``max(0, n_i - RC'_i)`` of a node's n_i clients move,
-    all n_i of a node that is gone, and none of another. Who moves, who waited and who is new is placed by the plan's
-    rule. Nothing has changed: the same plan.
+    has now and s the number of clients before c that stay on it. So ``max(0, n_i - RC'_i)`` of a node's n_i clients
+    move, and all n_i of a node that is gone. Clients that move, waited or are new are placed by the plan's rule. If
+    nothing has changed, the plan is the same.
 
     Parameters
     ----------
     plan : Plan
     nodes : sequence of ServerNode
-        As they are now. Their loads are what they do besides this round.
+        The nodes as they are now. Their loads are their work besides this round.
     clients : sequence of str, optional
-        Those of the next round. Default: the same, those that waited first.
+        The clients of the next round. Default: the same; those that waited come first.
 
     Raises ``PlanError`` when there is no plan.
     """
@@ -213,11 +213,11 @@ def replan(plan: Plan, nodes: Sequence[ServerNode], clients: Sequence[str] | Non
 
 
 def needs_replan(plan: Plan, nodes: Sequence[ServerNode], threshold: float = REPLAN_THRESHOLD) -> bool:
-    """True if the plan should be made anew inside its round; between rounds it is made anew anyway.
+    """True if the plan should be made anew during its round; between rounds it is made anew anyway.
 
-    That is so if a node that has n_i > 0 of the clients is gone, has too little room now (``RC'_i < n_i``), or has a
-    load that :func:`~lifl.planner.load.has_changed` by more than `threshold`; or if clients wait and there is a place
-    again (``RC'_i > n_i`` for some node).
+    A new plan is needed if a node that has n_i > 0 of the clients is gone, has too little room now (``RC'_i < n_i``),
+    or has a load that :func:`~lifl.planner.load.has_changed` by more than `threshold`; or if clients wait and a node
+    has a free place again (``RC'_i > n_i``).
 
     Raises ``ValueError`` for a threshold outside 0 to 1.
     """

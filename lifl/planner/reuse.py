@@ -1,7 +1,7 @@
-"""Which process does which task: the one that is done first becomes the next level, before any is started.
+"""The process for each task: a process that is done first takes a task of the next level, before any is started.
 
-LIFL (MLSys 2024): a runtime that has sent its sum is free, and holds nothing of the round. The first leaf of a node
-that is done becomes its middle, and one of those the top; so a node needs as many processes as it has leaves.
+LIFL (MLSys 2024): a worker that has sent its sum is free, and holds nothing of the round. The first leaf of a node
+that is done becomes its middle, and one of the middles becomes the top; so a node needs as many processes as leaves.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Reuse:
     Attributes
     ----------
     slots : tuple of int
-        For each task, which of its node's processes does it, from 0. Which process is done first is known only when
-        it is; the plan says how many are needed, and names the first leaf.
+        For each task the number of its process on its node, from 0. The plan cannot know which process is done first;
+        it has the number of processes, and names the first leaf's.
     needed, started : dict of str to int
-        Per node: processes, and how many of them are not warm yet.
+        For each node: its processes, and how many of them are not warm yet.
     """
 
     slots: tuple[int, ...]
@@ -34,10 +34,10 @@ class Reuse:
 
 
 def assign_processes(tasks: Sequence[Task], nodes: Sequence[ServerNode], is_reusing: bool = True) -> Reuse:
-    """A process for each task: ``started_i = max(0, needed_i - warm_i)``.
+    """Gives each task a process; ``started_i = max(0, needed_i - warm_i)``.
 
     With reuse a task over others takes the process of the first of them that is on its node, which is free by then.
-    Without it every task has a process of its own, and none is warm: what a serverless platform does cold.
+    Without reuse every task has a process of its own, and none is warm, as on a serverless platform that starts cold.
     """
     slots: list[int] = []
     needed: Counter[str] = Counter()

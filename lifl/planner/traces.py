@@ -1,7 +1,7 @@
-"""When the updates of a round arrive, and where: made up, with a seed, or as measured.
+"""Traces: the times and nodes at which the updates of a round arrive, made up with a seed or measured.
 
-The settings of LIFL's paper (MLSys 2024) are second hand: numbers of clients, models and delays are known, the rest is
-an argument.
+The settings of LIFL's paper (MLSys 2024) are second hand: the numbers of clients, the models and the delays are known;
+everything else is an argument.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESNET34 = Sizes.of_float32(21_797_672)
 RESNET152 = Sizes.of_float32(60_192_808)
 
 LONGEST_DELAY_S = 60.0
-"""Of a client of the paper's ResNet-18 setting, each of which is delayed by 0 to so many seconds."""
+"""The longest delay of a client in the paper's ResNet-18 setting; each is delayed by 0 to so many seconds."""
 
 ABLATION_NODES = 5
 ABLATION_CAPACITY = 20
@@ -36,15 +36,15 @@ def _sorted(instance: object, attribute: attrs.Attribute[tuple[float, ...]], tim
 
 @attrs.frozen
 class Trace:
-    """The updates of one round. They are of one model, so all have one size.
+    """The updates of one round. All are of one model, and so of one size.
 
     Attributes
     ----------
     times_s : tuple of float
-        When each update's bytes are at the door, seconds, sorted.
+        The time of each update's arrival, when its bytes are there, in seconds, sorted.
     sizes : Sizes
     landing : tuple of str or None
-        The node at which each client is bound to land its update; None: any. Default: any, for all.
+        The node on which each client has to land its update; None: any node. Default: any node for all.
     """
 
     times_s: tuple[float, ...] = attrs.field(validator=_sorted)
@@ -70,30 +70,30 @@ class Trace:
         return (len(self) - 1) / passed if passed > 0 else math.inf
 
     def landing_on(self, nodes: Sequence[str]) -> Trace:
-        """The same, with the clients bound to `nodes` in turn, as an ordinary load balancer spreads them."""
+        """The trace with the clients bound to `nodes` in turn, as an ordinary load balancer spreads them."""
         return attrs.evolve(self, landing=tuple(nodes[i % len(nodes)] for i in range(len(self))))
 
 
 def at_once(n: int, sizes: Sizes) -> Trace:
-    """All of them at the door at time 0."""
+    """All updates arrive at time 0."""
     return Trace((0.0,) * n, sizes)
 
 
 def uniform(n: int, window_s: float, sizes: Sizes, random: Random) -> Trace:
-    """Each at a time of its own in 0 to `window_s`, none likelier than another."""
+    """Each update arrives at a random time in 0 to `window_s`, uniformly."""
     return Trace(tuple(sorted(random.uniform(0.0, window_s) for _ in range(n))), sizes)
 
 
 def evenly(n: int, window_s: float, sizes: Sizes) -> Trace:
-    """Update i at ``i * window_s / (n - 1)``: they trickle in, the first at 0 and the last at the end."""
+    """Update i arrives at ``i * window_s / (n - 1)``: they trickle in, the first at 0 and the last at the end."""
     return Trace(tuple(i * window_s / max(1, n - 1) for i in range(n)), sizes)
 
 
 def heavy_tailed(n: int, median_s: float, sizes: Sizes, random: Random, alpha: float = 1.5) -> Trace:
     """Stragglers: delays with a Pareto tail, ``P(delay > t) = (1 + t / s) ** -alpha``.
 
-    Half are in by `median_s`, which makes ``s = median / (2 ** (1 / alpha) - 1)``. The smaller alpha, the later the
-    last: with 1.5 the mean exists and the variance does not.
+    Half of them arrive by `median_s`, so ``s = median / (2 ** (1 / alpha) - 1)``. The smaller alpha, the later the last
+    one: with 1.5 the mean exists and the variance does not.
     """
     scale = median_s / (2 ** (1 / alpha) - 1)
     return Trace(tuple(sorted(scale * (random.paretovariate(alpha) - 1) for _ in range(n))), sizes)
@@ -105,13 +105,13 @@ def paper_resnet18(random: Random, clients: int = 120) -> Trace:
 
 
 def paper_resnet152(random: Random, clients: int = 15, window_s: float = LONGEST_DELAY_S) -> Trace:
-    """The paper's servers as clients: 15 of ResNet-152. Over which window they answer is not known."""
+    """The paper's servers as clients: 15 of ResNet-152. The window in which they reply is not known."""
     return uniform(clients, window_s, RESNET152, random)
 
 
 def ablation(updates: int, nodes: int = ABLATION_NODES, sizes: Sizes = RESNET18, window_s: float = 0.0) -> Trace:
-    """The paper's ablation: 20, 60 or 100 updates for 5 nodes; on more nodes as many for each of them.
+    """The paper's ablation: 20, 60 or 100 updates for 5 nodes, and as many for each node if there are more.
 
-    ``updates * nodes / 5``, rounded up, evenly over `window_s`; by default all at once.
+    The trace has ``updates * nodes / 5`` updates, rounded up, evenly over `window_s`; by default all at once.
     """
     return evenly(-(-updates * nodes // ABLATION_NODES), window_s, sizes)

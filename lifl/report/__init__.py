@@ -1,1 +1,1 @@
-"""The record of a finished round: numbers, result, and pictures of both."""
+"""The record of a finished round: the report, the result, and pictures of the report."""

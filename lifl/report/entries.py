@@ -10,12 +10,12 @@ import attrs
 
 @attrs.frozen
 class Contribution:
-    """One update that is in the model.
+    """An update that is in the model.
 
-    ``runtime`` is the worker that folded it (of several that did, each in its range of coordinates, the first),
-    ``arrived_s`` when it was ready in
-    the arena, ``folded_s`` when it was committed to a partial sum. ``clipped`` is the factor by which its
-    distance from the base model was reduced (1: it was not; see ``Limits.clipping_norm``).
+    ``runtime`` is the worker that folded the update (the first, if several folded it, each in its range of
+    coordinates). ``arrived_s`` is the time at which the update was ready in the arena, ``folded_s`` the time at which
+    it was committed to a partial sum. ``clipped`` is the factor by which its distance from the base model was reduced
+    (1: not reduced; see ``Limits.clipping_norm``).
     """
 
     client_id: str
@@ -28,7 +28,7 @@ class Contribution:
 
 @attrs.frozen
 class Rejection:
-    """One update that is not, by which rule, and what was wrong with it."""
+    """An update that was refused: the rule that it broke, and what was wrong with it."""
 
     client_id: str
     rule: str
@@ -37,11 +37,11 @@ class Rejection:
 
 @attrs.frozen
 class Span:
-    """What one runtime did for a while; times are seconds since the round was opened.
+    """A stretch of one worker's work; times are seconds since the round was opened.
 
-    ``runtime`` is the worker's number (0: the calling process; it lands updates, and folds if there are no
+    ``runtime`` is the worker's number (0: the calling process, which lands updates, and folds them if there are no
     workers). ``role`` is "gateway" (landing), "leaf", "middle", "top" or "shard" (one coordinate range of the
-    mean), ``step`` "receive", "aggregate" or "send". ``updates`` is how many updates (or sums) it was about.
+    mean). ``step`` is "receive", "aggregate" or "send". ``updates`` is the number of updates (or sums) in the work.
     """
 
     runtime: int

@@ -1,4 +1,4 @@
-"""The picture of a round with matplotlib, which is imported late: it is an extra (``lifl[plot]``)."""
+"""Painter of a round's shapes with matplotlib, which is imported late: it is an extra (``lifl[plot]``)."""
 
 from __future__ import annotations
 
@@ -11,31 +11,27 @@ from lifl.report.scene import (
     Scene,
     Shown,
     Window,
-    arrivals_in,
-    bars_in,
-    ends_at_mark,
     headline,
-    lane_of,
-    marks_in,
     plain,
     remarks,
-    role_labels,
-    roles_of,
     row_name,
     shorten,
     show_scene,
 )
+from lifl.report.shapes import ENLARGED, LEGEND, Block, Shape, Sign, Stroke, enlarged_part, shapes_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+MARKERS = {"tick": "|", "diamond": "D", "triangle": "v"}
 
 
 def draw(report: Shown, ax: Axes | None = None) -> Axes:
     """Draws a report: see :meth:`lifl.RoundReport.plot`."""
     scene = show_scene(report)
     if ax is None:
-        with _told():
+        with _naming_the_extra():
             from matplotlib import pyplot
 
             return _draw_all(report, scene, pyplot.figure(figsize=_size(scene), layout="constrained"))
@@ -45,9 +41,9 @@ def draw(report: Shown, ax: Axes | None = None) -> Axes:
 
 
 def make_figure(report: Shown) -> Figure:
-    """A figure for a file. It is not pyplot's, which would keep it, and choose a window system."""
+    """A figure for a file. pyplot does not make it: it would keep the figure, and choose a window system."""
     scene = show_scene(report)
-    with _told():
+    with _naming_the_extra():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=_size(scene), layout="constrained")
@@ -56,7 +52,7 @@ def make_figure(report: Shown) -> Figure:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _naming_the_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
@@ -65,70 +61,76 @@ def _told() -> Iterator[None]:
 
 
 def _size(scene: Scene) -> tuple[float, float]:
-    return 10.0, 1.6 + 0.45 * len(scene.runtimes)
+    return 10.0, 1.6 + 0.45 * len(scene.workers)
 
 
 def _draw_all(report: Shown, scene: Scene, figure: Figure) -> Axes:
     widths = [window.width_px for window in scene.windows]
     first, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for shape in enlarged_part(scene):
+        _paint(shape, first)
     for window, ax in zip(scene.windows, (first, *others), strict=True):
         _draw(scene, window, ax)
     for ax in others:
         ax.set_yticks([])
-        ax.set_xlabel("the end, enlarged: after the last update")
+        ax.set_xlabel(ENLARGED)
     title = "\n".join(filter(None, (plain(headline(report)), shorten(plain(remarks(report)), 120))))
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium", parse_math=False)
-    handles, labels = first.get_legend_handles_labels()
-    # Lines come first there; the steps shall.
-    handles, labels = handles[2:] + handles[:2], labels[2:] + labels[:2]
-    figure.legend(handles, labels, loc="outside lower left", ncols=6, fontsize="small", frameon=False)
+    handles, names = first.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower left", ncols=6, fontsize="small", frameon=False)
     return cast("Axes", first)
 
 
 def _draw(scene: Scene, window: Window, ax: Axes) -> None:
     from matplotlib import rcParams
+    from matplotlib.patches import Rectangle
 
     ink = rcParams["text.color"]
-    rows = {runtime: float(row) for row, runtime in enumerate(scene.runtimes)}
-    for row in rows.values():
-        ax.axhspan(row - 0.3, row + 0.3, color=ink, alpha=0.08, linewidth=0)
-    bars = sorted(bars_in(scene, window), key=lambda bar: bar.begin_s - bar.end_s)
     for step, colour in COLOURS.items():
-        ax.barh([0], [0], color=colour, label=step)  # for the legend, also of a step that does not occur
-    for bar in bars:
-        low, high = lane_of(scene, bar.runtime, bar.step)
-        y, width = rows[bar.runtime] - 0.3 + 0.6 * low, max(bar.end_s - bar.begin_s, window.least_s)
-        ax.barh(y, width, 0.6 * (high - low), bar.begin_s, align="edge", color=COLOURS.get(bar.step, ink))
-    arrivals = [at for at, _ in arrivals_in(scene, window)]
-    ax.plot(
-        arrivals, [-0.3] * len(arrivals), "|", color=ink, markersize=6, markeredgewidth=0.8, label="update has arrived"
-    )
-    for runtime, row in rows.items():
-        roles = roles_of(scene, runtime)
-        for at, is_end, text in role_labels(roles, window):
-            side = "right" if is_end else "left"
-            ax.text(window.at(at), row - 0.33, plain(text), ha=side, va="bottom", fontsize="x-small", parse_math=False)
-        changes = [begin for begin, _, _ in roles[1:] if window.has(begin)]
-        ax.vlines(changes, row - 0.34, row + 0.34, color=ink, linewidth=1.2)
-        ax.plot(changes, [row] * len(changes), "D", color=ink, markersize=4, label="" if row else "role changes")
-    for at, what, is_told in marks_in(scene, window):
-        ax.vlines(
-            at,
-            -0.65,
-            len(rows) - 0.5,
-            color=ink,
-            linewidth=1.2,
-            linestyle={"last update": ":", "predicted": "--"}.get(what, "-"),
-        )
-        if is_told:
-            side = "right" if ends_at_mark(what, window.x(at), window) else "left"
-            ax.text(at, -0.95 if what == "predicted" else -0.7, f" {what} ", ha=side, va="bottom", fontsize="x-small")
+        ax.add_patch(Rectangle((0, 0), 0, 0, color=colour, label=step))  # for the legend, also if no bar is so
+    for kind, text in LEGEND.items():
+        ax.plot([], [], MARKERS[kind], color=ink, markersize=5, label=text)
+    for shape in shapes_in(scene, window):
+        _paint(shape, ax)
     ax.set_xlim(window.begin_s, window.end_s)
-    ax.set_ylim(len(rows) - 0.5, -1.15)
-    ax.set_yticks(list(rows.values()), [row_name(runtime) for runtime in rows])
+    ax.set_ylim(len(scene.workers) - 0.5, -1.3)
+    ax.set_yticks(range(len(scene.workers)), [row_name(worker) for worker in scene.workers])
     ticks = list(window.ticks())
     ax.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(left=False)
-    ax.grid(axis="x", alpha=0.3)
-    ax.set_axisbelow(True)
+
+
+def _paint(shape: Shape, ax: Axes) -> None:
+    """Adds one shape. All have the same ``zorder``, so that a later one covers an earlier one, as in the SVG."""
+    from matplotlib import rcParams
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
+
+    ink = rcParams["text.color"]
+    # in_layout: a figure's layout measures each artist that is in it, and thousands of bars would take seconds.
+    if isinstance(shape, Block):
+        corner, width, height = (shape.begin_s, shape.top), shape.end_s - shape.begin_s, shape.bottom - shape.top
+        block = Rectangle(corner, width, height, color=shape.colour or ink, alpha=shape.opacity, linewidth=0, zorder=2)
+        block.set_in_layout(False)
+        ax.add_patch(block)
+    elif isinstance(shape, Stroke):
+        stroke = Line2D([shape.at_s] * 2, [shape.top, shape.bottom], color=ink, alpha=shape.opacity, zorder=2)
+        stroke.set(linewidth=0.8 * shape.width_px, linestyle=shape.style, solid_capstyle="butt", in_layout=False)
+        ax.add_line(stroke)
+    elif isinstance(shape, Sign):
+        ax.plot(shape.at_s, shape.y, MARKERS[shape.kind], color=ink, markersize=5, zorder=2)
+    else:
+        ax.annotate(
+            plain(shape.text),
+            (shape.at_s, shape.y),
+            xytext=(-shape.gap_px if shape.is_end else shape.gap_px, 0),
+            textcoords="offset points",
+            horizontalalignment="right" if shape.is_end else "left",
+            verticalalignment="baseline",
+            fontsize="small",
+            fontweight="bold" if shape.is_bold else "normal",
+            parse_math=False,
+            annotation_clip=False,
+            zorder=2,
+        )

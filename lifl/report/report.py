@@ -1,4 +1,4 @@
-"""What a round did: who counted, who did not and why, and where the time went. Values only; drawn elsewhere.
+"""The report of a round: updates that count, updates that do not and why, and times. Values only; drawn elsewhere.
 
 Times are seconds since the round was opened, on the monotonic clock.
 """
@@ -19,38 +19,38 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class RoundReport:
-    """A round as it really was.
+    """A round as it really went.
 
     Attributes
     ----------
     round : int
         The Node's number of the round.
     expected : int
-        How many updates it waited for.
+        Updates that the round waited for.
     timing, order : str
         As given to ``open_round``.
     accepted : tuple of Contribution
-        In order of arrival. If there is a result, exactly the updates in it.
+        In the order of arrival. If there is a result, exactly the updates in it.
     rejected : tuple of Rejection
-        In order of refusal.
+        In the order of refusal.
     late : tuple of str
-        Clients that were asked and did not answer in time; a strategy knows them, a Node does not.
+        Clients that did not reply in time. A strategy knows them, a Node does not.
     deaths : int
-        Workers that died while they had a part in the round, and were replaced.
+        Workers that died while they had a role in the round, and were replaced.
     stages : dict
-        Seconds: ``receive`` (opened -> last update ready), ``land`` (copying and checking, all updates),
-        ``fold`` (workers' time in folds, all), ``finish`` (the top's), ``last_to_result``, ``total``.
+        Seconds: ``receive`` (opened -> last update ready), ``land`` (copying and checking, summed over all updates),
+        ``fold`` (folding, summed over all workers), ``finish`` (the top's work), ``last_to_result``, ``total``.
     error : str or None
-        Why there is no result.
+        The reason why there is no result.
     spans : tuple of Span
-        What every runtime did when.
+        The work of every worker.
     leaves, shards : int
-        The shape that was carried out: leaves that folded updates, ranges of coordinates that the mean was
-        made in (0: the top made it in one).
+        The shape that was carried out: leaves that folded updates, and ranges of coordinates in which the mean was
+        made (0: the top made all of it).
     started : int
         Processes started cold for the round.
     predicted : dict or None
-        What the cost model says of the arrivals as they were: ``completion_s``, ``last_to_result_s``,
+        The cost model's prediction for the real arrivals: ``completion_s``, ``last_to_result_s``,
         ``cpu_s`` (seconds) and ``peak_bytes``.
     """
 
@@ -82,27 +82,27 @@ class RoundReport:
 
     @property
     def shape(self) -> str:
-        """The tree that was carried out, in words, as "2 leaves, 4 shards"; empty if it is not known."""
+        """The tree that was carried out, in words such as "2 leaves, 4 shards"; empty if it is not known."""
         counts = ((self.leaves, "leaf", "leaves"), (self.shards, "shard", "shards"))
         return ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts if n)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers, for JSON."""
+        """The report as plain dicts, lists, strings and numbers, for JSON."""
         return attrs.asdict(self)
 
     @classmethod
-    def from_dict(cls, said: dict[str, Any]) -> RoundReport:
-        """The report that :meth:`to_dict` was called on, also by a version that knew fewer fields."""
-        values = {
-            "accepted": tuple(Contribution(**one) for one in said["accepted"]),
-            "rejected": tuple(Rejection(**one) for one in said["rejected"]),
-            "late": tuple(said["late"]),
-            "spans": tuple(Span(**one) for one in said.get("spans", ())),
+    def from_dict(cls, values: dict[str, Any]) -> RoundReport:
+        """The reverse of :meth:`to_dict`; also reads the values of a version that had fewer fields."""
+        entries = {
+            "accepted": tuple(Contribution(**one) for one in values["accepted"]),
+            "rejected": tuple(Rejection(**one) for one in values["rejected"]),
+            "late": tuple(values["late"]),
+            "spans": tuple(Span(**one) for one in values.get("spans", ())),
         }
-        return cls(**{**said, **values})
+        return cls(**{**values, **entries})
 
     def __str__(self) -> str:
-        """One line, as it is logged."""
+        """The report in a line, as it is logged."""
         line = f"{len(self.accepted)} of {self.expected} updates, weight {self.weight:g}"
         if self.rejected:
             line += "; refused: " + ", ".join(f"{r.client_id} ({r.rule}: {r.reason})" for r in self.rejected)
@@ -121,54 +121,54 @@ class RoundReport:
             times["total"] += f" (predicted {self.predicted['completion_s']:.3f}s)"
         return f"{line}; {', '.join(times.values())}"
 
-    # ------------------------------------------------------------ to look at; drawn elsewhere, imported late
+    # ------------------------------------------------------------ pictures: drawn elsewhere, imported late
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """The picture and a table, as a notebook shows the report."""
         from lifl.report.svg import report_html
 
         return report_html(self)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws what every runtime did when, with matplotlib (``pip install 'lifl[plot]'``).
+        """Draws the work of every worker over time, with matplotlib (``pip install 'lifl[plot]'``).
 
         Parameters
         ----------
         ax : matplotlib.axes.Axes or None
-            Where to; ``None`` makes a figure with pyplot, in which the time after the last update is drawn
-            once more, enlarged, if it is short.
+            The axes to draw into. ``None`` makes a figure with pyplot, in which the time after the last update is
+            drawn once more, enlarged, if it is short.
 
         Returns
         -------
         matplotlib.axes.Axes
-            Of the whole round; its x is seconds since the round was opened.
+            The axes of the whole round; x is seconds since the round was opened.
 
         Raises
         ------
         ModuleNotFoundError
-            Without matplotlib.
+            If matplotlib is not installed.
         """
         from lifl.report.mpl import draw
 
         return draw(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report into a file, which is replaced at once or, if that fails, stays as it was.
+        """Writes the report into a file. The file is replaced as a whole or, if that fails, stays as it was.
 
         Parameters
         ----------
         path : str or os.PathLike
-            The suffix says what is written: ``.html`` a page with picture and table, ``.svg`` the picture,
-            ``.png`` and ``.pdf`` the same with matplotlib, ``.json`` :meth:`to_dict`.
+            The suffix chooses the format: ``.html`` is a page with the picture and the table, ``.svg`` the picture,
+            ``.png`` and ``.pdf`` the picture made with matplotlib, ``.json`` the values of :meth:`to_dict`.
 
         Raises
         ------
         ValueError
-            If the suffix is another.
+            If the suffix is none of these.
         OSError
-            If it cannot be written.
+            If the file cannot be written.
         ModuleNotFoundError
-            For ``.png`` and ``.pdf`` without matplotlib.
+            For ``.png`` and ``.pdf``, if matplotlib is not installed.
         """
         from lifl.report.svg import save
 

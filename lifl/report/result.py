@@ -1,4 +1,4 @@
-"""What a round gives: the mean as views of the arena, and how it came about."""
+"""The result of a round: the mean as views of the arena, and the report."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class RoundResult:
-    """A round's mean and how it came about.
+    """A round's mean and the report of how it was made.
 
     Attributes
     ----------
     arrays : mapping of str to numpy.ndarray
         The weighted mean: the spec's names, shapes and dtypes (with ``order="flower"``, Flower's dtypes).
-        Views of the arena, no copies; they stay valid after the round and the Node are closed, and the
-        memory goes back when the last one is dropped. bfloat16 arrays are their bits as uint16.
+        They are views of the arena, not copies. They stay valid after the round and the Node are closed; the
+        memory is freed when the last view is dropped. A bfloat16 array is its bits as uint16.
     weight : float
         The sum of the weights in the mean.
     num_updates : int
-        How many updates are in it.
+        Updates in the mean.
     rejected : tuple of Rejection
-        Who is not, and why.
+        Updates that were refused, and why.
     report : RoundReport
-        All of it, with times.
+        The whole round, with times.
     """
 
     spec: TensorSpec
@@ -43,5 +43,5 @@ class RoundResult:
     report: RoundReport
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The same memory as torch tensors (imports torch)."""
+        """The arrays as torch tensors in the same memory (imports torch)."""
         return torch_views(self.spec, self.arrays)

@@ -1,6 +1,6 @@
-"""What the picture of a round shows: windows of time, bars, roles, marks, however it is drawn. Pure.
+"""The contents of a round's picture: windows of time, bars, roles, marks and texts. Pure.
 
-Times are seconds since the round was opened, places are pixels of a picture that is ``WIDTH_PX`` wide.
+Times are seconds since the round was opened; places are pixels of a picture that is ``WIDTH_PX`` wide.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import attrs
 from lifl.report.entries import Contribution, Rejection, Span
 
 COLOURS = {"receive": "#3b82d6", "aggregate": "#d97706", "send": "#c2458f"}
-"""Each at least 3:1 against white and against nearly black."""
+"""Colours of the steps. Each has a contrast of at least 3:1 to white and to nearly black."""
 
 LANES = {"receive": (0.0, 0.25), "aggregate": (0.25, 0.75), "send": (0.75, 1.0)}
-"""Where in its row a step is drawn, as parts of the height: so nothing short covers what is beside it."""
+"""Top and bottom of each step in a row's track, as parts of its height, so that a short bar covers no other step."""
 
 WIDTH_PX, LABEL_PX, MIN_PX, LETTER_PX = 960.0, 88.0, 2.0, 6.2
-MIN_S, MAX_S = 1e-6, 1e9  # what is beyond them is no time of a round
+MIN_S, MAX_S = 1e-6, 1e9  # no time of a round is outside these
 ENLARGED_BELOW = 0.12
-"""The part of the round from which on its end is wide enough to be seen without being enlarged."""
+"""An end of the round that is a smaller part of it than this is drawn once more, enlarged."""
 
 
 class Shown(Protocol):
-    """A round's report, as its pictures need it: see :class:`lifl.RoundReport`."""
+    """The part of :class:`lifl.RoundReport` that is drawn."""
 
     @property
     def round(self) -> int:
@@ -39,7 +39,7 @@ class Shown(Protocol):
 
     @property
     def timing(self) -> str:
-        """As given to ``open_round``."""
+        """The timing that was given to ``open_round``."""
 
     @property
     def shape(self) -> str:
@@ -59,11 +59,11 @@ class Shown(Protocol):
 
     @property
     def late(self) -> Sequence[str]:
-        """Clients that did not answer in time."""
+        """Clients that did not reply in time."""
 
     @property
     def spans(self) -> Sequence[Span]:
-        """The work of each runtime."""
+        """The work of each worker."""
 
     @property
     def stages(self) -> Mapping[str, float]:
@@ -71,11 +71,11 @@ class Shown(Protocol):
 
     @property
     def predicted(self) -> Mapping[str, float] | None:
-        """The cost model's expectation."""
+        """The cost model's prediction."""
 
     @property
     def error(self) -> str | None:
-        """Why there is no result."""
+        """The reason why there is no result."""
 
     @property
     def deaths(self) -> int:
@@ -87,7 +87,7 @@ class Shown(Protocol):
 
     @property
     def shards(self) -> int:
-        """Ranges of coordinates that the mean was made in."""
+        """Ranges of coordinates in which the mean was made."""
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain values, for JSON."""
@@ -95,7 +95,7 @@ class Shown(Protocol):
 
 @attrs.frozen
 class Window:
-    """A stretch of time and where it is drawn. With an `origin_s` its axis counts from there."""
+    """A stretch of time and the place where it is drawn. Its axis counts from `origin_s`."""
 
     begin_s: float
     end_s: float
@@ -110,7 +110,7 @@ class Window:
 
     @property
     def unit(self) -> tuple[float, str]:
-        """How many of which unit a second is, on this axis."""
+        """The unit of the axis, and how many of it a second is."""
         length = self.end_s - self.begin_s
         return (1.0, "s") if length >= 1 else (1e3, "ms") if length >= 1e-3 else (1e6, "µs")
 
@@ -119,16 +119,16 @@ class Window:
         return self.begin_s <= at_s <= self.end_s
 
     def x(self, at_s: float) -> float:
-        """Where a moment is drawn."""
+        """The pixel of a moment; that of the nearest edge for a moment outside."""
         part = (at_s - self.begin_s) / (self.end_s - self.begin_s)
         return self.left_px + self.width_px * min(max(part, 0.0), 1.0)
 
     def at(self, x: float) -> float:
-        """What :meth:`x` was asked about."""
+        """The moment of a pixel, the reverse of :meth:`x`."""
         return self.begin_s + (x - self.left_px) / self.width_px * (self.end_s - self.begin_s)
 
     def ticks(self) -> Iterator[tuple[float, str]]:
-        """Moments, and what stands below them: steps of 1, 2 or 5 times a power of ten, 60 px or more apart."""
+        """Moments and their labels: steps of 1, 2 or 5 times a power of ten, 60 px or more apart."""
         per_s, unit = self.unit
         least = (self.end_s - self.begin_s) * per_s * 60 / self.width_px
         power = 10.0 ** math.floor(math.log10(least))
@@ -142,7 +142,7 @@ class Window:
 
 @attrs.frozen
 class Bar:
-    """One or more spans of one runtime, role and step that cannot be told apart in a window."""
+    """A bar: one span, or several of the same worker, role and step that are too close to be drawn apart."""
 
     runtime: int
     role: str
@@ -162,21 +162,21 @@ class Bar:
 
 @attrs.frozen
 class Scene:
-    """All that the picture of a report shows, however it is drawn."""
+    """All that the picture of a report shows."""
 
     spans: tuple[Span | Bar, ...]
-    runtimes: tuple[int, ...]
+    workers: tuple[int, ...]
     arrivals: tuple[tuple[float, str], ...]
     marks: tuple[tuple[float, str], ...]  # the last update, the end, the prediction
     windows: tuple[Window, ...]
 
 
 def show_scene(report: Shown) -> Scene:
-    """What there is to see; a report without spans shows arrivals and commits."""
+    """The scene of a report. If it has no spans, arrivals and commits are shown."""
     spans: Iterable[Span | Bar] = report.spans or (
         Bar(c.runtime, "leaf", "aggregate", c.folded_s, c.folded_s, 1) for c in report.accepted if c.folded_s
     )
-    spans = [s for s in spans if abs(s.begin_s) < MAX_S and abs(s.end_s) < MAX_S]  # so never NaN
+    spans = [s for s in spans if abs(s.begin_s) < MAX_S and abs(s.end_s) < MAX_S]  # false for NaN too
     arrivals = sorted((c.arrived_s, f"client {c.client_id}, weight {c.weight:g}") for c in report.accepted)
     total = report.stages.get("total", 0.0)
     end = max([total, *(s.end_s for s in spans), *(at for at, _ in arrivals)])
@@ -184,17 +184,17 @@ def show_scene(report: Shown) -> Scene:
     is_ready = report.error is None and (report.stages.get("finish", 0) > 0 or report.shards > 0)
     marks.append((total, "no result" if report.error is not None else "model ready" if is_ready else "so far"))
     if report.predicted:
-        first_s = arrivals[0][0] if arrivals else 0.0  # which the prediction counts from
+        first_s = arrivals[0][0] if arrivals else 0.0  # the prediction counts from the first arrival
         marks.append((first_s + report.predicted["completion_s"], "predicted"))
         if total < marks[-1][0] < 1.5 * end:
             end = marks[-1][0]
     end = max(end, MIN_S)
-    runtimes = tuple(sorted({0, *(s.runtime for s in spans)}))
-    return Scene(tuple(spans), runtimes, tuple(arrivals), tuple(marks), choose_windows(end, is_ready, marks))
+    workers = tuple(sorted({0, *(s.runtime for s in spans)}))
+    return Scene(tuple(spans), workers, tuple(arrivals), tuple(marks), choose_windows(end, is_ready, marks))
 
 
 def choose_windows(end: float, is_ready: bool, marks: list[tuple[float, str]]) -> tuple[Window, ...]:
-    """The whole round and, if what follows the last update is short in it, that once more, enlarged."""
+    """The whole round and, if the time after the last update is a short part of it, that time once more, enlarged."""
     left, width = LABEL_PX, WIDTH_PX - LABEL_PX - 24
     last, ready = marks[0][0], marks[1][0] if len(marks) > 1 else 0.0
     tail = ready - last
@@ -207,7 +207,7 @@ def choose_windows(end: float, is_ready: bool, marks: list[tuple[float, str]]) -
 
 
 def bars_in(scene: Scene, window: Window) -> list[Bar]:
-    """The bars of a window; spans that are closer than the smallest bar become one."""
+    """The bars of a window; spans that are closer than the smallest bar become one bar."""
     rows: defaultdict[tuple[int, str, str], list[Bar]] = defaultdict(list)
     near = window.least_s / 2
     for s in sorted(scene.spans, key=lambda s: s.begin_s):
@@ -228,17 +228,17 @@ def bars_in(scene: Scene, window: Window) -> list[Bar]:
     return [bar for row in rows.values() for bar in row]
 
 
-def lane_of(scene: Scene, runtime: int, step: str) -> tuple[float, float]:
-    """Where in its row a step is drawn; the whole height if the runtime does nothing else."""
-    steps = {s.step for s in scene.spans if s.runtime == runtime}
+def lane_of(scene: Scene, worker: int, step: str) -> tuple[float, float]:
+    """Top and bottom of a step in its row, as parts of the height; the whole height if the worker does nothing else."""
+    steps = {s.step for s in scene.spans if s.runtime == worker}
     return (0.0, 1.0) if len(steps) == 1 else LANES.get(step, (0.0, 1.0))
 
 
-def roles_of(scene: Scene, runtime: int) -> list[tuple[float, float, str]]:
-    """Begin, end and name of each stretch in which a runtime had one role. Landing is not one: the row says it."""
+def roles_of(scene: Scene, worker: int) -> list[tuple[float, float, str]]:
+    """Begin, end and name of each stretch in which a worker had one role. Landing is no role here: the row names it."""
     found: list[tuple[float, float, str]] = []
     for s in sorted(scene.spans, key=lambda s: s.begin_s):
-        if s.runtime != runtime or s.role == "gateway":
+        if s.runtime != worker or s.role == "gateway":
             continue
         if found and found[-1][2] == s.role:
             found[-1] = (found[-1][0], max(found[-1][1], s.end_s), s.role)
@@ -248,7 +248,7 @@ def roles_of(scene: Scene, runtime: int) -> list[tuple[float, float, str]]:
 
 
 def role_labels(roles: list[tuple[float, float, str]], window: Window) -> list[tuple[float, bool, str]]:
-    """Where a label stands, whether it ends there, and what it says; labels that would touch become one."""
+    """Pixel, whether the label ends there, and text of each label; labels that would touch become one."""
     labels: list[tuple[float, list[str]]] = []
     for begin, end, role in roles:
         if end < window.begin_s - window.least_s or begin > window.end_s:
@@ -259,12 +259,12 @@ def role_labels(roles: list[tuple[float, float, str]], window: Window) -> list[t
         else:
             labels.append((at, [role]))
     right = window.left_px + window.width_px
-    said = [(at, " → ".join(names if len(names) < 4 else [*names[:2], "…", names[-1]])) for at, names in labels]
-    return [(min(at, right), at + LETTER_PX * len(text) > right, text) for at, text in said]
+    texts = [(at, " → ".join(names if len(names) < 4 else [*names[:2], "…", names[-1]])) for at, names in labels]
+    return [(min(at, right), at + LETTER_PX * len(text) > right, text) for at, text in texts]
 
 
 def marks_in(scene: Scene, window: Window) -> Iterator[tuple[float, str, bool]]:
-    """When, what, and whether it is said here: once, in the last window that has it."""
+    """Moment and name of each mark, and whether its label is in this window: only the last window that has it."""
     for at, what in scene.marks:
         having = [one for one in scene.windows if one.has(at)]
         if window in having:
@@ -272,19 +272,19 @@ def marks_in(scene: Scene, window: Window) -> Iterator[tuple[float, str, bool]]:
 
 
 def ends_at_mark(what: str, x: float, window: Window) -> bool:
-    """True if what a mark says stands to its left."""
+    """True if the label of a mark is to its left."""
     if what == "last update":
         return x > window.left_px + LETTER_PX * len(what)
     return x > window.left_px + window.width_px - 12 - LETTER_PX * len(what)
 
 
-def row_name(runtime: int) -> str:
-    """What a runtime's row is called."""
-    return f"worker {runtime}" if runtime else "gateway"
+def row_name(worker: int) -> str:
+    """The name of a worker's row."""
+    return f"worker {worker}" if worker else "gateway"
 
 
 def short_time(seconds: float) -> str:
-    """Three digits in a fitting unit."""
+    """A time with three digits in a fitting unit."""
     for per_s, unit in ((1.0, "s"), (1e3, "ms")):
         if abs(seconds) * per_s >= 1:
             return f"{seconds * per_s:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
@@ -292,7 +292,7 @@ def short_time(seconds: float) -> str:
 
 
 def headline(report: Shown) -> str:
-    """The round in a line."""
+    """The round in a line of text."""
     parts = [f"round {report.round}: {len(report.accepted)} of {report.expected} updates", report.shape, report.timing]
     if report.error is None and "last_to_result" in report.stages:
         parts.append(f"{short_time(report.stages['last_to_result'])} from the last update to the model")
@@ -300,7 +300,7 @@ def headline(report: Shown) -> str:
 
 
 def remarks(report: Shown) -> str:
-    """What did not go as planned, in a line; empty if all did."""
+    """Everything that did not go as planned, in a line of text; empty if all did."""
     died = "1 worker died and was" if report.deaths == 1 else f"{report.deaths} workers died and were"
     parts = [
         f"† {died} replaced" if report.deaths else "",
@@ -313,7 +313,7 @@ def remarks(report: Shown) -> str:
 
 
 def arrivals_in(scene: Scene, window: Window) -> list[tuple[float, str]]:
-    """When updates arrived and whose; those that are closer than the smallest bar become one."""
+    """Moments and descriptions of arrivals; arrivals that are closer than the smallest bar become one."""
     found: list[tuple[float, str]] = []
     count = 1
     for at, whose in scene.arrivals:
@@ -329,10 +329,10 @@ def arrivals_in(scene: Scene, window: Window) -> list[tuple[float, str]]:
 
 
 def plain(text: object) -> str:
-    """One line that can be shown everywhere: no control characters, half pairs or turns of direction."""
+    """The text as one line that can be shown everywhere: no control characters, half pairs or turns of direction."""
     return "".join(" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in str(text))
 
 
-def shorten(said: str, most: int) -> str:
-    """At most about so many characters. The end stays: there a traceback says what was wrong."""
-    return said if len(said) <= most else f"{said[: most // 2]} … {said[most // 2 - most :]}"
+def shorten(text: str, most: int) -> str:
+    """About `most` characters of the text: its middle is cut out, as a traceback names the error at its end."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[most // 2 - most :]}"

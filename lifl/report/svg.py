@@ -1,7 +1,7 @@
 """A round's report to look at: a Gantt picture as SVG, a table for notebooks, files.
 
-Draws what ``scene`` says; measures nothing. What comes from outside (client ids, reasons) is escaped. Colours
-are of middle lightness and all else is ``currentColor``, so that the picture fits light and dark pages.
+Paints the shapes of ``shapes``; decides and measures nothing. Text from outside (client ids, reasons) is escaped.
+Colours are of middle lightness and all else is ``currentColor``, so that the picture fits light and dark pages.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-from lifl.report import mpl as plot
+from lifl.report.mpl import make_figure
 from lifl.report.scene import (
     COLOURS,
     LABEL_PX,
@@ -23,24 +22,17 @@ from lifl.report.scene import (
     LETTER_PX,
     MIN_PX,
     WIDTH_PX,
-    Scene,
     Shown,
     Window,
-    arrivals_in,
-    bars_in,
-    ends_at_mark,
     headline,
-    lane_of,
-    marks_in,
     plain,
     remarks,
-    role_labels,
-    roles_of,
     row_name,
     short_time,
     shorten,
     show_scene,
 )
+from lifl.report.shapes import ENLARGED, LEGEND, TOP, TRACK, Block, Label, Shape, Sign, enlarged_part, shapes_in
 
 SUFFIXES = (".html", ".svg", ".png", ".pdf", ".json")
 FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif"
@@ -64,7 +56,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto
 
 
 def escaped(text: object, most: int = MAX_LETTERS) -> str:
-    """For HTML and XML: special characters escaped, those that cannot be shown replaced, a long text's middle cut."""
+    """Text for HTML and XML: special characters escaped, unprintable ones replaced, a long text's middle cut out."""
     return html.escape(shorten(plain(text), most))
 
 
@@ -72,20 +64,27 @@ def escaped(text: object, most: int = MAX_LETTERS) -> str:
 
 
 def gantt_svg(report: Shown) -> str:
-    """A row for each runtime over time, as an ``<svg>`` to be put into a page, in the page's text colour."""
+    """The picture, a row for each worker over time, as an ``<svg>`` for a page, in the page's text colour."""
     return _svg(report, f'style="display:block;max-width:{WIDTH_PX:g}px;width:100%;height:auto"', "")
 
 
 def _svg(report: Shown, how: str, behind: str) -> str:
     scene = show_scene(report)
-    pitch = 40.0 if len(scene.runtimes) <= 12 else 32.0
-    bottom = TOP_PX + pitch * len(scene.runtimes)
-    tracks = {runtime: (TOP_PX + pitch * row + 16, pitch - 16) for row, runtime in enumerate(scene.runtimes)}
+    pitch = 40.0 if len(scene.workers) <= 12 else 32.0
+
+    def y(row: float) -> float:
+        return TOP_PX + 16 + (row - TOP) * pitch
+
+    bottom = y(len(scene.workers) - 1 + TRACK / 2)
     parts = [behind, _line_of_text(20, headline(report), 14, 'font-weight="600"')]
     parts += [_line_of_text(38, remarks(report), 12)] if remarks(report) else []
-    parts += [_text(12, top + height / 2 + 4, row_name(runtime), 12) for runtime, (top, height) in tracks.items()]
+    parts += [_text(12, y(row) + 4, row_name(worker), 12) for row, worker in enumerate(scene.workers)]
+    parts += [_element(shape, scene.windows[0], y) for shape in enlarged_part(scene)]
     for window in scene.windows:
-        parts += _window(scene, window, tracks, bottom)
+        parts += [_element(shape, window, y) for shape in shapes_in(scene, window)]
+        parts += [_text(window.x(at), bottom + 18, text, 11, 'text-anchor="middle"') for at, text in window.ticks()]
+    for window in scene.windows[1:]:
+        parts.append(_text(window.left_px + window.width_px / 2, bottom + 34, ENLARGED, 11, 'text-anchor="middle"'))
     parts += _legend(bottom + (58 if len(scene.windows) > 1 else 46))
     height = bottom + (70 if len(scene.windows) > 1 else 58)
     label = f'role="img" aria-label="{escaped(headline(report))}"'
@@ -93,63 +92,23 @@ def _svg(report: Shown, how: str, behind: str) -> str:
     return "\n".join([f'{head} font-family="{FONT}" fill="currentColor">', *filter(None, parts), "</svg>"])
 
 
-def _window(scene: Scene, window: Window, tracks: dict[int, tuple[float, float]], bottom: float) -> Iterator[str]:
-    left, width = window.left_px, window.width_px
-    for top, height in tracks.values():
-        yield _rect(left, top, width, height, 'opacity="0.08"')
-    for at, text in window.ticks():
-        yield _line(window.x(at), TOP_PX + 12, bottom + 4, 'opacity="0.2"')
-        yield _text(window.x(at), bottom + 18, text, 11, 'text-anchor="middle"')
-    if window.origin_s:
-        yield _text(
-            left + width / 2, bottom + 34, "the end, enlarged: after the last update", 11, 'text-anchor="middle"'
-        )
-    elif len(scene.windows) > 1:
-        begin, end = (window.x(at) for at in (scene.windows[1].begin_s, scene.windows[1].end_s))
-        yield _rect(begin - 1, TOP_PX + 8, max(end - begin, 3) + 2, bottom - TOP_PX - 4, 'opacity="0.15"')
-    # The shortest last, so that none is hidden.
-    for bar in sorted(bars_in(scene, window), key=lambda bar: bar.begin_s - bar.end_s):
-        top, height = tracks[bar.runtime]
-        low, high = lane_of(scene, bar.runtime, bar.step)
-        x = min(window.x(bar.begin_s), left + width - MIN_PX)
-        # Half a pixel keeps neighbours apart.
-        wide = max(window.x(bar.end_s) - x - 0.5, MIN_PX)
-        colour = f'fill="{COLOURS.get(bar.step, "currentColor")}"'
-        yield _rect(x, top + low * height, wide, (high - low) * height, colour, str(bar))
-    top, height = tracks[0]
-    for at, text in arrivals_in(scene, window):
-        yield _line(window.x(at), top - 4, top + 5, 'opacity="0.7"', text)
-    for runtime, (top, height) in tracks.items():
-        yield from _roles(scene, window, runtime, top, height)
-    yield from _marks(scene, window, bottom)
-
-
-def _roles(scene: Scene, window: Window, runtime: int, top: float, height: float) -> Iterator[str]:
-    roles = roles_of(scene, runtime)
-    for x, is_end, text in role_labels(roles, window):
-        yield _text(x, top - 3, text, 11, 'text-anchor="end"' if is_end else "")
-    for (_, _, before), (begin, _, after) in pairwise(roles):
-        if window.has(begin):
-            x, y = window.x(begin), top + height / 2
-            yield _line(x, top - 2, top + height + 2, 'stroke-width="1.5"')
-            shape = f"M{x:.1f} {y - 5:.1f}l5 5-5 5-5-5z"
-            yield f'<path d="{shape}"><title>{escaped(f"from {before} to {after} at {begin:.6g} s")}</title></path>'
-
-
-def _marks(scene: Scene, window: Window, bottom: float) -> Iterator[str]:
-    for at, what, is_told in marks_in(scene, window):
-        x, is_predicted = window.x(at), what == "predicted"
-        dash = {"last update": 'stroke-dasharray="1 3"', "predicted": 'stroke-dasharray="5 4"'}.get(what, "")
-        yield _line(x, TOP_PX + 4, bottom + 4, f'stroke-width="1.5" {dash}', f"{what}: {at:.6g} s")
-        if what == "last update":
-            yield f'<path d="M{x - 4:.1f} {TOP_PX + 3:g}h8l-4 7z"/>'
-        if is_told:
-            is_left = ends_at_mark(what, x, window)
-            anchor = 'text-anchor="end"' if is_left else ""
-            weight = 'font-weight="600"' if what in ("model ready", "no result") else ""
-            yield _text(
-                x + (-2 if is_left else 2), TOP_PX - (14 if is_predicted else 0), what, 11, f"{anchor} {weight}"
-            )
+def _element(shape: Shape, window: Window, y: Callable[[float], float]) -> str:
+    """A shape as an element; `y` gives the pixel of a height in rows."""
+    if isinstance(shape, Block):
+        x = window.x(shape.begin_s)
+        width = max(window.x(shape.end_s) - x, MIN_PX)  # rounding must not make it less
+        more = f'fill="{shape.colour or "currentColor"}"' + (f' opacity="{shape.opacity:g}"' * (shape.opacity < 1))
+        return _rect(x, y(shape.top), width, y(shape.bottom) - y(shape.top), more, shape.title)
+    x = window.x(shape.at_s)
+    if isinstance(shape, Sign):
+        return _sign(shape.kind, x, y(shape.y), shape.title)
+    if isinstance(shape, Label):
+        more = " ".join(['text-anchor="end"'] * shape.is_end + ['font-weight="600"'] * shape.is_bold)
+        return _text(x - shape.gap_px if shape.is_end else x + shape.gap_px, y(shape.y), shape.text, 11, more)
+    dash = {"dotted": ' stroke-dasharray="1 3"', "dashed": ' stroke-dasharray="5 4"'}.get(shape.style, "")
+    thick = f' stroke-width="{shape.width_px:g}"' * (shape.width_px != 1)
+    opacity = f' opacity="{shape.opacity:g}"' * (shape.opacity < 1)
+    return _line(x, y(shape.top), y(shape.bottom), f"{thick}{dash}{opacity}", shape.title)
 
 
 def _legend(y: float) -> Iterator[str]:
@@ -161,37 +120,50 @@ def _legend(y: float) -> Iterator[str]:
         yield _text(x + 20, y, step, 11)
         x += 34 + LETTER_PX * len(step)
     yield _rect(x, y - 10, 14, 12, 'opacity="0.08"') + _text(x + 20, y, "idle", 11)
-    yield f'<path d="M{x + 66:.1f} {y - 9:g}l5 5-5 5-5-5z"/>' + _text(x + 76, y, "role changes", 11)
-    yield _line(x + 168, y - 9, y + 1, 'opacity="0.7"') + _text(x + 174, y, "update has arrived", 11)
-    yield f'<path d="M{x + 310:.1f} {y - 8:g}h8l-4 7z"/>' + _text(x + 324, y, "the last one", 11)
+    x += 60
+    for kind, text in LEGEND.items():
+        yield _sign(kind, x + 6, y - 4) + _text(x + 16, y, text, 11)
+        x += 30 + LETTER_PX * len(text)
 
 
-def _line_of_text(y: float, said: str, size: int, more: str = "") -> str:
-    # A long line would run out of the picture: its title has more of it.
+def _sign(kind: str, x: float, y: float, title: str = "") -> str:
+    """A sign with its middle at (x, y). A tick is drawn as a sign only in the legend."""
+    shapes = {
+        "diamond": f"M{x:.1f} {y - 5:.1f}l5 5-5 5-5-5z",
+        "triangle": f"M{x - 4:.1f} {y - 3.5:.1f}h8l-4 7z",
+    }
+    if kind not in shapes:
+        return _line(x, y - 5, y + 5, 'opacity="0.7"', title)
+    return f'<path d="{shapes[kind]}">{_title(title)}</path>'
+
+
+def _line_of_text(y: float, text: str, size: int, more: str = "") -> str:
+    # A long line would run out of the picture. Its title has more of the text.
     most = int(WIDTH_PX / (0.58 * size))
-    return _text(12, y, shorten(said, most), size, more, said if len(said) > most else "")
+    return _text(12, y, shorten(text, most), size, more, text if len(text) > most else "")
 
 
-def _text(x: float, y: float, said: str, size: int, more: str = "", title: str = "") -> str:
-    inner = f"<title>{escaped(title)}</title>" if title else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" {more}>{inner}{escaped(said)}</text>'
+def _text(x: float, y: float, text: str, size: int, more: str = "", title: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" {more}>{_title(title)}{escaped(text)}</text>'
 
 
 def _rect(x: float, y: float, width: float, height: float, more: str, title: str = "") -> str:
-    inner = f"<title>{escaped(title)}</title>" if title else ""
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" {more}>{inner}</rect>'
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" {more}>{_title(title)}</rect>'
 
 
 def _line(x: float, top: float, bottom: float, more: str, title: str = "") -> str:
-    inner = f"<title>{escaped(title)}</title>" if title else ""
-    return f'<path d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="currentColor" {more}>{inner}</path>'
+    return f'<path d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="currentColor" {more}>{_title(title)}</path>'
+
+
+def _title(text: str) -> str:
+    return f"<title>{escaped(text)}</title>" if text else ""
 
 
 # ---------------------------------------------------------------- HTML
 
 
 def report_html(report: Shown) -> str:
-    """The picture and a table below it, as a notebook shows a report."""
+    """The picture and tables below it, as a notebook shows a report."""
     count = f"{len(report.accepted)} of {report.expected}, weight {report.weight:g}"
     clipped = [f"{c.client_id} (to {c.clipped:.3g})" for c in report.accepted if c.clipped < 1]
     rows = [
@@ -215,18 +187,18 @@ def report_html(report: Shown) -> str:
 
 
 def _times(report: Shown) -> Iterator[tuple[str, list[str]]]:
-    said = dict(report.predicted or {})
+    predicted = dict(report.predicted or {})
     pairs = {"total": "completion_s", "last_to_result": "last_to_result_s"}
     for name, real in report.stages.items():
         cells = [short_time(real)]
         if report.predicted:
-            guess = said.pop(pairs.get(name, ""), None)
+            guess = predicted.pop(pairs.get(name, ""), None)
             cells.append("" if guess is None else short_time(guess) + _off(guess, real))
         yield name.replace("_", " "), cells
-    if "cpu_s" in said:
-        yield "CPU time", ["", short_time(said["cpu_s"])]
-    if "peak_bytes" in said:
-        megabytes = said["peak_bytes"] / 1e6
+    if "cpu_s" in predicted:
+        yield "CPU time", ["", short_time(predicted["cpu_s"])]
+    if "peak_bytes" in predicted:
+        megabytes = predicted["peak_bytes"] / 1e6
         yield "peak memory", ["", f"{megabytes:,.0f} MB" if megabytes >= 100 else f"{megabytes:.3g} MB"]
 
 
@@ -243,7 +215,7 @@ def _several(values: list[str]) -> str:
 
 
 def _row(name: str, cells: list[str], tag: str = "td") -> str:
-    """A row of a table; the cells are HTML."""
+    """A row of a table. The cells are HTML already."""
     style = "text-align:left;padding:1px 12px 1px 0;vertical-align:top"
     inner = "".join(f'<{tag} style="{style};overflow-wrap:anywhere">{cell}</{tag}>' for cell in cells)
     return f'<tr><th style="{style};white-space:nowrap">{escaped(name)}</th>{inner}</tr>'
@@ -253,7 +225,7 @@ def _row(name: str, cells: list[str], tag: str = "td") -> str:
 
 
 def save(report: Shown, path: str | os.PathLike[str]) -> None:
-    """Writes a file of the kind that its suffix says: see :meth:`lifl.RoundReport.save`."""
+    """Writes a file in the format of its suffix: see :meth:`lifl.RoundReport.save`."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
@@ -266,14 +238,14 @@ def save(report: Shown, path: str | os.PathLike[str]) -> None:
         page = PAGE.format(title=escaped(headline(report)), body=report_html(report))
         _replace(path, lambda file: file.write(page.encode()))
     elif suffix in (".png", ".pdf"):
-        figure = plot.make_figure(report)
+        figure = make_figure(report)
         _replace(path, lambda file: figure.savefig(file, format=suffix[1:], dpi=150))
     else:
         raise ValueError(f"cannot save a report as {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """The file is old or new, never half: written beside it, then renamed over it."""
+    """Writes a file beside the path, then renames it over the path, so that no reader meets half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:

@@ -1,7 +1,7 @@
 """A run's state in one file: old or new after a crash, never between, and never executed.
 
 Values of closed kinds (no pickle) and tensors go into a safetensors file, with a checksum over all of it. Knows
-neither Flower nor rounds: what a run's state is, its strategy says.
+neither Flower nor rounds: the caller decides what the state of a run is.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Convert = Callable[[Any], "tuple[str, Any] | None"]
 
 
 def pack(value: Any, name: str, tensors: Tensors, convert: Convert = lambda value: None) -> Any:
-    """`value` as JSON can hold it; its arrays are put into `tensors`, under names that begin with `name`.
+    """`value` in a form that JSON can hold; its arrays go into `tensors`, under names that begin with `name`.
 
     Kinds: None, bool, int, float, str, bytes, list, tuple, dict, NumPy scalars and arrays of ``DTYPES``, and
-    what `convert` turns into a kind's name and a value of these kinds.
+    every value that `convert` turns into a pair: the name of a foreign kind, and a value of the kinds above.
 
     Raises
     ------
     TypeError
-        For anything else: subclasses too, which would come back as something else.
+        For anything else, subclasses of these kinds too, because they would come back as another type.
     """
     return _pack(value, name, tensors, convert, 0)
 
@@ -71,7 +71,7 @@ def _pack(value: Any, name: str, tensors: Tensors, convert: Convert, depth: int)
 
 
 def unpack(packed: Any, tensors: Tensors, revive: Mapping[str, Callable[[Any], Any]]) -> Any:
-    """The value that :func:`pack` was given; `revive` makes foreign kinds of their plain values."""
+    """The value that :func:`pack` received; `revive` has, for each foreign kind, the function that builds it."""
     if not isinstance(packed, dict):
         return packed
     ((kind, inner),) = packed.items()
@@ -92,15 +92,15 @@ def unpack(packed: Any, tensors: Tensors, revive: Mapping[str, Callable[[Any], A
 
 
 def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
-    """Replaces the file at `path`, atomically; when this returns the new one is on the disk.
+    """Replaces the file at `path`, atomically; when the call returns, the new file is on the disk.
 
-    Made in memory, written beside it (the name with ``.tmp`` added), synced, renamed over it, and the folder
-    synced. Who dies in between leaves the old file.
+    The new file is made in memory, written beside the old one (its name with ``.tmp`` added), synced and renamed over
+    it; then the folder is synced. A process that dies in between leaves the old file.
 
     Raises
     ------
     CheckpointError
-        If it cannot be written; the old file is as it was.
+        If the new file cannot be written; the old file is as it was.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -111,7 +111,7 @@ def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Not safetensors' own file: that is written by way of another, which would stay if this process died.
+            # safetensors' own save_file() writes a second temporary file, which would stay if this process died.
             with open(beside, "wb") as file:
                 file.write(to_bytes(tensors, metadata))
                 file.flush()
@@ -126,7 +126,7 @@ def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except Exception as error:  # also safetensors' own
+    except Exception as error:  # safetensors raises errors of its own
         raise CheckpointError(
             f"cannot write the checkpoint {path}: {error}; make room or choose another checkpoint="
         ) from error
@@ -134,15 +134,15 @@ def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
 
 @contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps other runs away from the file at `path`, in any process that sees it, until the block ends.
+    """Keeps other runs away from the file at `path`, in any process that sees the file, until the block ends.
 
-    The lock is a file beside it (the name with ``.lock`` added), taken with ``flock``: it ends with its process
-    however that dies, and a file that a dead one left is in nobody's way.
+    The lock is a file beside it (its name with ``.lock`` added), locked with ``flock``: the kernel releases the lock
+    when the process ends, however it dies, and a lock file that a dead process left blocks nobody.
 
     Raises
     ------
     CheckpointError
-        If another run has it, or no lock can be had there.
+        If another run holds the lock, or the file system offers no locks.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".lock")
@@ -163,17 +163,19 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         with suppress(OSError):
             beside.unlink()
-        fcntl.flock(fd, fcntl.LOCK_UN)  # also for a fork that still has the descriptor
+        # A fork may still have the descriptor, so closing it here would not release the lock.
+        fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
 def _lock(beside: Path) -> int:
-    """The descriptor of the lock; raises ``BlockingIOError`` if somebody has it."""
+    """The descriptor of the locked file `beside`; raises ``BlockingIOError`` if another run has the lock."""
     while True:
         fd = os.open(beside, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who had it may have removed the file since it was opened: then this is the lock of nothing.
+            # The last holder may have removed the file after this open(): then the lock is on a file without a name,
+            # which no other run would find.
             if os.path.samestat(os.fstat(fd), os.stat(beside)):
                 return fd
         except FileNotFoundError:
@@ -185,14 +187,14 @@ def _lock(beside: Path) -> int:
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Any, Tensors]:
-    """What :func:`save` was given; the arrays are the caller's.
+    """The packed state and the tensors that :func:`save` wrote; the arrays belong to the caller.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no file at `path`.
     CheckpointError
-        If it is not a checkpoint of lifl, or its bytes are not those that were written.
+        If the file is no checkpoint of lifl, or its bytes are not those that were written.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -202,7 +204,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Any, Tensors]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is no checkpoint of this lifl ({FORMAT}): choose another checkpoint=")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (`file` is no dict)
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError) as error:

@@ -1,8 +1,8 @@
-"""Messages out, replies in as they become ready: what replaces Flower's poll every three seconds.
+"""Messages out, and replies in as they become ready, in place of Flower's poll every three seconds.
 
-Owns no round. Works with any Grid: it asks only `push_messages` and `pull_messages` of it, for few
-message ids at a time, because one pull inflates every reply that is ready. Of Flower's HttpGrid replies are
-pulled one by one, see :mod:`lifl.strategy.pulling`.
+Owns no round. Works with any Grid: it calls only `push_messages` and `pull_messages`, the latter with few message ids
+at a time, because one pull inflates every reply that is ready. From Flower's HttpGrid replies are pulled one by one,
+see :mod:`lifl.strategy.pulling`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lifl.strategy.heap import give_back
 from lifl.strategy.pulling import puller
 
 FIRST_PAUSE_S = 0.005
-LONGEST_PAUSE_S = 1.0
+MAX_PAUSE_S = 1.0
 PAUSE_SHARE = 0.1
-"""A pause is this share of the time since something last came: it adds at most so much to a wait."""
+"""A pause is this share of the time since the last reply, so polling lengthens a wait by at most this share."""
 
 PULL_BYTES = 256 * 2**20
-"""Replies pulled at once are meant to stay under this, by the size of the model that was sent."""
+"""Goal for the replies pulled at once, computed with the size of the model that was sent."""
 
 MIN_PER_PULL = 4
 
@@ -50,23 +50,23 @@ def exchange(
     timeout : float or None
         Seconds, counted from the end of the push; ``None`` waits for all.
     reply_bytes : int
-        What one reply is expected to take in memory.
+        Bytes that one reply is expected to take in memory.
     take : callable
-        Called with each reply as it comes and the node that was asked (an error reply may be the
-        SuperLink's own); what it returns is in the list that is returned.
+        Called with each reply as it comes and the id of the node that was asked (an error reply may come from the
+        SuperLink itself); the returned list holds the results of these calls.
     missing : callable
         Called with the node id of each message that has no reply at the time-out.
     are_pushed : bool
         The messages have been pushed already.
     """
-    # A Grid leaves out what it could not push (InMemoryGrid, and HttpGrid if all is too large) or gives
-    # None in its place (HttpGrid): to wait for those would be to wait for the time-out.
+    # A Grid leaves out a message that it could not push (InMemoryGrid, and HttpGrid if all are too large) or has None
+    # in its place (HttpGrid). No reply will come to such a message, so waiting would last until the time-out.
     ids = [m.metadata.message_id for m in messages] if are_pushed else push(grid, messages)
     waiting = {i: None for i in ids if i}
     asked = [(m.metadata.message_id, m.metadata.dst_node_id) for m in messages]
     nodes = dict(asked)
     pull = puller(grid, max(reply_bytes, _largest(messages)))
-    messages.clear()  # they hold the model, which the grid has by now
+    messages.clear()  # the messages hold the model, which the grid has by now
     give_back()
     replies: list[Message] = []
     at_once = max(MIN_PER_PULL, PULL_BYTES // max(reply_bytes, 1))
@@ -81,13 +81,13 @@ def exchange(
                 del waiting[reply.metadata.reply_to_message_id]
                 node_id = nodes.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
                 replies.append(take(reply, node_id))
-                del reply  # which may have been refused, and must not stay until the next one comes
+                del reply  # it may be as large as the model, and must not stay in memory until the next one comes
                 last = time.monotonic()
         now = time.monotonic()
         if not waiting or (end is not None and now >= end):
             break
-        pause = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, PAUSE_SHARE * (now - last)))
-        # The last look is at the time-out, so that a reply that was there in time counts.
+        pause = min(MAX_PAUSE_S, max(FIRST_PAUSE_S, PAUSE_SHARE * (now - last)))
+        # The last pull is at the time-out, so that a reply that was ready in time counts.
         time.sleep(pause if end is None else min(pause, end - now))
     answered = {reply.metadata.reply_to_message_id for reply in replies}
     for message_id, node_id in asked:
@@ -97,7 +97,7 @@ def exchange(
 
 
 def _largest(messages: list[Message]) -> int:
-    """Bytes of the arrays in the largest message; many messages share their records."""
+    """Bytes of the arrays in the largest message; a record that many messages share is measured once."""
     known: dict[int, int] = {}
     largest = 0
     for message in messages:
@@ -108,10 +108,11 @@ def _largest(messages: list[Message]) -> int:
 
 
 def push(grid: Grid, messages: list[Message]) -> list[str]:
-    """Pushes messages; their ids, with None or "" for one that could not be pushed.
+    """Pushes messages and returns their ids, with None or "" for a message that could not be pushed.
 
-    Pushes them a second time if an object is refused: a SuperLink that was killed and is back has it already, but its
-    answer was lost, and Flower's SuperLink takes no object twice. It knows the messages, and asks for what it lacks.
+    Pushes all a second time if an object is refused: a SuperLink that was killed and restarted may have the object
+    already, its answer was lost, and Flower's SuperLink takes no object twice. At the second push the SuperLink knows
+    the messages, and asks only for the objects that it lacks.
     """
     try:
         return list(grid.push_messages(messages))
@@ -126,60 +127,62 @@ def _subsets(ids: list[str], size: int) -> Iterator[list[str]]:
 
 
 def as_it_is(reply: Message, _: int) -> Message:
-    """For `take`: nothing is done with a reply."""
+    """A `take` that returns the reply unchanged."""
     return reply
 
 
 def not_reported(_: int) -> None:
-    """For `missing`: Flower returns what it has, silently."""
+    """A `missing` that does nothing, as Flower, which returns the replies that it has and logs nothing."""
 
 
 class EventGrid(Grid):
-    """The user's grid with another `send_and_receive`; everything else is passed on to it."""
+    """The user's grid with another `send_and_receive`; every other call is passed on to the user's grid."""
 
     def __init__(
         self, grid: Grid, send_and_receive: Callable[[Grid, list[Message], float | None], list[Message]]
     ) -> None:
-        self._grid, self._exchange = grid, send_and_receive
+        self._grid = grid
+        self._exchange = send_and_receive
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Flower's, event-driven."""
+        """Flower's ``Grid.send_and_receive``, event-driven."""
         batch = list(messages)
-        del messages  # whose models the exchange lets go of
-        # Only Flower's loop asks for a round. What a user's hook sends and gets is its own affair.
+        del messages  # the exchange frees the models in `batch` once they are pushed; a second list would keep them
+        # Flower's loop and a user's hook call the same method with the same arguments; only the caller's frame tells
+        # them apart. A call from the loop is a round; the messages of a hook are exchanged and not aggregated.
         if sys._getframe(1).f_code is Strategy.start.__code__:
             return self._exchange(self._grid, batch, timeout)
         return exchange(self._grid, batch, timeout, 0, as_it_is, not_reported)
 
     def set_run(self, run: Any) -> None:
-        """Passed on."""
+        """Calls the user's grid."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """Passed on."""
+        """The run of the user's grid."""
         return self._grid.run
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Passed on."""
+        """Calls the user's grid."""
         return self._grid.create_message(*args, **kwargs)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Passed on."""
+        """Calls the user's grid."""
         return self._grid.get_node_ids()
 
     def get_nodes(self) -> Any:
-        """Passed on."""
+        """Calls the user's grid."""
         return self._grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Passed on."""
+        """Calls the user's grid."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Passed on."""
+        """Calls the user's grid."""
         return self._grid.pull_messages(message_ids)
 
     def __getattr__(self, name: str) -> Any:
-        """What only the user's grid has."""
+        """Attributes that only the user's grid has."""
         return getattr(self._grid, name)

@@ -1,8 +1,9 @@
 """The memory that a reply takes once it is inflated, found from its objects' bytes before anything is built.
 
-Pure. A client chooses every byte that is read here. An object is a head (its kind, the ids of its children, its body's
-length), a zero byte and a body; a reply is Message -> RecordDict -> records -> Array -> ArrayChunk. Each naming
-counts: a chunk of 5 MB that one Array names 400 times is 2 GB, and so is an Array that a record names 400 times.
+Pure. The client chooses every byte that is read here. An object is a head (its kind, the ids of its children, its
+body's length), a zero byte and a body; a reply is Message -> RecordDict -> records -> Array -> ArrayChunk. Each mention
+of an object counts: a chunk of 5 MB that one Array names 400 times takes 2 GB, and so does an Array of 5 MB that a
+record names 400 times.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ from collections.abc import Callable, Iterator, Mapping
 import attrs
 
 MAX_MESSAGE_BYTES = 2**16
-"""A Message object's own body: metadata, and perhaps an error with its reason."""
+"""Limit for the body of a Message object: metadata, and perhaps an error with its reason."""
 
 MAX_ARRAY_BYTES = 2**20
-"""An Array object's own body: 100,000 chunks. JSON of so many bytes takes up to 30 times as many in Python."""
+"""Limit for the body of an Array object; enough for 100,000 chunks. Parsed, JSON takes up to 30 times its bytes."""
 
 MAX_TEXT = 1000
-"""Characters of a dtype (NumPy spells out structured ones) or of a stream's kind."""
+"""Limit for the characters of a dtype (NumPy spells out structured ones) or of the kind of a stream."""
 
 MAX_DIMENSIONS = 64  # NumPy's own limit
 
 MAX_VALUES = 2**18
-"""Names, values and texts in lists of one MetricRecord or ConfigRecord: each may have two bytes, and costs time."""
+"""Limit for names, values and texts in lists of one MetricRecord or ConfigRecord.
+
+Each may take only two bytes on the wire, and each costs time.
+"""
 
 NAMING_BYTES = 250
-"""An entry of a record, an Array object, a value: Python's objects around them."""
+"""Bytes of the Python objects around an entry of a record, an Array or a value."""
 
 HEAD_BYTES, ID_BYTES = 128, 65
 
@@ -38,44 +42,46 @@ _ENTRY = re.compile(rb'\s*"(?:[^"\\]++|\\.)*+"\s*:\s*"([^"\\]{1,64})"\s*([,}])',
 _EMPTY = re.compile(rb"\s*\{\s*\}\s*")
 _BEGIN, _END = re.compile(rb"\s*\{"), re.compile(rb"\s*")
 
-# MetricRecordValue and ConfigRecordValue of Flower's recorddict.proto: number of a field -> what it holds.
+# Field numbers of MetricRecordValue and ConfigRecordValue in Flower's recorddict.proto, by the kind of their content.
 _TEXT, _BYTES, _DOUBLES, _SINTS, _UINTS, _BOOLS, _TEXTS, _BLOBS = 5, 6, 21, 22, 23, 24, 25, 26
 
-# Protobuf's copy, a place in a list, and Python's object: of a number in a list, and of each character of a text.
+# Bytes for a number in a list, and for each character of a text: protobuf's copy, the list's slot, Python's object.
 _NUMBER_BYTES, _CHARACTER_BYTES = 48, 6
 
 _ABOVE = bytes(range(128, 256))
 
 
 def bound_of(sent_bytes: int, came_bytes: int) -> int:
-    """The most that a reply of `came_bytes` may take when the message that it answers held arrays of `sent_bytes`.
+    """The most bytes that a reply of `came_bytes` may take when the arrays of its message had `sent_bytes`.
 
-    Twice the model and some slack, as far as the model is known; or in proportion to the bytes that came.
+    The larger of two bounds: twice the model plus some slack if the model is known (`sent_bytes` is not 0), and four
+    times the bytes that came plus some slack.
     """
     by_model = 2 * sent_bytes + ANY_ARRAY_BYTES if sent_bytes else 0
     return max(by_model, 4 * came_bytes + ANY_BYTES)
 
 
 def children_of(content: bytes, most: int) -> list[str]:
-    """The ids in an object's head, at most `most`; raises ``ValueError`` if it is no head."""
+    """The ids in the head of an object, at most `most`; raises ``ValueError`` if `content` begins with no head."""
     return _parse(content, most)[1]
 
 
 def built_bytes(message_id: str, contents: Mapping[str, bytes], most_bytes: int) -> int:
-    """What inflating a reply would build of its objects, in bytes, about.
+    """Approximate bytes that a reply will take once it is inflated from its objects.
 
     Raises
     ------
     ValueError
-        If that is more than `most_bytes`, or the objects do not fit together: one is missing, of another kind than
-        its place demands, or described in more words than any honest client uses. The message says which.
+        If the reply takes more than `most_bytes`, or the objects do not fit together: an object is missing, is of
+        another kind than its place demands, or has a description longer than any honest client writes. The message
+        names the object.
     """
     return _Reply(contents, most_bytes).message(message_id)
 
 
 @attrs.frozen
 class _Object:
-    """One object, cut up."""
+    """An object, parsed; `name` is its kind and the first characters of its id, for errors."""
 
     name: str
     kind: str
@@ -84,11 +90,12 @@ class _Object:
 
 
 class _Reply:
-    """A reply's objects. What each takes is found once; every sum is checked while it grows."""
+    """The objects of a reply. The size of each is computed once; every sum is checked while it grows."""
 
     def __init__(self, contents: Mapping[str, bytes], most_bytes: int) -> None:
-        self._contents, self._most_bytes = contents, most_bytes
-        self._known: dict[str, int] = {}
+        self._contents = contents
+        self._most_bytes = most_bytes
+        self._known: dict[str, int] = {}  # id of a record or Array -> its bytes
 
     def message(self, message_id: str) -> int:
         message = self._object(message_id, "Message")
@@ -126,12 +133,14 @@ class _Reply:
         if len(array.body) > MAX_ARRAY_BYTES:
             raise ValueError(f"{array.name} describes itself in {len(array.body):,} bytes")
         try:
-            said = json.loads(bytes(array.body).decode())
+            description = json.loads(bytes(array.body).decode())
         except RecursionError:
             raise ValueError(f"{array.name} is described by nested JSON") from None
-        if not isinstance(said, dict):
+        if not isinstance(description, dict):
             raise ValueError(f"{array.name} is described by no JSON object")
-        texts, shape, order = (said.get("dtype"), said.get("stype")), said.get("shape"), said.get("arraychunk_ids")
+        texts = (description.get("dtype"), description.get("stype"))
+        shape = description.get("shape")
+        order = description.get("arraychunk_ids")
         if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
             raise ValueError(f"{array.name} names its dtype or its kind by no short text")
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_length, shape)):
@@ -156,15 +165,13 @@ class _Reply:
         for part in parts:
             total += part
             if total > self._most_bytes:
-                raise ValueError(
-                    f"{one.name} would take more than {self._most_bytes:,} bytes when it is built of what came"
-                )
+                raise ValueError(f"{one.name} would take more than {self._most_bytes:,} bytes once it is inflated")
         return total
 
     def _object(self, object_id: str, *kinds: str) -> _Object:
         content = self._contents.get(object_id)
         if content is None:
-            raise ValueError(f"object {object_id[:12]!r} is named and did not come")
+            raise ValueError(f"object {object_id[:12]!r} is named but did not come")
         kind, children, at = _parse(content, len(self._contents))
         if kind not in kinds:
             raise ValueError(f"object {object_id[:12]} is of kind {kind[:40]!r}, {' or '.join(kinds)} was expected")
@@ -174,7 +181,7 @@ class _Reply:
 
 
 def _parse(content: bytes, most_children: int) -> tuple[str, list[str], int]:
-    """An object's kind, its children's ids, and where its body begins."""
+    """The kind of an object, the ids of its children, and the offset of its body."""
     end = content.find(b"\0", 0, HEAD_BYTES + ID_BYTES * most_children)
     if end < 0:
         raise ValueError(f"an object has no head, or more children than came: it begins with {content[:20]!r}")
@@ -189,7 +196,7 @@ def _is_length(n: object) -> bool:
 
 
 def _ids(record: _Object) -> Iterator[str]:
-    """The ids in a record's JSON, one for each name; JSON of any other form is refused before a parser builds it."""
+    """The ids in a record's JSON, one for each name; raises ``ValueError`` for any other JSON, before it is parsed."""
     body = bytes(record.body)
     if _EMPTY.fullmatch(body):
         return
@@ -209,7 +216,7 @@ def _ids(record: _Object) -> Iterator[str]:
 
 
 def _values(body: memoryview) -> Iterator[int]:
-    """What each item of a MetricRecord or a ConfigRecord takes in Python."""
+    """Bytes that each item of a MetricRecord or a ConfigRecord takes in Python."""
     for number, item in _fields(body):
         yield NAMING_BYTES
         for part, value in _fields(item) if number == 1 else ():
@@ -227,14 +234,14 @@ def _value(kind: int, held: memoryview) -> Iterator[int]:
     elif kind == _DOUBLES:
         yield NAMING_BYTES + len(held) // 8 * _NUMBER_BYTES
     elif kind in (_SINTS, _UINTS, _BOOLS):
-        # The last byte of a number is below 128.
+        # Varints: the last byte of each number, and only that, is below 128.
         yield NAMING_BYTES + len(bytes(held).translate(None, _ABOVE)) * _NUMBER_BYTES
     else:
         yield NAMING_BYTES + len(held) * (2 if kind == _BYTES else _CHARACTER_BYTES)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a protobuf message: numbers, and what they hold if that has a length."""
+    """The fields of a protobuf message: their numbers and, for those with a length, their contents."""
     at, nothing = 0, data[:0]
     while at < len(data):
         tag, at = _varint(data, at)

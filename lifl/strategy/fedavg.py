@@ -1,8 +1,8 @@
-"""Flower's FedAvg with the mean made by a Node, while the replies still come.
+"""Flower's FedAvg with the mean made by a Node, while replies are still arriving.
 
-The run's loop, its log and its hooks stay Flower's: `start` hands Flower's own loop a grid whose
+The run's loop, its log and its hooks stay Flower's: `start` gives Flower's own loop a grid whose
 `send_and_receive` is event-driven and lands each reply as it comes. `aggregate_train` then has only to
-fetch the mean. Called by itself, with any list of replies, it folds them through the same workers.
+fetch the mean. Called outside a run, with any list of replies, `aggregate_train` folds them through the same workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lifl.tensor import TensorSpec
 
 @dataclass
 class Result(FlowerResult):
-    """Flower's Result and, per round, the report of who counted, who did not and why, and the times."""
+    """Flower's Result and, for each round, its report: updates accepted and refused, reasons, and times."""
 
     reports: dict[int, RoundReport] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ class Result(FlowerResult):
 
 
 class Mean(FlowerFedAvg):
-    """Flower's FedAvg, its mean made by a Node; without arguments of its own (see RoundOptions)."""
+    """Flower's FedAvg with the mean made by a Node; takes Flower's arguments only (for lifl's see RoundOptions)."""
 
     quorum: float | int | None = None
     deadline: float | None = None
@@ -67,7 +67,7 @@ class Mean(FlowerFedAvg):
         self._base: Mapping[str, Any] | None = None  # the model that was sent, if replies are clipped against it
         self._is_evaluating = False
         self._server: Server | None = None
-        self._is_server_lost = False  # it was there, and may be there again
+        self._is_server_lost = False  # True after a lifl-superlink went away, until a new connection to one
         self.tensorboard_run: str | None = None
 
     # ------------------------------------------------------------ the run
@@ -84,7 +84,7 @@ class Mean(FlowerFedAvg):
     ) -> Result:
         """Flower's ``Strategy.start``, event-driven; the same arguments, hooks and log.
 
-        Returns Flower's Result with ``reports`` beside. Where no round had a result, its ``arrays`` are
+        Returns Flower's Result, with ``reports`` in addition. If no round had a result, its ``arrays`` are
         `initial_arrays`.
         """
         self.reports, self.tensorboard_run = {}, None
@@ -138,7 +138,7 @@ class Mean(FlowerFedAvg):
         super().summary()
 
     def _send_and_receive(self, grid: Grid, messages: list[Message], timeout: float | None) -> list[Message]:
-        """What the loop calls for training and for evaluation."""
+        """One exchange of messages and replies; Flower's loop calls it for training and for evaluation."""
         self._drop_landing()
         if not messages:
             return []
@@ -160,7 +160,7 @@ class Mean(FlowerFedAvg):
                 self._server, self._is_server_lost = None, True
             if self._is_server_lost:
                 self._find_server(grid)
-            # A model without a number has nothing that could be folded by its blocks.
+            # The server folds a model block by block, and a model without numbers has no block.
             if spec is not None and spec.nbytes and self._server is not None and self._may_be_served():
                 replies, timeout = self._be_served(grid, messages, timeout, spec)
                 if replies is not None:
@@ -171,12 +171,12 @@ class Mean(FlowerFedAvg):
         return exchange(grid, messages, timeout, reply_bytes, take, missing, are_pushed=are_pushed)
 
     def _may_be_served(self) -> bool:
-        """True if the server can take the round: nobody looks at the arrays of single replies, or chose a Node."""
-        plain = self.node is None and self.order == "any" and self.limits.clipping_norm is None
-        return plain and not self._is_looked_at()
+        """True if the server can take the round: no option needs the ServerApp's Node or the arrays of a reply."""
+        has_defaults = self.node is None and self.order == "any" and self.limits.clipping_norm is None
+        return has_defaults and not self._is_looked_at()
 
     def _find_server(self, grid: Grid) -> None:
-        """Connects to the lifl-superlink on this machine, if there is one that can take rounds of this strategy."""
+        """Connects to the lifl-superlink on this machine, if one is running and can take rounds of this strategy."""
         self._server = Server.find(grid) if self._may_be_served() else None
         if self._server is not None:
             self._is_server_lost = False
@@ -185,13 +185,14 @@ class Mean(FlowerFedAvg):
     def _be_served(
         self, grid: Grid, messages: list[Message], timeout: float | None, spec: TensorSpec
     ) -> tuple[list[Message] | None, float | None]:
-        """A round that the lifl-superlink folds: the replies, and how many seconds of `timeout` are left.
+        """A round that the lifl-superlink folds: the replies, and the seconds that are left of `timeout`.
 
-        No replies if the server will not fold it, and then it is not asked again, or if it went away. A server with a
-        database has the messages and replies of the round when it is back: they are pulled from it as from Flower's.
+        None in place of the replies if the server refuses the round (then later rounds are not offered to it), or if
+        the server went away. A server with a database still has the messages and replies of the round after a restart:
+        they are pulled from it as from Flower's SuperLink.
         """
         server = self._server
-        assert server is not None, "the caller looked"
+        assert server is not None, "the caller checks"
         settings = (self.weighted_by_key, self.timing, self.order)
         try:
             round_ = server.open_round(grid.run.run_id, messages, spec, *settings, self.limits)
@@ -199,17 +200,17 @@ class Mean(FlowerFedAvg):
             replies = exchange_served(grid, server, messages, timeout, landing.note, landing.mark_late)
             if replies is not None:
                 if landing.num_accepted >= self._needed(landing.expected):
-                    # Here, where the replies can still be pulled if the server goes away before it has answered.
-                    with contextlib.suppress(RoundError):  # raised again when the mean is used
+                    # The mean is fetched here, because here the replies can still be pulled if the server goes away.
+                    with contextlib.suppress(RoundError):  # landing.result() raises it again in aggregate_train
                         round_.result()
                 self._landing = landing
                 return replies, timeout
         except PeerGoneError as error:
             self._is_server_lost = True
-            log(WARNING, "lifl-superlink was lost in a round, which the ServerApp folds itself: %s", str(error))
+            log(WARNING, "lifl-superlink was lost during a round, which the ServerApp now folds itself: %s", str(error))
         except LiflError as error:
-            # Its text alone: with the traceback whoever keeps the record would keep the model and the server's memory.
-            log(WARNING, "lifl-superlink does not fold this run's rounds, the ServerApp does: %s", str(error))
+            # Only the text is logged: a log record with the traceback would keep the model and the server's memory.
+            log(WARNING, "lifl-superlink does not fold this run's rounds, so the ServerApp folds them: %s", str(error))
         server.close()
         self._server = None
         if timeout is not None and server.waiting_since_s is not None:
@@ -231,14 +232,15 @@ class Mean(FlowerFedAvg):
             self._landing = None
 
     def _is_looked_at(self) -> bool:
-        """True if somebody will see the replies after they have landed: the user's code, or Flower's order."""
-        if self.order == "flower":  # the replies may turn out to be of other dtypes, see Landing.is_exact
+        """True if the replies are read again after they have landed: by the user's code, or for Flower's order."""
+        if self.order == "flower":  # the replies may have other dtypes than the model, see Landing.is_exact
             return True
         if self.train_metrics_aggr_fn is not aggregate_metricrecords:
             return True
-        theirs = [vars(cls) for cls in type(self).__mro__ if not cls.__module__.startswith(("lifl.", "flwr."))]
+        # A hook that gets the replies may be overridden in a class of the user's, or on the strategy itself.
+        user_classes = [vars(cls) for cls in type(self).__mro__ if not cls.__module__.startswith(("lifl.", "flwr."))]
         hooks = {"aggregate_train", "_check_and_log_replies"}
-        return any(hooks & names.keys() for names in (*theirs, vars(self)))
+        return any(hooks & names.keys() for names in (*user_classes, vars(self)))
 
     # ------------------------------------------------------------ the mean
 
@@ -247,14 +249,14 @@ class Mean(FlowerFedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The weighted mean of the replies' arrays and metrics.
 
-        Replies that landed during :meth:`start` are folded already; any others, or changed ones, are
-        folded now. A round with fewer accepted updates than the quorum has no result: that is logged as
-        an error and reported, the run goes on, and the model stays as it was.
+        Replies that landed during :meth:`start` are folded already; other replies, or changed ones, are
+        folded now. A round with fewer accepted updates than the quorum has no result: the failure is logged as
+        an error and is in the round's report, the run goes on, and the model stays as it was.
 
         Raises
         ------
         flwr.serverapp.exception.InconsistentMessageReplies
-            As Flower does, if it is called outside a run with replies that do not have the same keys.
+            As in Flower, if the method is called outside a run with replies that do not have the same keys.
         """
         replies = list(replies)
         landing, self._landing = self._landing, None
@@ -262,7 +264,8 @@ class Mean(FlowerFedAvg):
             if landing is not None and landing.is_exact and landing.is_of(replies):
                 valid, _ = self._check_and_log_replies(landing.counted(replies), is_train=True, validate=False)
             else:
-                # During a run one bad reply must not end it: the landing refuses it alone.
+                # One bad reply must not end a run: there the landing refuses that reply alone, so Flower's validation,
+                # which raises for all of them, is used only outside a run.
                 valid, _ = self._check_and_log_replies(replies, is_train=True, validate=landing is None)
                 if landing is None and not valid:
                     return None, None
@@ -291,7 +294,7 @@ class Mean(FlowerFedAvg):
             result = landing.result()
         except (RoundError, PeerGoneError) as error:
             return self._fail(server_round, landing.report(str(error)))
-        if (have := result.num_updates) < needed:  # workers died of some after they had been accepted
+        if (have := result.num_updates) < needed:  # accepted updates that killed workers do not count
             return self._fail(server_round, landing.report(short.format(have)))
         self.reports[server_round] = report = landing.report()
         log(INFO, "\t└──> lifl: %s", report)
@@ -308,15 +311,16 @@ class Mean(FlowerFedAvg):
     def _needed(self, expected: int) -> int:
         if self.quorum is None:
             return 1
-        # Rounded first: 0.07 * 100 is a little more than 7.
+        # The product is rounded before ceil(), because 0.07 * 100 is a little more than 7.
         return self.quorum if isinstance(self.quorum, int) else max(1, math.ceil(round(self.quorum * expected, 9)))
 
     # ------------------------------------------------------------ evaluation
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Flower's weighted mean of the replies' metrics, during a run only of those that have one.
+        """Flower's weighted mean of the replies' metrics.
 
-        The others are left out, and named by a warning; called outside a run, Flower's method refuses all.
+        During a run, replies whose metrics cannot be averaged are left out, and a warning names them; outside a run
+        Flower's method refuses all replies if it cannot average one.
         """
         if self._is_evaluating:
             is_flowers = self.evaluate_metrics_aggr_fn is aggregate_metricrecords
@@ -327,7 +331,7 @@ class Mean(FlowerFedAvg):
 class FedAvg(RoundOptions, Mean):
     """Federated Averaging (McMahan et al., 2017, https://arxiv.org/abs/1602.05629), Flower's class.
 
-    Flower's arguments, and those of :class:`RoundOptions`: ``quorum``, ``deadline``, ``timing``, ``order``,
+    Takes Flower's arguments and those of :class:`RoundOptions`: ``quorum``, ``deadline``, ``timing``, ``order``,
     ``node``, ``max_weight``, ``clipping_norm``, ``client_bytes``, ``total_bytes``, ``checkpoint``, ``resume``,
     ``tensorboard``.
     """

@@ -1,4 +1,4 @@
-"""Memory that a process has freed, back to the machine."""
+"""Freed memory of a process, returned to the operating system."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ctypes
 
 
 def give_back() -> None:
-    """Gives the machine what the C library keeps of freed memory; nothing where it is not glibc.
+    """Returns to the operating system the freed memory that glibc keeps; does nothing with another C library.
 
-    glibc keeps freed pieces of up to 32 MB for later (``M_MMAP_THRESHOLD`` of mallopt(3) grows by itself), and a model
-    that has been pushed has left about as many bytes of them as it has. Takes milliseconds; the GIL is free meanwhile.
+    glibc keeps freed pieces of up to 32 MB for later use (``M_MMAP_THRESHOLD`` of mallopt(3) grows by itself); after
+    the push of a model they take about as many bytes as the model. The call takes milliseconds, without the GIL.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

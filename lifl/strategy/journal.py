@@ -1,9 +1,9 @@
 """A run that can be resumed: Flower's own loop over a strategy, with a checkpoint after each round.
 
-A Journal stands between Flower's loop and the strategy. It notes what the strategy's hooks return; before each
-round's first hook it writes all down, for that is when the round before is over. In a resumed run the loop goes
-through the rounds that are over, too, and gets from the Journal what the hooks returned then, so that its Result
-and its log have the whole run.
+A Journal stands between Flower's loop and the strategy. It records the return values of the strategy's hooks, and
+writes the checkpoint before the first hook of each round, when the previous round is over. In a resumed run the loop
+also passes through the finished rounds, and the Journal returns the recorded values for them, so that the Result and
+the log cover the whole run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOT_STATE = {
     *("reports", "node", "checkpoint", "resume", "tensorboard", "_landing", "_base", "_is_evaluating"),
     *("_server", "_is_server_lost"),
 }
-"""Attributes of a strategy that are lifl's, and saved elsewhere or not at all."""
+"""Attributes that lifl adds to a strategy: a checkpoint has them elsewhere, or does not have them."""
 
 REVIVE: dict[str, Callable[[Any], Any]] = {
     "ArrayRecord": lambda arrays: ArrayRecord({key: Array(array) for key, array in arrays.items()}),
@@ -42,7 +42,7 @@ REVIVE: dict[str, Callable[[Any], Any]] = {
 
 
 def convert(value: Any) -> tuple[str, Any] | None:
-    """Flower's records as plain values, for :func:`lifl.strategy.checkpoint.pack`."""
+    """The kind and the plain values of a Flower record, for :func:`lifl.strategy.checkpoint.pack`; None for others."""
     if isinstance(value, ArrayRecord):
         return "ArrayRecord", {key: array.numpy() for key, array in value.items()}
     if isinstance(value, MetricRecord):
@@ -54,7 +54,7 @@ def convert(value: Any) -> tuple[str, Any] | None:
 
 @contextmanager
 def kept(strategy: Any, num_rounds: int) -> Iterator[Journal | None]:
-    """The journal of a strategy's run, whose file no other run can have until it ends; None without a checkpoint."""
+    """The journal of a strategy's run, whose file is locked until the run ends; None without a checkpoint."""
     if strategy.checkpoint is None:
         yield None
         return
@@ -63,7 +63,7 @@ def kept(strategy: Any, num_rounds: int) -> Iterator[Journal | None]:
 
 
 class Journal:
-    """What Flower's loop calls in the place of the strategy.
+    """A stand-in for the strategy that Flower's loop calls.
 
     Parameters
     ----------
@@ -72,25 +72,27 @@ class Journal:
     path : str or path
         The checkpoint file.
     resume : bool
-        Go on from the file, if there is one. If not, a file that is there is an error.
+        True: continue from the file, if it exists. False: an existing file is an error.
     num_rounds : int
-        How many rounds the run has in all.
+        Number of rounds of the whole run.
 
     Raises
     ------
     CheckpointError
-        If the file cannot be read, was damaged, is of another strategy class or of a longer run, or is there
-        and not meant to be.
+        If the file cannot be read, was damaged, belongs to another strategy class or to a longer run, or exists
+        without `resume`.
     """
 
     def __init__(self, strategy: Any, path: str | PathLike[str], resume: bool, num_rounds: int) -> None:
-        self._strategy, self._path = strategy, Path(path)
+        self._strategy = strategy
+        self._path = Path(path)
         self._begin = {name: self._packed(name) for name in vars(strategy)}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()  # attributes that a warning has named
         self.arrays: ArrayRecord | None = None
         """The model after the last round; None before the first checkpoint."""
         self.last = 0
         """The last round that is over."""
+        # Metrics by round: of training, of the clients' evaluation, and of the central evaluation.
         self._train: dict[int, MetricRecord | None] = {}
         self._evaluate: dict[int, MetricRecord | None] = {}
         self._central: dict[int, MetricRecord | None] = {}
@@ -112,24 +114,26 @@ class Journal:
         return type(self._strategy).__qualname__
 
     def start(self, *run: Any) -> Result:
-        """Flower's loop, which calls the journal."""
+        """Runs Flower's loop with the journal as its strategy."""
         return Strategy.start(self, *run)  # type: ignore[arg-type]
 
-    # ------------------------------------------------------------ what Flower's loop calls
+    # ------------------------------------------------------------ the methods that Flower's loop calls
 
+    # The loop logs `self.__class__.__name__` at its start; `self` is the journal, and the log must name the user's
+    # strategy. So `__class__` is a property that gives the class of the strategy; type(journal) is still Journal.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The strategy's: Flower logs its name."""
+        """The strategy's class, whose name Flower logs."""
         return type(self._strategy)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the strategy's."""
+        """Every other attribute of the strategy."""
         return getattr(self._strategy, name)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The strategy's, after a checkpoint; nothing for a round that is over."""
+        """Saves a checkpoint and calls the strategy; no messages for a round that is over."""
         if server_round <= self._resumed:
             return []
         if self.arrays is None or server_round > self._resumed + 1:
@@ -140,7 +144,7 @@ class Journal:
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The strategy's, noted."""
+        """Calls the strategy and records its metrics; returns recorded ones for a round that is over."""
         if server_round <= self._resumed:
             return None, self._train[server_round]
         arrays, metrics = self._strategy.aggregate_train(server_round, replies)
@@ -150,23 +154,24 @@ class Journal:
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The strategy's; nothing for a round that is over."""
+        """Calls the strategy; no messages for a round that is over."""
         if server_round <= self._resumed:
             return []
         messages: Iterable[Message] = self._strategy.configure_evaluate(server_round, arrays, config, grid)
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The strategy's, noted."""
+        """Calls the strategy and records its metrics; returns recorded ones for a round that is over."""
         if server_round > self._resumed:
             self._evaluate[server_round] = self._strategy.aggregate_evaluate(server_round, replies)
         return self._evaluate[server_round]
 
     def noted(self, evaluate_fn: EvaluateFn) -> EvaluateFn:
-        """The user's central evaluation, noted; not called again for what is over."""
+        """The user's central evaluation, with its metrics recorded; rounds that are over are not evaluated again."""
 
         def central(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            if server_round not in self._central and server_round >= self._resumed:  # the models before are gone
+            # A checkpoint has only the last model, so earlier rounds without a recorded value stay without one.
+            if server_round not in self._central and server_round >= self._resumed:
                 self._central[server_round] = evaluate_fn(server_round, arrays)
             return self._central.get(server_round)
 
@@ -175,12 +180,12 @@ class Journal:
     # ------------------------------------------------------------ the file
 
     def end(self, num_rounds: int, arrays: ArrayRecord) -> None:
-        """The checkpoint after the last round."""
+        """Saves the checkpoint of the last round."""
         if num_rounds > self._resumed:
             self.save(num_rounds, arrays)
 
     def save(self, server_round: int, arrays: ArrayRecord) -> None:
-        """Writes the run after a round. A failure before round 1 is raised, later ones are logged: the run goes on."""
+        """Writes the state after a round. Raises a failure before round 1; logs a later one, and the run goes on."""
         tensors: checkpoint.Tensors = {}
         try:
             try:
@@ -205,7 +210,7 @@ class Journal:
             try:
                 value = checkpoint.pack(vars(strategy)[name], f"state/{name}", fresh, convert)
             except TypeError as error:
-                self._tell(name, error)
+                self._warn(name, error)
                 continue
             if not _same((value, fresh), self._begin.get(name)):
                 changed[name] = value
@@ -231,13 +236,14 @@ class Journal:
             packed = checkpoint.pack(vars(self._strategy)[name], f"state/{name}", tensors, convert)
         except TypeError:
             return None
-        return packed, {name: array.copy() for name, array in tensors.items()}  # it may be changed in place
+        # The strategy may change an array in place, so the values at the start are copied.
+        return packed, {name: array.copy() for name, array in tensors.items()}
 
-    def _tell(self, name: str, error: TypeError) -> None:
-        """Says once what a resumed run will not have: what is neither code nor lifl's settings."""
+    def _warn(self, name: str, error: TypeError) -> None:
+        """Logs once that a resumed run will lack an attribute; functions and lifl's settings are given anew."""
         is_setting = callable(vars(self._strategy)[name]) or name == "limits"
-        if not is_setting and name not in self._told:
-            self._told.add(name)
+        if not is_setting and name not in self._warned:
+            self._warned.add(name)
             log(WARNING, "checkpoint: %s.%s cannot be saved (%s): a resumed run has a new one", self._name, name, error)
 
     def _load(self) -> None:
@@ -258,7 +264,7 @@ class Journal:
         self.last, self.arrays = packed["round"], unpacked(packed["model"])
         for name, value in packed["state"].items():
             setattr(self._strategy, name, unpacked(value))
-        self._strategy.reports = {n: RoundReport.from_dict(said) for n, said in unpacked(packed["reports"]).items()}
+        self._strategy.reports = {n: RoundReport.from_dict(fields) for n, fields in unpacked(packed["reports"]).items()}
         self._train, self._evaluate, self._central = map(unpacked, packed["metrics"])
         random.setstate(unpacked(packed["random"]))
         np.random.set_state(unpacked(packed["numpy"]))
@@ -266,7 +272,7 @@ class Journal:
 
 
 def _same(now: tuple[Any, checkpoint.Tensors], begin: tuple[Any, checkpoint.Tensors] | None) -> bool:
-    """True if an attribute has the value that it had when the run began."""
+    """True if an attribute still has the value that it had at the start of the run."""
     if begin is None or now[0] != begin[0] or now[1].keys() != begin[1].keys():
         return False
     return all(

@@ -1,4 +1,4 @@
-"""Which replies' metrics can be averaged: the others are left out, so that no client ends the run by them."""
+"""Replies whose metrics can be averaged; others are left out, so that no client can end the run with its metrics."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lifl.strategy.landing import error_reply
 
 
 def consistent(contents: list[RecordDict], looks_into_lists: bool) -> list[RecordDict]:
-    """The contents of accepted train replies whose metrics have the form that most have.
+    """The contents of accepted train replies whose metrics have the most frequent form.
 
-    The form is the keys, as Flower demands, and which are lists; if `looks_into_lists` also of what length,
-    as Flower's own mean of metrics demands.
+    The form is the set of keys, as Flower demands, and for each key whether its value is a list; if `looks_into_lists`
+    also the lengths of the lists, as Flower's own mean of metrics demands.
     """
     fit = [content for content in contents if all(map(_is_float, _numbers(content)))]
     common = _most_common([_form(content, looks_into_lists) for content in fit])
@@ -36,8 +36,9 @@ def averageable(
 ) -> list[Message]:
     """Evaluation replies, with an error reply in the place of each that Flower could not average.
 
-    It has exactly one MetricRecord; a weight that is finite, above 0 and at most `max_weight`; and the form
-    (see :func:`consistent`; the record's name too) of most that have these. A warning names the others.
+    A reply can be averaged if it has exactly one MetricRecord; a weight that is finite, above 0 and at most
+    `max_weight`; and the most frequent form among such replies (see :func:`consistent`; here the record's name is part
+    of the form). A warning names the others.
     """
     refusals: dict[int, Rejection] = {}
     forms: dict[int, Hashable] = {}
@@ -79,7 +80,7 @@ def _numbers(content: RecordDict) -> Iterator[Any]:
 
 
 def _is_float(value: Any) -> bool:
-    """False for an integer that Python cannot multiply with a float; a NaN is a client's own affair."""
+    """False for an integer beyond float64, which Python cannot multiply with a float; a NaN is allowed."""
     try:
         float(value)
     except OverflowError:

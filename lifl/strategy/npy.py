@@ -19,18 +19,18 @@ MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 10_000
 MAX_DIMENSIONS = 64  # NumPy's own limit
 MAX_BYTES = 12 + MAX_HEADER_BYTES
-"""Before the numbers of a stream: magic, version, length and header."""
+"""Most bytes before the numbers of a stream: magic, version, length and header."""
 
 _DESCRIPTIONS = {NUMPY_DTYPES[name].str: name for name in ITEM_BYTES if name != "bfloat16"}
 _LENGTH = rb"(?:0|[1-9][0-9]{0,18})"
-# Python's tuples, which "(3)", "(3 4)" and "(03,)" are not: NumPy refuses those too.
+# Only tuples of Python: "(3)", "(3 4)" and "(03,)" are none, and NumPy refuses them too.
 _SHAPE = rb"(?:%b,|%b(?:, ?%b)+,?)?" % (_LENGTH, _LENGTH, _LENGTH)
 _HEADER = re.compile(rb"\{'descr': '([^']{1,32})', 'fortran_order': (True|False), 'shape': \((%b)\), ?\} *\n?" % _SHAPE)
 
 
 @attrs.frozen
 class Header:
-    """What a ``.npy`` stream declares, and the offset at which its numbers begin."""
+    """The declarations of a ``.npy`` stream, and the byte offset of its numbers."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,13 +41,13 @@ class Header:
 def parse_header(data: bytes | memoryview, nbytes: int | None = None) -> Header:
     """Reads a stream's header and checks it against the length of all its bytes.
 
-    `nbytes` is that length if `data` is only the stream's beginning, of which ``MAX_BYTES`` are enough.
+    `nbytes` is the length of the whole stream if `data` is only its beginning; ``MAX_BYTES`` of it are enough.
 
     Raises
     ------
     ValueError
-        If it is no ``.npy`` stream, its dtype is not one of lifl's, or its lengths do not add up. The
-        message says which.
+        If `data` is no ``.npy`` stream, its dtype is not one of lifl's, or its lengths do not add up. The
+        message names the fault.
     """
     whole = len(data) if nbytes is None else nbytes
     head = bytes(data[:MAX_BYTES])
@@ -81,7 +81,7 @@ def parse_header(data: bytes | memoryview, nbytes: int | None = None) -> Header:
 
 
 def view(data: bytes | memoryview) -> Array:
-    """The array in a stream, without a copy: read-only, and it keeps `data` alive."""
+    """The array in a stream, without a copy; it is read-only and keeps `data` alive."""
     header = parse_header(data)
     order: Literal["C", "F"] = "F" if header.is_fortran else "C"
     return np.ndarray(header.shape, NUMPY_DTYPES[header.dtype], data, header.offset, order=order)
@@ -94,6 +94,6 @@ def encode(array: Array) -> bytes:
         array = np.array(array, order="C")
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    # NumPy writes an array in Fortran's order as it lies.
+    # NumPy writes the numbers of an array in Fortran's order as they lie in memory.
     numbers = array if array.flags.c_contiguous else array.T
     return b"".join((header.getvalue(), numbers.data))

@@ -1,7 +1,7 @@
-"""Flower's strategies that only work on the mean afterwards: Flower's classes over lifl's mean.
+"""Flower's strategies that compute the new model from the mean alone: Flower's classes over lifl's mean.
 
-Nothing is computed here. Each class is Flower's own with :class:`lifl.strategy.fedavg.Mean` put between it
-and Flower's FedAvg, so that its ``super().aggregate_train`` finds lifl's.
+Nothing is computed here. Each class is Flower's own with :class:`lifl.strategy.fedavg.Mean` between it and Flower's
+FedAvg, so that ``super().aggregate_train`` in Flower's class is lifl's method.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class DtypeKept:
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's, and then the dtypes."""
-        # The dtypes to keep are those that the clients were sent, which is what they reply with.
+        """Flower's ``aggregate_train``, then the conversion to the kept dtypes."""
+        # The clients received the current arrays and reply in their dtypes; Flower's method replaces these arrays.
         kept = _dtypes(self.current_arrays)  # type: ignore[attr-defined]
         arrays, metrics = super().aggregate_train(server_round, replies)  # type: ignore[misc]
         if arrays is not None and self.keep_dtype and kept:
@@ -55,7 +55,7 @@ def _as(values: Any, dtype: str) -> Any:
 
 
 def _dtypes(current: Any) -> dict[str, str]:
-    """FedAvgM keeps an ArrayRecord, the adaptive ones a dict of arrays; both begin as None."""
+    """The dtype of each current array; FedAvgM has an ArrayRecord, the others a dict, and all begin with None."""
     return {} if current is None else {key: str(array.dtype) for key, array in current.items()}
 
 

@@ -19,7 +19,7 @@ def _show_flowers_arguments(cls: type[RoundOptions]) -> None:
         if "__init__" in vars(base):
             own.append(list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:])
             if not any(p.kind is p.VAR_KEYWORD for p in own[-1]):
-                break  # Flower's: what the classes behind it take is its own affair
+                break  # this class of Flower's names all its arguments, those of its base classes among them
     named = [p for parameters in reversed(own) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     ordered = sorted(named, key=lambda p: p.kind)
     cls.__signature__ = inspect.Signature(ordered)
@@ -31,43 +31,44 @@ class RoundOptions:
     Parameters
     ----------
     quorum : float or int, optional
-        The least number of accepted updates for a round to count: a fraction of the sampled nodes (a
+        The least number of accepted updates for a round to have a result: a fraction of the sampled nodes (a
         float up to 1.0) or a number (an int). Default: one update, as in Flower.
     deadline : float, optional
-        Seconds after which a round, of training or of evaluation, goes on without the replies that are
-        still out. Default: Flower's ``timeout``.
+        Seconds after which a round, of training or of evaluation, goes on without the missing replies.
+        Default: Flower's ``timeout``.
     timing : {"eager", "lazy", "jit"}
-        Fold each update when it is there, all when the last is, or so late that it ends when the last is expected.
+        Fold each update on arrival, all updates after the last arrival, or as late as possible so that the fold ends
+        when the last update is expected.
     order : {"any", "flower"}
-        ``"flower"``: Flower's result bit by bit, from the replies in their order of arrival. It keeps all
-        of them in memory, in the arena and as they came, until the round ends.
+        ``"flower"``: Flower's result bit by bit, from the replies in their order of arrival. All replies stay
+        in memory, in the arena and as they came, until the round ends.
     node : lifl.Node, optional
-        Where to fold. Default: the process's own, made on first use and closed at exit.
+        The Node that folds. Default: the embedded Node of the process, made on first use and closed at exit.
     max_weight : float, optional
         The largest weight that is accepted; a reply with a larger one is refused. Default: 2**100.
     clipping_norm : float, optional
-        How far, in the L2 norm over all floating-point arrays together, a reply's model may be from the
-        model that was sent. One that is farther is moved onto that distance, as Flower's server-side
-        clipping does. Default: not bounded.
+        Bound for the distance of a reply's model from the model that was sent, in the L2 norm over all floating-point
+        arrays together. A model beyond the bound is moved to that distance, as Flower's server-side clipping does.
+        Default: not bounded.
     client_bytes, total_bytes : int, optional
         Bytes of the arena that one client, and all clients of a round together, may hold at once; an update
         takes whole units of 64 KiB. A reply that does not fit is refused; in the default order it first waits
         until others have been folded. Default: not bounded.
     checkpoint : str or path, optional
-        A file that is replaced after each round, atomically, by what a run needs to go on: the model, the
+        A file that is replaced after each round, atomically, by the state that a run needs to continue: the model, the
         metrics, the reports, the state of ``random`` and ``numpy.random``, and those attributes of the
-        strategy that changed since the start (momentum, for example). It must not be there yet, unless
-        `resume` is set. If it cannot be written at the start :meth:`start` raises
-        :class:`lifl.errors.CheckpointError`; later, that is logged and the run goes on. While one
-        run has the file another one's :meth:`start` raises that error too.
+        strategy that changed since the start (momentum, for example). The file must not exist yet, unless
+        `resume` is set. If it cannot be written at the start, :meth:`start` raises
+        :class:`lifl.errors.CheckpointError`; a later failure is logged and the run goes on. While one
+        run uses the file, :meth:`start` of another run raises that error too.
     resume : bool
-        Go on after the last round that is in `checkpoint`; from the beginning if there is no such file.
-        Arguments of :meth:`start` are given as for the whole run. Given the same replies, the end is that of
+        Continue after the last round in `checkpoint`; from the beginning if there is no such file.
+        Arguments of :meth:`start` are those of the whole run. Given the same replies, the end is that of
         a run that was never interrupted: with ``order="flower"`` bit by bit, else as near as two such runs are.
     tensorboard : str or path, optional
-        A folder for TensorBoard, in which :meth:`start` makes one for its run: ``run-1``, ``run-2``, ... A resumed run
-        goes on in the one that it had. After each round there are scalars of who counted, of where the time went, and
-        of all metrics. Needs ``pip install 'lifl[tensorboard]'``. What cannot be written is logged, the run goes on.
+        A folder for TensorBoard, in which :meth:`start` makes a folder for its run: ``run-1``, ``run-2``, ... A resumed
+        run continues in its old folder. Each round adds scalars of the numbers of updates, of the times of the stages,
+        and of all metrics. Needs ``pip install 'lifl[tensorboard]'``. A failed write is logged, and the run goes on.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -107,21 +108,27 @@ class RoundOptions:
             raise ValueError(f"timing={timing!r}: use 'eager', 'lazy' or 'jit'")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
-        self.quorum, self.deadline, self.timing, self.order, self.node = quorum, deadline, timing, order, node
+        self.quorum = quorum
+        self.deadline = deadline
+        self.timing = timing
+        self.order = order
+        self.node = node
         max_weight = Limits().max_weight if max_weight is None else max_weight
         self.limits = Limits(
             max_weight=max_weight, clipping_norm=clipping_norm, client_bytes=client_bytes, total_bytes=total_bytes
         )
         if resume and checkpoint is None:
-            raise ValueError("resume=True: say from which file, with checkpoint=")
-        self.checkpoint, self.resume = checkpoint, resume
+            raise ValueError("resume=True: name the file to resume from, with checkpoint=")
+        self.checkpoint = checkpoint
+        self.resume = resume
         if tensorboard is not None:
             scalars.require()
         self.tensorboard = tensorboard
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):  # it shows its own arguments, not the ones inherited with __signature__
+        # A subclass with its own __init__ shows that one's arguments; else it would inherit __signature__.
+        if "__init__" in vars(cls):
             signature = inspect.signature(vars(cls)["__init__"])
             cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
         elif cls.__module__.startswith("lifl."):

@@ -1,6 +1,6 @@
-"""Flower's own aggregation, to be measured and compared with: replies in, mean out.
+"""Flower's own aggregation, for benchmarks and comparisons: replies in, mean out.
 
-Owns how a benchmark's arrays become Flower's replies. Changes nothing of Flower and does no arithmetic.
+Owns the conversion of a benchmark's arrays into Flower's replies. Changes nothing in Flower and does no arithmetic.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def view_arrays(record: ArrayRecord) -> dict[str, Array]:
 
 
 def view_reply(reply: RecordDict) -> dict[str, Array]:
-    """The arrays of a reply from :func:`make_reply`, likewise."""
+    """The arrays of a reply from :func:`make_reply`, as read-only views of its bytes, without a copy."""
     return view_arrays(reply.array_records["arrays"])
 
 

@@ -1,7 +1,7 @@
-"""A ServerApp beside a lifl-superlink: its rounds are folded by the server, replies come as events, means as views.
+"""A ServerApp beside a lifl-superlink: the server folds its rounds; replies come as events, means as views.
 
 Owns the connection to the server. The server is found by an environment variable that it sets for the programs that
-it starts, or by its well-known socket if the grid's address is of this machine. Without one nothing changes.
+it starts, or by its well-known socket if the grid's address is on this machine. Without a server the ServerApp folds.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1", "0.0.0.0")
 
 @attrs.frozen
 class Reply:
-    """What the server says of one reply: as it came, its arrays without data; and why it does not count, if so."""
+    """A reply that the server has received: the message as it came, its arrays without data; and its refusal if any."""
 
     message: Message
     refusal: Rejection | None
 
 
 class Server:
-    """A connection to a server on this machine. One round at a time; not thread-safe.
+    """A connection to a server on this machine, for one round at a time; not thread-safe.
 
     Attributes
     ----------
     waiting_since_s : float or None
-        When the messages of the round had been pushed (``time.monotonic``); None before.
+        Time (``time.monotonic``) at which the messages of the round had been pushed; None before.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,7 +76,7 @@ class Server:
             finally:
                 for fd in fds:
                     os.close(fd)
-            self._next(CONNECT_TIMEOUT_S)  # its welcome
+            self._next(CONNECT_TIMEOUT_S)  # the server's welcome
         except BaseException:
             self._peer.close()
             raise
@@ -104,7 +104,7 @@ class Server:
         order: Order,
         limits: Limits,
     ) -> ServedRound:
-        """Announces a round of `messages`, which are about to be sent; raises :class:`RoundError` if it is refused."""
+        """Announces a round before its `messages` are sent; raises :class:`RoundError` if the server refuses it."""
         self.waiting_since_s = None
         first = messages[0].metadata
         self._ask(
@@ -125,22 +125,22 @@ class Server:
         return ServedRound(self, spec, timing)
 
     def count_bound(self, message_ids: list[str]) -> int:
-        """How many of the messages the server has seen and will receive replies to."""
+        """Number of the messages that the server has seen and will receive replies to."""
         return int(self._ask({"do": "bound", "messages": message_ids}, "bound")["count"])
 
     def replies(self, timeout: float | None) -> Iterator[Reply]:
-        """Replies as they are settled; ends when none came for the rest of `timeout` seconds."""
+        """Replies as the server settles them; ends after `timeout` seconds, or never for None."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             left = 1.0 if end is None else end - time.monotonic()
-            if left <= 0 and not self._early:
+            if left <= 0 and not self._frames:
                 return
-            frame = self._early.pop(0) if self._early else self._next(max(min(left, 1.0), 0.001))
+            frame = self._next(max(min(left, 1.0), 0.001))
             if frame is not None:
                 yield _reply(*frame)
 
     def is_gone(self) -> bool:
-        """True if the server has closed the connection, or ended."""
+        """True if the server has closed the connection, or has ended."""
         self._peer.settimeout(0)
         try:
             return not self._peer.recv(1, socket.MSG_PEEK)
@@ -150,29 +150,26 @@ class Server:
             return True
 
     def close(self) -> None:
-        """Lets go of the server, which closes the round if one is open."""
+        """Closes the connection; the server closes the round if one is open."""
         self._peer.close()
 
-    @property
-    def _early(self) -> list[ipc.Frame]:
-        """Replies that came while something else was waited for."""
-        return self._frames
-
-    def ask(self, said: dict[str, Any], answer: str) -> dict[str, Any]:
-        """Asks and waits for the answer; raises the server's error."""
-        return self._ask(said, answer)
+    def ask(self, request: dict[str, Any], answer: str) -> dict[str, Any]:
+        """Sends a request and waits for the event `answer`; raises :class:`RoundError` if the request failed."""
+        return self._ask(request, answer)
 
     def view(self, spec: TensorSpec, block: Block) -> dict[str, Any]:
-        """A mean in the server's arena as NumPy views that cannot be written."""
+        """A mean in the server's arena, as read-only NumPy views."""
         return spec.views(memoryview(self._arena.buffer(block)).toreadonly())
 
-    def _ask(self, said: dict[str, Any], answer: str) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any], answer: str) -> dict[str, Any]:
         try:
             self._peer.settimeout(ANSWER_TIMEOUT_S)
-            self._peer.sendall(ipc.encode(said))
+            self._peer.sendall(ipc.encode(request))
         except OSError as error:
             raise PeerGoneError(f"the lifl-superlink is gone: {error}") from None
-        end, kept = time.monotonic() + ANSWER_TIMEOUT_S, self._frames
+        end = time.monotonic() + ANSWER_TIMEOUT_S
+        # Replies may come before the answer. They are kept, in their order, for replies().
+        kept = self._frames
         self._frames = []
         while True:
             frame = self._next(max(end - time.monotonic(), 0.001))
@@ -185,7 +182,7 @@ class Server:
             if frame[0]["event"] == "failed":
                 raise RoundError(frame[0]["reason"])
             if frame[0]["event"] != answer:
-                raise PeerGoneError(f"the lifl-superlink said {frame[0]['event']!r}, {answer!r} was expected")
+                raise PeerGoneError(f"the lifl-superlink sent {frame[0]['event']!r}, {answer!r} was expected")
             return frame[0]
 
     def _next(self, timeout: float) -> ipc.Frame | None:
@@ -206,16 +203,18 @@ class Server:
 
 
 class ServedRound:
-    """A round of the server's, with what a Landing needs of a :class:`lifl.round.Round`."""
+    """A round on the server, with those methods of :class:`lifl.round.Round` that a Landing calls."""
 
     def __init__(self, server: Server, spec: TensorSpec, timing: Timing) -> None:
-        self._server, self.spec, self._timing = server, spec, timing
+        self._server = server
+        self.spec = spec
+        self._timing = timing
         self._report: RoundReport | None = None
         self._result: RoundResult | None = None
         self._failure: str | None = None
 
     def report(self) -> RoundReport:
-        """The books as they stand now; empty if the server, which has them, is gone."""
+        """The report of the round so far; empty if the server, which has it, is gone."""
         if self._report is not None:
             return self._report
         try:
@@ -224,29 +223,38 @@ class ServedRound:
             return RoundReport(0, 0, self._timing, "any")
 
     def close_early(self) -> None:
-        """Nothing: asking for the result does."""
+        """Does nothing, because the request for the result ends the round."""
 
     def result(self, timeout: float | None = None) -> RoundResult:
-        """The mean of what is in, as views of the server's memory, asked for once; raises :class:`RoundError`."""
+        """The mean of the accepted updates, as views of the server's memory; raises :class:`RoundError` if none.
+
+        The server is asked once; later calls return the same result, or raise the same error.
+        """
         if self._failure is not None:
             raise RoundError(self._failure)
         if self._result is None:
             try:
-                said = self._server.ask({"do": "finish"}, "result")
+                answer = self._server.ask({"do": "finish"}, "result")
             except RoundError as error:
-                self._failure = str(error)  # not the error: its traceback would keep the model
+                self._failure = str(error)  # only the text: the traceback of the error would keep the model
                 raise
-            self._report = report = RoundReport.from_dict(said["report"])
-            arrays = self._server.view(self.spec, Block(*said["block"]))
-            self._result = RoundResult(self.spec, arrays, said["weight"], said["num_updates"], report.rejected, report)
+            self._report = report = RoundReport.from_dict(answer["report"])
+            self._result = RoundResult(
+                spec=self.spec,
+                arrays=self._server.view(self.spec, Block(*answer["block"])),
+                weight=answer["weight"],
+                num_updates=answer["num_updates"],
+                rejected=report.rejected,
+                report=report,
+            )
         return self._result
 
     def submit(self, arrays: Any, weight: Any, client_id: str) -> None:
-        """Nobody submits here: replies are received by the server."""
+        """Raises :class:`RoundError`, because the server receives the replies itself."""
         raise RoundError("replies to this round are received by the lifl-superlink")
 
     def close(self) -> None:
-        """Ends it; views of its mean must be gone."""
+        """Ends the round; the server frees its memory, so views of the mean must not be used any more."""
         self._result = None
         with contextlib.suppress(LiflError):
             self._server.ask({"do": "close"}, "closed")
@@ -260,10 +268,10 @@ def exchange_served(
     note: Callable[[Reply, int], Message],
     missing: Callable[[int], None],
 ) -> list[Message] | None:
-    """Pushes `messages` and gathers what the server tells of the replies; see :func:`exchange`.
+    """Pushes `messages` and collects the replies that the server settles; see :func:`lifl.strategy.exchange.exchange`.
 
-    None if the server does not see all of the messages. Then, and if the server is lost on the way, they have been
-    pushed, and their metadata are left in `messages`.
+    Returns None if the server has not seen all of the messages. Then, and if the server is lost meanwhile, the messages
+    have been pushed, and `messages` holds copies with their metadata and without contents.
     """
     ids = [i for i in push(grid, messages) if i]
     server.waiting_since_s = time.monotonic()
@@ -272,7 +280,7 @@ def exchange_served(
     if server.count_bound(list(asked)) < len(asked):
         server.ask({"do": "leave"}, "closed")
         return None
-    # They hold the model, which the grid has by now.
+    # The messages hold the model, which the grid has by now.
     messages[:] = [make_message(metadata=m.metadata, content=RecordDict()) for m in messages]
     give_back()
     replies: list[Message] = []
@@ -292,22 +300,23 @@ def exchange_served(
 def _paths(grid: Grid) -> Iterator[Path]:
     if not isinstance(grid, HttpGrid):
         return
-    if told := os.environ.get(ipc.VARIABLE):
-        yield Path(told)
+    if path := os.environ.get(ipc.VARIABLE):
+        yield Path(path)
         return
+    # `_addr` is private in flwr (1.42); without it no server is found, and the ServerApp folds.
     host, _, port = str(getattr(grid, "_addr", "")).rpartition(":")
     if host in LOCAL and port.isdigit():
         with contextlib.suppress(OSError):
             yield ipc.path_for(int(port))
 
 
-def _reply(said: dict[str, Any], blobs: list[bytes]) -> Reply:
+def _reply(event: dict[str, Any], blobs: list[bytes]) -> Reply:
     message = message_from_proto(MessageProto.FromString(blobs[0]))
-    refusal = None if said["refusal"] is None else Rejection(*said["refusal"])
+    refusal = None if event["refusal"] is None else Rejection(*event["refusal"])
     if message.has_error():
         return Reply(message, refusal)
     content, rest = RecordDict(), iter(blobs[1:])
-    for name, arrays in said["records"]:
+    for name, arrays in event["records"]:
         if arrays is None:
             blob = next(rest)
             kind, _, _ = get_object_head_values_from_object_content(blob)

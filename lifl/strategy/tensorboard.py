@@ -1,9 +1,9 @@
-"""A run's scalars for TensorBoard: who counted, where the time went, and the metrics that the strategy returns.
+"""A run's scalars for TensorBoard: numbers of updates, times of the stages, and the metrics of the strategy.
 
-Scalars stand between Flower's loop and a strategy, or its journal, and note what the hooks return. They write at once
-and in the calling thread, so that what has been noted is in the file even if the process is killed. (tensorboardX's
-own writer has a thread for it, which ends at the first error, and is waited for then.) A write that fails is logged,
-and the run goes on.
+Scalars stand between Flower's loop and a strategy, or its journal, and write the return values of the hooks. Each value
+is written at once and in the calling thread, so that it is in the file even if the process is killed. (tensorboardX's
+own writer uses a thread, which ends at the first error, and the caller would then wait for it.) A write that fails is
+logged, and the run goes on.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lifl.strategy.landing import spec_of
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
-LONGEST_LIST = 64
+MAX_LIST = 64
 """A metric that is a list has a scalar for each element; a longer one is left out."""
 
 
 def require() -> None:
-    """Raises ``ModuleNotFoundError`` with what to do if tensorboardX is not installed."""
+    """Raises ``ModuleNotFoundError``, with the command that installs it, if tensorboardX is not installed."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise ModuleNotFoundError(
             "tensorboard= writes its files with tensorboardX, which is not installed: pip install 'lifl[tensorboard]'",
@@ -44,7 +44,7 @@ def require() -> None:
 
 @contextmanager
 def noted(strategy: Any, journal: Any | None) -> Iterator[Scalars | None]:
-    """The scalars of a strategy's run, which stand before its journal if it has one; None if none are wanted."""
+    """The scalars of a strategy's run, in front of its journal if it has one; None without a ``tensorboard`` folder."""
     if strategy.tensorboard is None:
         yield None
         return
@@ -63,7 +63,7 @@ def _is_in(run: str | None, folder: str | PathLike[str]) -> bool:
 
 
 def _new_run(folder: str | PathLike[str]) -> str | None:
-    """A new folder in `folder`, of this run alone, with the first number that is free; None if there can be none."""
+    """A new folder for this run, in `folder`, with the first free number; None if it cannot be made (then logged)."""
     for number in itertools.count(1):
         path = Path(folder).absolute() / f"run-{number}"
         try:
@@ -74,50 +74,53 @@ def _new_run(folder: str | PathLike[str]) -> str | None:
             log(ERROR, "There will be no scalars for TensorBoard: %s", error)
             return None
         return str(path)
-    raise AssertionError("there is always a next number")
+    raise AssertionError("itertools.count() does not end")
 
 
 class Scalars:
-    """What Flower's loop calls in the place of the strategy or its journal.
+    """A stand-in for the strategy or its journal that Flower's loop calls.
 
     Parameters
     ----------
     inner : Strategy or Journal
-        Which it passes everything on to.
+        The strategy or journal that every call is passed on to.
     folder : str or None
-        The run's own, in which event files are put; None: nothing is written.
+        The run's folder for event files; None: nothing is written.
     last : int or None
-        Of a resumed run, the last round that is over: its scalars and those before are there, later ones, of a round
-        that was not finished, count no more.
+        The last finished round of a resumed run. The files have the scalars up to that round; those of later,
+        unfinished rounds are declared void.
     """
 
     def __init__(self, inner: Any, folder: str | None, last: int | None) -> None:
-        self._inner, self._folder, self._last = inner, folder, last
-        self._void_from = None if last is None else last + 1
+        self._inner = inner
+        self._folder = folder
+        self._last = last
+        self._void_from = None if last is None else last + 1  # for the first event file; None afterwards
         self._update_bytes: int | None = None
         self._file: Any = None
 
     def start(self, *run: Any) -> Result:
-        """Flower's loop, which calls the scalars."""
+        """Runs Flower's loop with the scalars as its strategy."""
         return Strategy.start(self, *run)  # type: ignore[arg-type]
 
-    # ------------------------------------------------------------ what Flower's loop calls
+    # ------------------------------------------------------------ the methods that Flower's loop calls
 
+    # The loop logs `self.__class__.__name__`, and the log must name the user's strategy; see Journal.__class__.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The strategy's: Flower logs its name."""
+        """The strategy's class, whose name Flower logs."""
         cls: type = self._inner.__class__
         return cls
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the strategy's."""
+        """Every other attribute of the strategy or its journal."""
         return getattr(self._inner, name)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The strategy's; the size of the model is noted."""
-        with suppress(TypeError, ValueError):  # what lifl cannot fold the strategy says
+        """Calls the strategy; keeps the size of the model, for ``round/bytes``."""
+        with suppress(TypeError, ValueError):  # the strategy raises for a model that lifl cannot fold
             self._update_bytes = spec_of(arrays).nbytes
         messages: Iterable[Message] = self._inner.configure_train(server_round, arrays, config, grid)
         return messages
@@ -125,7 +128,7 @@ class Scalars:
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The strategy's, and the scalars of the round and of its metrics."""
+        """Calls the strategy; writes the scalars of the round and of its metrics."""
         arrays, metrics = self._inner.aggregate_train(server_round, replies)
         report = self._inner.reports.get(server_round)
         values = {} if report is None else round_scalars(report, self._update_bytes)
@@ -133,13 +136,13 @@ class Scalars:
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The strategy's, and the scalars of its metrics."""
+        """Calls the strategy; writes the scalars of its metrics."""
         metrics: MetricRecord | None = self._inner.aggregate_evaluate(server_round, replies)
         self._write(server_round, metric_scalars("evaluate_clientapp", metrics))
         return metrics
 
     def noted(self, evaluate_fn: EvaluateFn) -> EvaluateFn:
-        """The user's central evaluation, and the scalars of its metrics."""
+        """The user's central evaluation, with the scalars of its metrics written."""
 
         def central(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             metrics = evaluate_fn(server_round, arrays)
@@ -160,21 +163,21 @@ class Scalars:
             self._file.write_event(_event(server_round, values))
             self._file.flush()
             self._void_from = None
-        except Exception as error:  # tensorboardX's own too
+        except Exception as error:  # tensorboardX raises errors of its own
             log(ERROR, "Scalars of round %s cannot be written to %s: %s", server_round, self._folder, error)
-            # What is behind a record that was cut off nobody can read: the next one begins a new file.
+            # No reader gets past a record that was cut off, so the next record begins a new file.
             self.close()
 
     def close(self) -> None:
         """Closes the file; harmless without one."""
         file, self._file = self._file, None
         if file is not None:
-            with suppress(OSError):  # all that could be written has been flushed before
+            with suppress(OSError):  # every record that could be written has been flushed
                 file.close()
 
 
 def round_scalars(report: RoundReport, update_bytes: int | None) -> dict[str, float]:
-    """What a report says of its round: counts, the weight, bytes of accepted updates, and seconds of the stages."""
+    """The scalars of a round's report: counts, the weight, bytes of accepted updates, and seconds of the stages."""
     counts: dict[str, float] = {
         "round/accepted": len(report.accepted),
         "round/refused": len(report.rejected),
@@ -187,23 +190,23 @@ def round_scalars(report: RoundReport, update_bytes: int | None) -> dict[str, fl
 
 
 def metric_scalars(where: str, metrics: MetricRecord | None) -> dict[str, float]:
-    """A record of metrics as scalars below `where`; of a list the elements, by their number."""
+    """A record of metrics as scalars below `where`; each element of a list is one scalar, named by its index."""
     values: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         if not isinstance(value, list):
             values[f"{where}/{name}"] = value
-        elif len(value) <= LONGEST_LIST:
+        elif len(value) <= MAX_LIST:
             values |= {f"{where}/{name}/{at}": element for at, element in enumerate(value)}
     return values
 
 
 def _open(folder: str, void_from: int | None) -> Any:
-    """A new event file; what is in older ones of round `void_from` and later is void."""
+    """A new event file, which declares void the records of round `void_from` and later in older files."""
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    # The name that tensorboardX makes has the second and the host in it: two files of one second would be one.
+    # tensorboardX names a file by the second and the host; the suffix keeps two files of one second apart.
     file = EventsWriter(os.path.join(folder, "events"), f".{time.time_ns()}")
     file.write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
     if void_from is not None:

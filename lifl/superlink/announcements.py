@@ -1,7 +1,7 @@
-"""What a SuperNode may announce: its own reply to a message that it was sent, within bounds.
+"""The rules for what a SuperNode announces: its own reply to a message that it was sent, within bounds.
 
 Flower stores a message without looking who sends it. So a node could send messages in the SuperLink's name, which a
-round would take for its own, or reply in another's.
+round would take for its own, or reply in another node's name. Owns nothing but the change to Flower's handler.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MAX_TEXT = 1000
 MAX_ID = 64
 
 MAX_REASON = 2**16
-"""Characters of what an error reply says."""
+"""Characters of the reason in an error reply."""
 
 _MARK = "_is_guarded_by_lifl"
 
 
 def guard(handlers: Any) -> None:
-    """Makes the Fleet API's ``push_messages`` look at what is announced; harmless when done before."""
+    """Makes the Fleet API's ``push_messages`` check announcements; harmless when done before."""
     original: Callable[..., Any] = handlers.push_messages
     if hasattr(original, _MARK):
         return
@@ -37,15 +37,15 @@ def guard(handlers: Any) -> None:
         if reason is None:
             return original(request=request, state=state)
         _server.log(WARNING, "A message of node %s is not taken: %s", request.node.node_id, reason)
-        return _names.PushMessagesResponse()  # nothing is asked for: as of a message that Flower does not take
+        return _names.PushMessagesResponse()  # asks for no object, as for a message that Flower does not take
 
     setattr(push_messages, _MARK, True)
     handlers.push_messages = push_messages
 
 
 def why_not(request: Any) -> str | None:
-    """Why a push-messages request is not passed on, if it is not."""
-    # SuperNodes announce one at a time, and Flower looks at no other: counted before anything is looked at.
+    """The reason why a push-messages request is not passed on; None if it is."""
+    # SuperNodes announce one reply at a time, and Flower reads only the first: others are counted, and not read.
     if (count := max(len(request.messages_list), len(request.message_object_trees))) > 1:
         return f"{count:,} messages or trees in one request, where one of each is taken"
     for message in request.messages_list:

@@ -1,7 +1,7 @@
-"""The data plane of one server: arena, workers, store, rounds and gateway, put into Flower's app.
+"""The data plane of a server: arena, workers, store, rounds and gateway, put into Flower's app.
 
-The wiring room of ``lifl.superlink``. Owns what it starts, and ends it. A part for which Flower lacks a name is left
-out, and the rest goes on without it.
+The wiring room of ``lifl.superlink``. Owns the parts that it starts, and ends them. A part for which Flower lacks a
+name is left out, and the rest goes on without it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class Plane:
-    """Everything of lifl's in one server process.
+    """Everything of lifl's in a server process.
 
     Parameters
     ----------
     config : SuperLinkLifespanConfig
-        Flower's.
+        Flower's settings.
     node : Node
-        Closed with the plane, and if it cannot be made.
+        Its arena and workers; closed with the plane, and if the plane cannot be made.
     max_object_bytes : int
         A larger object is refused.
     hold_s : float
@@ -45,9 +45,9 @@ class Plane:
     app : fastapi.FastAPI
         Flower's app, its store replaced.
     protocol : type or str
-        For uvicorn.
+        The class of connections, or the name of uvicorn's own, for uvicorn.
     left_out : list of str
-        What Flower does itself, and why.
+        The reasons why Flower does a part itself.
 
     Raises
     ------
@@ -78,6 +78,7 @@ class Plane:
             raise
 
     def _try(self, add: Any) -> None:
+        """Adds a part, or leaves it out: without Flower's names its modules raise when `add` imports them."""
         try:
             add()
         except MissingNameError as error:
@@ -87,10 +88,10 @@ class Plane:
         plane = self
 
         class Lifespan(names.Lifespan):  # type: ignore[misc]
-            """Flower's, and our socket's."""
+            """Flower's lifespan, and that of lifl's socket."""
 
             def startup(self) -> None:
-                # Before the programs that it starts, which inherit the variable.
+                # Before Flower starts its programs, which inherit the variable.
                 plane.startup()
                 super().startup()
 
@@ -99,6 +100,7 @@ class Plane:
                 if plane.agency is not None:
                     plane.agency.close()
 
+        # Flower's `create_app` takes no store: the function that makes its factories is replaced while the app is made.
         module, original = names.main, names.main.get_objectstore_linkstate_factories
 
         def with_our_store(*args: Any) -> Any:
@@ -120,6 +122,7 @@ class Plane:
         guard(flower.part("gateway").fleet)
         self.rounds = Rounds(self.node, self.store, self.holding)
         state = self.app.state.linkstate_factory.state()
+        # Both change methods of the state. The rounds come last, so that they see what is really stored.
         if isinstance(self.store, DurableStore):
             resume(state, self.store)
         self.rounds.attach(state)
@@ -142,7 +145,7 @@ class Plane:
             self.rounds.relieve = self._relieve_soon
 
     def startup(self) -> None:
-        """In the loop, before requests come."""
+        """Opens the socket and begins to look for slow peers; in the loop, before requests come."""
         loop = self._loop = asyncio.get_running_loop()
         self.holding.loop = loop
         if self.agency is not None:
@@ -157,7 +160,7 @@ class Plane:
             self._sweep(loop)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Looks for peers that are too slow."""
+        """Gives up peers that are too slow, now and again after a while."""
         from lifl.superlink.http.protocol import STALL_S
         from lifl.superlink.http.rates import look_s
 
@@ -168,18 +171,18 @@ class Plane:
         loop.call_later(look_s(STALL_S), self._sweep, loop)
 
     def relieve(self) -> bool:
-        """Frees memory of the arena that slow readers hold, for somebody who waits; in the loop."""
+        """Frees memory of the arena that slow readers hold, for others that wait; in the loop."""
         from lifl.superlink.http.relief import relieve
 
         return relieve(self._connections.open)
 
     def _relieve_soon(self) -> None:
-        """The same, from any thread."""
+        """Has the loop do :meth:`relieve`. Any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.relieve)
 
     def count_bytes(self) -> dict[str, int]:
-        """What came in through the gateway, how much of it was copied once more in this process, and what went out."""
+        """Bytes that came in through the gateway, that were copied once more in this process, and that went out."""
         if self._connections is None:
             return {}
         gateway = self.gateway
@@ -189,7 +192,7 @@ class Plane:
         return counts
 
     def stats(self) -> SuperlinkStats:
-        """What there is to tell beside the Node. Any thread; a database is not asked."""
+        """The server's figures beside those of its Node. Any thread; a database is not asked."""
         counts, rounds = self.count_bytes(), self.rounds
         return SuperlinkStats(
             received_bytes=counts.get("received", 0),

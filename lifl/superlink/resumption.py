@@ -1,8 +1,9 @@
-"""A server with a database goes on where a killed one stopped: what was being answered is answered again.
+"""A server with a database goes on where a killed one stopped: requests whose answers were lost are answered again.
 
-Owns which messages had been given out and not received when this server started, and which replies are not given out
-yet. Flower marks a message as delivered before the SuperNode has it, refuses an object that is pushed a second time,
-and forgets a reply that its ServerApp has begun to pull; whoever asks again because its answer was lost gets nothing.
+Owns the list of messages that had been given out and not received when this server started, and the times since when
+incomplete replies are withheld. Flower marks a message as delivered before the SuperNode has it, refuses an object that
+is pushed a second time, and forgets a reply that its ServerApp has begun to pull: without this room, a SuperNode or a
+ServerApp that asks again because its answer was lost gets nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from lifl.superlink.store.store import DurableStore
 
 _server = flower.part("server")
 
-# The objects of a message go when the SuperNode confirms that it has all of them.
+# Flower deletes the objects of a message when its SuperNode confirms that it has all of them: while they are there, a
+# message that is marked as delivered has not been received.
 IS_LOST = """
 delivered_at != '' AND message_id IN (SELECT object_id FROM objects)
 AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)
@@ -53,7 +55,7 @@ def resume(state: Any, store: DurableStore) -> None:
 
 
 def _accept_again(state: Any, store: DurableStore) -> None:
-    """An object that is pushed again, for want of an answer, has been stored."""
+    """Makes the state answer that an object is stored if it is pushed again, for want of an answer."""
     original = state.store_object
 
     def store_object(run_id: int, session_id: str, object_id: str, object_content: Any) -> bool:
@@ -63,9 +65,9 @@ def _accept_again(state: Any, store: DurableStore) -> None:
 
 
 def _deliver_again(state: Any, lost: dict[int, list[str]]) -> None:
-    """A message that a SuperNode was given and has not received is given to it when it asks for work.
+    """Makes the state give a SuperNode that asks for work the messages that it was given and has not received.
 
-    A SuperNode asks for work only when it is not receiving a message, so it does not get one twice.
+    A SuperNode asks for work only when it is not receiving a message, so no message is given twice at once.
     """
     original = state.get_message_ins
 
@@ -78,10 +80,11 @@ def _deliver_again(state: Any, lost: dict[int, list[str]]) -> None:
 
 
 def _withhold_halves(state: Any) -> None:
-    """A reply is given out when it is whole.
+    """Makes the state give a reply out only when the reply is whole.
 
-    Its SuperNode may not know yet that it has been announced, and announces it again: that must find it. And a server
-    that looks whether nodes are gone must not take a reply that its own round receives: only there it would be.
+    Its SuperNode may not know yet that the reply has been announced, and announces it again: then Flower must still
+    have it. And the watcher, which asks for replies to see whether nodes are gone, must not take one that its own round
+    receives: a ServerApp that pulls it later would not find it.
     """
     original = state.get_message_res
     since_s: dict[str, float] = {}
@@ -89,7 +92,8 @@ def _withhold_halves(state: Any) -> None:
     def get_message_res(message_ids: set[str], run_id: int) -> Any:
         run, now_s = {"run_id": _signed(run_id)}, time.monotonic()
         with state.session():  # in which the original goes on
-            # Or one that is announced while the original waits for the database would be given out.
+            # Locked before the look: a reply that is announced while the original waits for the database would be
+            # given out otherwise.
             state.query(LOCK, run)
             halves = {row["reply_to_message_id"] for row in state.query(INCOMPLETE, run)} & message_ids
             withheld = {one for one in halves if now_s - since_s.setdefault(one, now_s) < WITHHELD_S}
@@ -101,5 +105,5 @@ def _withhold_halves(state: Any) -> None:
 
 
 def _signed(number: int) -> int:
-    """An id as a database without unsigned numbers has it."""
+    """An id as a signed number, as a database has it that knows no unsigned ones."""
     return number - 2**64 if number >= 2**63 else number

@@ -38,7 +38,7 @@ SMALL = TensorSpec.from_arrays(
 
 
 def shown(table: Table) -> str:
-    """What a user sees of a table."""
+    """The text of a table, as a user sees it."""
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - the console keeps it
     with console.file:
         console.print(table)
@@ -247,7 +247,7 @@ def test_one_way_is_half_a_round_trip() -> None:
 
 
 def test_cpu_time_of_all_processes_is_counted(in_fork: Callable[[Callable[[], None]], int]) -> None:
-    """What a forked side has worked is in it, while that lives."""
+    """The count includes the CPU time of a forked side while the side lives."""
 
     def check() -> None:
         (done, say), (until, end) = os.pipe(), os.pipe()

@@ -86,7 +86,7 @@ def test_every_step_gives_the_mean_and_saves_what_it_is_for() -> None:
 
 
 def test_a_wrong_update_ends_the_round() -> None:
-    """What a gateway cannot do is told by who waits for the model, and nothing hangs."""
+    """The waiter for the model reports the failure of a gateway, and nothing hangs."""
     trace, costs = ablation(5, 5, SIZES), calibration.default_costs()
     bad = {**UPDATES[0], "w": np.full((30, 70), np.nan, np.float32)}
     for policy in (POLICIES[0], LIFL):

@@ -31,7 +31,7 @@ def figures() -> dict[str, Any]:
 
 
 def test_tables_have_every_row(figures: dict[str, Any]) -> None:
-    """One for each setting, with the simulation's error below the last."""
+    """Each setting has a table, with the simulation's error below the last."""
     with open(os.devnull, "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
         console.print(ablation_tables(figures))

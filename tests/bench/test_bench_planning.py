@@ -8,12 +8,12 @@ import os
 import pytest
 from rich.console import Console
 
-from lifl.bench.planning import CORES, GOAL, SIZES, cluster_of, measure_planning, plan_tree, planning_table, timed_plan
+from lifl.bench.planning import CORES, GOAL, SIZES, cluster_of, measure_planning, planning_table, timed_plan
 from lifl.errors import PlanError
 
 
 def shown(what: object) -> str:
-    """What a user sees of it."""
+    """The text of a table, as a user sees it."""
     with open(os.devnull, "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
         console.print(what)
@@ -63,15 +63,3 @@ def test_nonsense_is_refused() -> None:
         timed_plan(*cluster_of(0, 0))
     with pytest.raises(ValueError, match="repetitions=0"):
         measure_planning(0)
-
-
-def test_the_tree_is_drawn() -> None:
-    """Every line of the outline, with the guides of a terminal."""
-    plan, milliseconds = timed_plan(*cluster_of(10, 2, 6))
-    assert milliseconds > 0
-    assert shown(plan_tree(plan)) == (
-        "top on node-0: 10 updates from 2 nodes\n"
-        "├── 3 leaves on node-0: 6 updates, 2 each\n"
-        "└── middle on node-1: 4 updates\n"
-        "    └── 2 leaves on node-1: 4 updates, 2 each\n"
-    )

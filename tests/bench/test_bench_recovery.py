@@ -55,7 +55,7 @@ def test_spans_add_up(figures: dict[str, Any]) -> None:
 
 
 def test_the_table_shows_every_row(figures: dict[str, Any]) -> None:
-    """What a user sees: every row, and the goal beside what it is the goal of."""
+    """The text of the table has every row, and each goal beside its figure."""
     with open(os.devnull, "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
         console.print(recovery_table(figures))

@@ -28,7 +28,7 @@ SPEC = TensorSpec.from_arrays({"w": np.empty((300, 70), np.float32), "n": np.emp
 
 
 def shown(table: Table) -> str:
-    """What a user sees of a table."""
+    """The text of a table, as a user sees it."""
     with open(os.devnull, "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
         console.print(table)
@@ -163,7 +163,7 @@ def test_idle_returns_every_node(idled: dict[str, Any]) -> None:
 
 
 def test_cpu_time_of_a_process_and_a_thread_is_read_in_nanoseconds() -> None:
-    """What this thread worked is in both; a process that is gone has taken none."""
+    """Both counts include the work of this thread; a process that is gone has taken no time."""
     before = idle.process_ns(os.getpid()), idle.thread_ns(threading.get_native_id())
     begin = time.thread_time_ns()
     while time.thread_time_ns() - begin < 20_000_000:

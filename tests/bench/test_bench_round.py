@@ -109,7 +109,7 @@ def exact_mean() -> dict[str, Any]:
 
 
 def test_a_wrong_model_is_noticed() -> None:
-    """One number that is off by a little more than a rounding, or is none."""
+    """A number that is off by a little more than a rounding, or is NaN, is an error."""
     mean = exact_mean()
     mean["n"] = np.rint(mean["n"])
     good = {name: np.asarray(array, SPEC[name].dtype) for name, array in mean.items()}

@@ -1,4 +1,4 @@
-"""What was measured of whole rounds, as a table, as a picture and in files."""
+"""The figures of whole rounds, as a table, as a picture and in files."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def run(tmp_path: Path, core: Path, flags: list[str]) -> subprocess.CompletedPro
         pytest.skip(f"{compiler} has no {flags[0]}")
     files = [str(HERE / "test_threads.c"), str(core / "_shm.c")]
     subprocess.run([compiler, *FLAGS, *flags, f"-I{core}", "-o", str(program), *files, "-lpthread"], check=True)
-    # Where the kernel spreads mappings wide, older TSans find no room for their shadow: so without that.
+    # Older TSans find no room for their shadow if the kernel spreads mappings wide: the tests run without that.
     command = ["setarch", "-R", str(program)] if shutil.which("setarch") else [str(program)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 

@@ -156,7 +156,7 @@ def test_plan_prints_only_json_on_stdout() -> None:
 
 
 def test_plan_writes_its_picture(tmp_path: Path) -> None:
-    """What a notebook shows, for people without one."""
+    """The file has the picture that a notebook shows."""
     path = tmp_path / "plan.svg"
     result = runner.invoke(cli.main, ["plan", "--svg", str(path)])
     assert result.exit_code == 0, result.output
@@ -211,7 +211,7 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_is_one_line_and_a_status(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, line: str, status: int
 ) -> None:
-    """What the user can do something about needs no traceback."""
+    """An error that the user can mend needs no traceback."""
 
     def measure(*_: object, **__: object) -> None:
         raise error

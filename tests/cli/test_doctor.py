@@ -29,7 +29,7 @@ from lifl.superlink import command, flower
 DEPRIVED = (sys.executable, deprived.__file__)
 DOCTOR = (sys.executable, "-c", "from lifl.cli.main import main; main(prog_name='lifl')", "doctor")
 WAIT_S = 60.0
-"""How long anything may take: a bound on liveness, not a measurement."""
+"""The time that anything may take: a bound on liveness, not a measurement."""
 
 KEYS = {
     "lifl": {"version", "runs"},
@@ -246,7 +246,7 @@ def examined_without(home: Path, modules: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_without_the_sidecar(home: Path) -> None:
-    """Where its modules cannot even be imported, its section is whole, and says so."""
+    """The section of eBPF is whole if its modules cannot be imported, and says so."""
     assert probe.VARIABLE == doctor.EBPF_LOADER
     status, said = examined_without(home, "lifl.ebpf.probe")
     assert status == 0
@@ -313,7 +313,7 @@ def test_a_part_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(doctor.SECTIONS, "arena", (fails, *doctor.SECTIONS["arena"]))
     findings = doctor.examine()
     first = findings.sections["arena"][0]
-    assert (first.name, first.said) == ("fails", "cannot be found out: what nobody thought of")
+    assert (first.name, first.text) == ("fails", "cannot be found out: what nobody thought of")
     assert first.remedy
     assert findings.to_dict()["arena"]["memfd"] is True
     assert findings.can_run

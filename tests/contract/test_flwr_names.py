@@ -1,4 +1,4 @@
-"""What lifl takes for granted of Flower's internals, one test each; a failure says what broke and who relies on it.
+"""The parts of Flower's internals on which lifl relies, one test each; a failure names the part and the file of lifl.
 
 Everything that lifl knows of Flower is in lifl/strategy/. When Flower moves something, this file names the place.
 """
@@ -250,7 +250,7 @@ def test_start_exchanges_messages_in_one_way_only() -> None:
 
 
 def test_start_calls_these_hooks_and_no_others() -> None:
-    """What a checkpoint must note and play back."""
+    """Flower's `start` calls the hooks that a checkpoint must note and play back."""
     where = "journal.py (Journal, which the loop calls in the place of the strategy)"
     tree = ast.parse(textwrap.dedent(inspect.getsource(flowers.Strategy.start)))
     used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"}
@@ -312,7 +312,7 @@ def test_attributes_of_fedavg() -> None:
 @pytest.mark.parametrize("name", ["FedAvgM", "FedAdagrad", "FedAdam", "FedYogi"])
 def test_current_arrays(name: str) -> None:
     """The strategies whose dtypes are kept hold the model that was sent in current_arrays, and begin with None."""
-    where = "on_the_mean.py (DtypeKept)"
+    where = "optimizers.py (DtypeKept)"
     strategy = getattr(flowers, name)()
     assert vars(strategy).get("current_arrays", "gone") is None, broke(f"{name}.current_arrays has changed", where)
     config, grid = ConfigRecord(), SimpleNamespace(get_node_ids=lambda: [1, 2])
@@ -329,20 +329,20 @@ def test_flowers_classes_pass_on_to_the_class_before_fedavg(name: str, monkeypat
     order = cls.__mro__
     theirs = getattr(flowers, name)
     assert order.index(theirs) < order.index(Mean) < order.index(flowers.FedAvg), broke(
-        f"{name} is not derived from FedAvg as it was", "on_the_mean.py"
+        f"{name} is not derived from FedAvg as it was", "optimizers.py"
     )
     reached: list[int] = []
     monkeypatch.setattr(Mean, "aggregate_train", lambda _, number, __: reached.append(number) or (None, None))
     cls().aggregate_train(5, [])
-    assert reached == [5], broke(f"{name}.aggregate_train does not call super().aggregate_train", "on_the_mean.py")
+    assert reached == [5], broke(f"{name}.aggregate_train does not call super().aggregate_train", "optimizers.py")
 
 
 def test_hooks_have_flowers_parameters() -> None:
-    """Where lifl overrides a hook, it has the parameters that Flower calls it with."""
+    """A hook that lifl overrides has the parameters with which Flower calls it."""
     for cls in (Mean, ours.FedAvgM):
         own = inspect.signature(cls.aggregate_train).parameters
         theirs = inspect.signature(flowers.FedAvg.aggregate_train).parameters
-        assert list(own) == list(theirs), broke("aggregate_train has other parameters", "fedavg.py and on_the_mean.py")
+        assert list(own) == list(theirs), broke("aggregate_train has other parameters", "fedavg.py and optimizers.py")
 
 
 # ---------------------------------------------------------------- grids
@@ -431,7 +431,7 @@ def test_an_http_grid_pulls_in_these_steps() -> None:
 
 
 def test_an_object_that_is_not_there_yet_is_told_from_one_that_is_gone() -> None:
-    """What the function that pulls an object raises, and that pull_objects raises what a pull raises."""
+    """The function that pulls an object raises these errors, and pull_objects raises the error of a pull."""
     where = "pulling.py (Puller._fetch)"
     names = "flwr.supercore.inflatable."
     make = resolve(f"{names}inflatable_protobuf_utils.make_pull_object_fn_protobuf")
@@ -486,7 +486,7 @@ def test_an_in_memory_grid_pulls_just_what_it_is_asked_for() -> None:
 
 
 def test_a_grids_own_errors_name_the_message() -> None:
-    """When a reply's objects are gone HttpGrid makes an error reply, which names the message that it answers."""
+    """HttpGrid makes an error reply for a reply whose objects are gone, and names the message that it answers."""
     from flwr.superlink.grid import HttpGrid
 
     where = "exchange.py (exchange names the node that was asked)"

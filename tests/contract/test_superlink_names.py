@@ -1,4 +1,4 @@
-"""What lifl-superlink takes for granted of Flower's server, one test each; a failure says what changed.
+"""The parts of Flower's server on which lifl-superlink relies, one test each; a failure names the part.
 
 The names are in lifl/superlink/flower.py. The server starts without them, on Flower's own path; here they must be.
 """
@@ -40,7 +40,7 @@ def test_a_name_exists(part: str, ours: str) -> None:
 
 
 def test_a_missing_name_is_told_with_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not there is named."""
+    """The error names the missing name."""
     monkeypatch.setitem(flower.NAMES["store"], "gone", "flwr.supercore.object_store.Gone")
     with pytest.raises(flower.MissingNameError, match=r"flwr\.supercore\.object_store\.Gone"):
         flower.part("store")
@@ -56,7 +56,7 @@ def test_a_push_session_can_be_ended(module: str) -> None:
 
 
 def test_no_middleware_is_unknown() -> None:
-    """What Flower puts around its routes is what the gateway replaces; with anything else it does not take requests."""
+    """The gateway replaces all middleware of Flower's around its routes; with any other it takes no requests."""
     server = flower.part("server")
     names = {one.cls.__name__ for one in server.main._get_middleware()}
     assert names <= KNOWN_MIDDLEWARE.keys(), broke(f"new middleware {names - KNOWN_MIDDLEWARE.keys()}", "checks.py")

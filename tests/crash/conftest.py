@@ -1,4 +1,4 @@
-"""What the crash tests share."""
+"""Fixtures that the crash tests share."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
 
 
 def live() -> None:
-    """What a parent does: a Node, a round with submits and a loan, one that is left open."""
+    """The life of a parent: a Node, a round with submits and a loan, and a round that is left open."""
     with lifl.Node("8MiB", workers=2) as node:
         with node.open_round(SPEC, 3) as first:
             for i in range(2):
@@ -78,7 +78,7 @@ def wait_for_all(first: int) -> tuple[int, float]:
 
 
 def main() -> None:
-    """One child after another."""
+    """Runs the children one after another."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     page, names = os.environ["LIFL_STEPS_PAGE"], set(os.listdir("/dev/shm"))
     killed = lived = 0

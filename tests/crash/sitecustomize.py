@@ -11,7 +11,7 @@ LIB, PAGE = os.environ["LIFL_STEPS_LIB"], os.environ["LIFL_STEPS_PAGE"]
 DETAIL = os.environ.get("LIFL_STEPS_DETAIL", "steps")
 """Steps are those of the core alone, or also "lines" or "opcodes" of the worker's Python, or lines of the "spawner"."""
 SPAWNER = 100
-"""Where the page has the process that starts workers; no participant has this number here."""
+"""The place of the spawner in the page; no participant has this number here."""
 
 spec = importlib.util.spec_from_file_location("lifl._shm_ffi", LIB)
 module = importlib.util.module_from_spec(spec)
@@ -22,7 +22,7 @@ from lifl.workers import aggregator, spawner  # noqa: E402
 
 lib = module.lib
 WAITING = {"run", "step", "_advance", "<lambda>", "main"}
-"""What an idle worker does again and again: no step of a round."""
+"""The functions that an idle worker calls again and again: no step of a round."""
 
 
 def trace_lines(frame, event, _):

@@ -69,7 +69,7 @@ class Control:
         words[TARGET] = step
 
     def disarm(self, me: int) -> tuple[bool, bool]:
-        """Whether the participant died at its step, and its successor at its own; neither will from now on."""
+        """True if the participant died at its step, and if its successor did; neither dies after this call."""
         words = self._words[me]
         died = not words[TARGET] or not words[NEXT], not words[TARGET] and not words[NEXT]
         words[TARGET] = words[NEXT] = 0

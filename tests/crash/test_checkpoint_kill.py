@@ -50,7 +50,7 @@ def a_run(number: int) -> tuple[object, checkpoint.Tensors]:
 
 
 def number_of(path: Path) -> int:
-    """Which run is in the file, all of it."""
+    """The number of the run that is in the file; the whole run is there."""
     packed, tensors = checkpoint.load(path)
     value = checkpoint.unpack(packed, tensors, {})
     assert (value["w"] == value["round"]).all()
@@ -79,7 +79,7 @@ def test_killed_at_every_system_call(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_first_write_killed(tmp_path: Path) -> None:
-    """Where there was none there is none or all of it."""
+    """A first write leaves no file or a whole one."""
     stops = 0
     found = set()
     while True:
@@ -93,7 +93,7 @@ def test_first_write_killed(tmp_path: Path) -> None:
 
 
 def locked_write(path: Path) -> None:
-    """What a run does, in short."""
+    """The write of a run, in short."""
     with checkpoint.locked(path):
         checkpoint.save(path, *a_run(2))
 

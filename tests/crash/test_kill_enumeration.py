@@ -51,11 +51,11 @@ ROLES = [
     ("leaf", FORMS[2]),
     *(("shard", form) for form in FORMS[3:]),
 ]
-"""Who is killed in which form of a round: timing, order, shape."""
+"""The role that is killed, and the form of the round: timing, order, shape."""
 
 
 class Bench:
-    """One Node for many cases, and what was found."""
+    """A Node for many cases, and their findings."""
 
     def __init__(self, node: lifl.Node, control: Control) -> None:
         self.node, self.control = node, control
@@ -69,7 +69,7 @@ class Bench:
         return first if role in ("top", "shard") else 3 - first
 
     def run(self, form: Form) -> None:
-        """One round; its mean is that of the contributors that it names, and nobody is lost."""
+        """Runs a round; its mean is that of the contributors that it names, and no client is lost."""
         timing, order, shape = form
         with self.node.open_round(SPEC, UPDATES, timing, order, shape=shape) as round_:
             for i, update in enumerate(SENT):
@@ -142,7 +142,7 @@ class Bench:
         return second if m else first
 
     def steps(self, role: str, form: Form) -> int:
-        """How many steps the role takes in a round: the most of several."""
+        """The number of steps of the role in a round: the most of several rounds."""
         most = 0
         for _ in range(4):
             me = self.victim(role)
@@ -221,7 +221,7 @@ def test_successor_is_killed_too(bench: Bench, role: str, form: Form, transport:
 @pytest.mark.parametrize("bench", [("spawner", 20.0)], indirect=True)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[0]}-{form[1]}-{form[2]}")
 def test_spawner_is_killed(bench: Bench, form: Form, transport: str, record_property: Any) -> None:
-    """Who starts workers dies between any two of its lines, and its successor; so does a worker that has not begun."""
+    """The spawner dies between any two of its lines, and so does its successor, and a worker that has not begun."""
     bench.spawner_case(form, 0)
     steps = bench.control.count(SPAWNER)
     assert steps > 20

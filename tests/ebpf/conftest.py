@@ -1,4 +1,4 @@
-"""What tests of the sidecar need of a machine. Where it is missing they say so; CI has it all, and there they fail."""
+"""The needs of the sidecar's tests. Without them the tests are skipped with the reason; in CI they then fail."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def namespaces(kernel: None) -> None:
 
 @pytest.fixture
 def sidecar(kernel: None, arena: Arena) -> Iterator[Sidecar]:
-    """One over the small arena: the agent and participants 1 to 3."""
+    """A sidecar over the small arena: the agent and participants 1 to 3."""
     made = Sidecar(arena)
     yield made
     made.close()

@@ -26,11 +26,11 @@ WORKERS = 64
 IDS = 64
 """Logical aggregators: roles, whose routes change."""
 BATCHES, BATCH = 125, 125
-"""One worker's: 125 sends of 125 records, 15,625 in all; a million in all."""
+"""The sends of a worker: 125 of 125 records, 15,625 in all; a million by all workers."""
 PAUSE_S = 0.02
 """Between two batches, so that all of it takes as long as some hundred changes of routes."""
 CHANGES_PER_S, CHANGED = 100, 4
-"""How often, and how many aggregators then move to other workers."""
+"""The rate of the changes, and the number of aggregators that each change moves to other workers."""
 HANG_S = 60.0
 
 RECORD = np.dtype(
@@ -42,7 +42,7 @@ RECORD = np.dtype(
 
 
 def work(me: int, own: socket.socket, control: socket.socket, folder: Path) -> None:
-    """One worker: sends its batches and takes what comes, then what still comes until it is told to stop."""
+    """A worker: sends its batches and takes the records that arrive, until it is asked to stop."""
     records = np.zeros(BATCHES * BATCH, RECORD)
     records["src"], records["seq"] = me, np.arange(len(records))
     ids = np.random.default_rng(me).integers(0, IDS, len(records), np.uint32)

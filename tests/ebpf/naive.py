@@ -55,7 +55,7 @@ class Wires:
         program.routes.update(DEAD, DEAD)
 
     def send(self, me: int, data: bytes) -> int:
-        """What a participant sends, in one call; how many bytes were taken."""
+        """Sends a participant's bytes in one call; returns the number of bytes that were taken."""
         return self.own[me].send(data, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def received(self, me: int) -> list[int]:

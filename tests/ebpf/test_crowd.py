@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Seen:
-    """What the crowd left behind."""
+    """The records and counts that the crowd left behind."""
 
     def __init__(self, folder: Path, said: dict[str, Any]) -> None:
         self.said = said
@@ -62,7 +62,7 @@ def test_routes_changed_all_the_while(seen: Seen) -> None:
 
 
 def test_each_went_where_its_aggregator_was(seen: Seen) -> None:
-    """Who got it had the aggregator at some moment of the call that sent it: it took the old way or the new one.
+    """A receiver had the aggregator at some moment of the call that sent the record, the old way or the new.
 
     Between the begin and the end of a route's change either may be in force.
     """
@@ -87,7 +87,7 @@ def test_each_went_where_its_aggregator_was(seen: Seen) -> None:
 
 
 def test_order_is_kept_per_sender(seen: Seen) -> None:
-    """What one worker sent to one aggregator and another got, that got in the order in which it was sent."""
+    """A worker gets the records of another worker to one aggregator in the order in which they were sent."""
     for one in seen.got.values():
         line = one["src"].astype(np.int64) * IDS + (one["dst"] & (TOP - 1))
         order = np.argsort(line, kind="stable")

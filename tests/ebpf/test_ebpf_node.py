@@ -44,7 +44,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def state_of(pid: int) -> str:
-    """One letter: T is stopped."""
+    """The state of a process, as one letter: T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
@@ -144,13 +144,13 @@ def statistics() -> Iterator[None]:
 
 
 def runs_of(program: int) -> int:
-    """How often a program has run while the kernel counted."""
+    """The number of times that a program has run while the kernel counted."""
     lines = Path(f"/proc/self/fdinfo/{program}").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("run_cnt"))
 
 
 def sleeps_of(task: int) -> int:
-    """How often a thread has gone to sleep, and so has been awake."""
+    """The number of times that a thread has gone to sleep, and so has been awake."""
     lines = Path(f"/proc/{task}/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
@@ -167,7 +167,7 @@ def test_an_idle_node_spends_nothing_on_the_sidecar(is_open: bool) -> None:
             for i in range(4):
                 round_.submit(update(i), client_id=i)
             assert (round_.result(WAIT_S).arrays["w"] == 15 / 4).all()
-        # What would be seen if there were something: every record is a run, and every answer wakes the agent.
+        # Any traffic would be seen here: every record is a run, and every answer wakes the agent.
         assert runs_of(program) >= before[0] + 4
         assert sleeps_of(agent.native_id) > before[1]
         if is_open:

@@ -151,7 +151,7 @@ def test_records_come_in_any_pieces(count: int, pieces: list[int]) -> None:
 
 
 def test_a_stray_is_handed_on_and_not_taken(stream: Stream) -> None:
-    """What is meant for another participant is not this one's; what is meant for a role is, for the kernel said so."""
+    """A participant hands on a record for another participant, and takes a record for a role: the kernel chose it."""
     near, inbox, strays = stream
     sent = [record(3, 0), record(2, 1), record(AGENT, 2), record(2, 3)._replace(dst=top_of(9), line=3)]
     near.sendall(b"".join(one.pack() for one in sent))
@@ -160,7 +160,7 @@ def test_a_stray_is_handed_on_and_not_taken(stream: Stream) -> None:
 
 
 def test_a_worker_sends_strays_on_through_the_kernel(sidecar: Sidecar, arena: Arena) -> None:
-    """What reached the wrong worker reaches the right one a moment later."""
+    """A record that reached the wrong worker reaches the right one a moment later."""
     (near, far), right = socket.socketpair(), sidecar.inbox(1)
     with near, far, socket.socket(fileno=sidecar.admit(3)) as own:
         wrong = Receiver(arena, far, 3, sent_on(own))
@@ -224,7 +224,7 @@ def test_credits_come_back_as_descriptors_are_taken(sidecar: Sidecar, arena: Are
 
 
 def test_outbox_keeps_what_has_no_credit_in_order(sidecar: Sidecar) -> None:
-    """What has no credit comes later, in order, and other targets are not held up."""
+    """Records without credit are sent later, in order, and other targets are not held up."""
     outbox, first, second = sidecar.outbox(), sidecar.inbox(1), sidecar.inbox(2)
     for i in range(1000):
         outbox.push(1, numbered(i))
@@ -375,7 +375,7 @@ def test_an_event_loop_can_wait_for_it(sidecar: Sidecar) -> None:
 
 
 def test_arm_says_that_something_is_here_already(sidecar: Sidecar) -> None:
-    """What was received with others, and is not asked for yet, makes no socket readable."""
+    """Records that were received with others, and are not asked for yet, make no socket readable."""
     inbox, outbox = sidecar.inbox(1), sidecar.outbox()
     assert inbox.arm()
     for i in range(3):

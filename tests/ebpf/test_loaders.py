@@ -1,4 +1,4 @@
-"""One source, two loaders: the bytes of a record, the bytecode that ships, and what bcc makes of the same program."""
+"""The two loaders of one source: a record's bytes, the bytecode that ships, and the program that bcc compiles."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loader(request: pytest.FixtureRequest, kernel: None) -> str:
 
 @pytest.fixture(scope="module")
 def in_c(tmp_path_factory: pytest.TempPathFactory, give_up: GiveUp) -> dict[str, Any]:
-    """What a C compiler says of record.h: sizes, offsets and numbers."""
+    """The sizes, offsets and numbers of record.h, from a C compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         give_up("there is no C compiler: install gcc")
@@ -115,7 +115,7 @@ def test_bytecode_is_what_the_source_makes(clang: str, give_up: GiveUp, capsys: 
 def test_bytecode_of_another_source_is_noticed(
     clang: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Who changes the program and not the bytecode is told so; building it again mends that."""
+    """A change of the program without one of the bytecode is an error; building the bytecode again mends it."""
     monkeypatch.setattr(build, "BYTECODE", tmp_path / "prebuilt.json")
     changed = json.loads((build.HERE / "prebuilt.json").read_text())
     changed["instructions"] = changed["instructions"].replace("20", "21", 1)
@@ -127,7 +127,7 @@ def test_bytecode_of_another_source_is_noticed(
 
 
 def test_bytecode_and_source_are_in_the_package() -> None:
-    """What both loaders read is where an installed lifl has it."""
+    """The files that both loaders read are in an installed lifl."""
     for name in ("lifl.bpf.c", "record.h", "prebuilt.json"):
         assert (Path(lifl.__file__).parent / "ebpf" / name).is_file()
 
@@ -218,7 +218,7 @@ OTHERS = {
 def test_another_bcc_is_told_with_the_remedy(
     name: str, elsewhere: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the distribution has none, the error says what was found instead, and what to install."""
+    """The error says what was found if the distribution has no bcc, and what to install."""
     text, said = OTHERS[name]
     (elsewhere / "bcc.py").write_text(text)
     monkeypatch.setattr(compiled, "DISTRIBUTION", elsewhere / "none")

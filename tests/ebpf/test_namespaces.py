@@ -59,7 +59,7 @@ class Inmate:
     address: tuple[str, int]
 
     def ask(self, port: int) -> int:
-        """What comes of it when it connects to a port of 127.0.0.1: 0 or an errno."""
+        """The result of a connection to a port of 127.0.0.1: 0 or an errno."""
         self.control.send(str(port).encode())
         return int(self.control.recv(64))
 

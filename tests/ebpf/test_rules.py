@@ -83,7 +83,7 @@ def test_rule_1_a_record_for_a_dead_one_harms_no_sender(own: Wires) -> None:
 
 
 def test_rule_2_without_it_a_miss_inside_a_batch_is_misdelivered(clang: str, tmp_path: Path) -> None:
-    """What is passed goes where the record before it went."""
+    """A record that is passed goes where the record before it went."""
     with Wires(without(tmp_path, clang, MISS, "if (!is_delivered) return SK_PASS;")) as wires:
         wires.send(1, packed(record(2), record(DEAD), record(3)))
         assert DEAD in wires.received(2)
@@ -153,7 +153,7 @@ def test_rule_3_without_it_a_batch_that_ends_a_begun_record_loses_the_rest(own: 
 
 
 def test_rule_3_lifl_sends_whole_records(arena: Arena) -> None:
-    """One in a call, so that the kernel has never anything to put together: seen on a socket that keeps messages."""
+    """lifl sends whole records, so that the kernel never joins parts: seen on a socket that keeps messages."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
         sender = Sender(arena, near, 1, 2, Spent())

@@ -34,7 +34,7 @@ def numbered(i: int) -> Descriptor:
 
 
 def descriptors() -> int:
-    """How many this process has open."""
+    """The number of descriptors that this process has open."""
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -66,7 +66,7 @@ def test_a_successor_takes_the_place_before_it_starts(sidecar: Sidecar, arena: A
 
 
 def test_a_burial_touches_nobody_else(sidecar: Sidecar, arena: Arena) -> None:
-    """What others were sent is still there, and still counts against their credits."""
+    """Records that others were sent are still there, and still count against their credits."""
     outbox, other = sidecar.outbox(1), sidecar.inbox(3)
     os.close(sidecar.admit(2))
     outbox.push(3, numbered(1))
@@ -253,7 +253,7 @@ def test_counts_of_all_cpus_are_added_up(sidecar: Sidecar) -> None:
 
 
 def test_merging_takes_sums_the_first_and_the_last() -> None:
-    """Of a CPU that has counted nothing the times say nothing."""
+    """The times of a CPU that has counted nothing are left out."""
     parts = [(2, 64, 1, 500, 900, 3, 7, 0), (0,) * 8, (5, 160, 0, 400, 800, 0, 1, 2)]
     data = b"".join(number.to_bytes(8, "little") for part in parts for number in part)
     assert Metrics.merged(data) == Metrics(7, 224, 1, 400, 900, 3, 8, 2)
@@ -261,7 +261,7 @@ def test_merging_takes_sums_the_first_and_the_last() -> None:
 
 
 def test_a_full_table_of_metrics_loses_no_record(sidecar: Sidecar) -> None:
-    """Who is not counted is served all the same."""
+    """A participant that is not counted is served all the same."""
     outbox, inbox = sidecar.outbox(), sidecar.inbox(1)
     table = sidecar._program.metrics
     for key in range(100_000, 100_000 + 4096):
@@ -334,7 +334,7 @@ def test_a_killed_launcher_leaves_nothing_in_the_kernel(kernel: None) -> None:
 
 
 def program_exists(number: int) -> bool:
-    """Whether the kernel has a program of this id: BPF_PROG_GET_FD_BY_ID."""
+    """True if the kernel has a program of this id: BPF_PROG_GET_FD_BY_ID."""
     try:
         fd = bpf.bpf(13, number.to_bytes(4, "little") + bytes(8))
     except FileNotFoundError:

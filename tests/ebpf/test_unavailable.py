@@ -1,4 +1,4 @@
-"""Where eBPF cannot be had, for real: "auto" works and says once what it uses, "ebpf" says why not and what to do."""
+"""Machines without eBPF, for real: "auto" works and logs once what it uses, "ebpf" gives the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lifl.deploy.programs import Programs, free_ports
 
 DEPRIVED = (sys.executable, deprived.__file__)
 WAIT_S = 60.0
-"""How long anything may take: a bound on liveness, not a measurement."""
+"""The time that anything may take: a bound on liveness, not a measurement."""
 
 CAPABILITIES = (
     r"this process has no CAP_NET_ADMIN and CAP_BPF \(Operation not permitted\)",
@@ -33,7 +33,7 @@ NO_BCC_HERE = "the distribution's bcc is not installed: apt-get install python3-
 AFTER_BCC = "another user, and bcc is asked for"
 BY_BCC = {"LIFL_EBPF_LOADER": "bcc"}
 
-# What is taken away -> the environment, the reason and the remedy, as regular expressions.
+# Means that are taken away -> the environment, the reason and the remedy, as regular expressions.
 CASES: dict[str, tuple[str, Mapping[str, str], str, str]] = {
     "another user": ("nobody", {}, *CAPABILITIES),
     "root without capabilities": ("powerless", {}, *CAPABILITIES),
@@ -106,7 +106,7 @@ class Case:
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    """One of them, in a folder that every user can write."""
+    """A case, in a folder that every user can write."""
     if os.geteuid() != 0:
         give_up("only root can take capabilities away and make namespaces: run it as root")
     if request.param == AFTER_BCC and not deprived.BCC.is_dir():
@@ -194,7 +194,7 @@ class Server:
         return self._programs.finish("server", WAIT_S), self._programs.log("server")
 
     def wait_for(self, words: str) -> str:
-        """What it has said, once that has these words in it."""
+        """The server's log, when it has these words in it."""
         self._programs.wait_until(lambda: words in self._programs.log("server"), f"it did not say {words!r}", "server")
         return self._programs.log("server")
 
@@ -262,7 +262,7 @@ with Node("4MiB", workers=1, transport="auto") as node:
 
 
 def loaded_by(python: list[str], environment: dict[str, str]) -> Any:
-    """What a Node of a Python that is started so has: its transport and the loader; it must not fail."""
+    """The transport and the loader of a Node of a Python that is started so; the Python must not fail."""
     done = subprocess.run(
         [*python, "-c", LOADED],
         env=os.environ | environment,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+MAX_ARCHITECTURE_WORDS = 1200
 FOREIGN = re.compile(r"""(?:src|srcset|action|<link[^>]* href)=["']?((?:https?:)?//[^"' >]+)""")
 
 
@@ -18,6 +19,12 @@ def test_every_package_is_described() -> None:
     names = {path.parent.name for path in (ROOT / "lifl").glob("*/__init__.py")}
     names |= {path.stem for path in (ROOT / "lifl").glob("*.py") if not path.stem.startswith("_")}
     assert not {name for name in names if f"`{name}`" not in text}
+
+
+def test_architecture_is_short() -> None:
+    """architecture.md has at most 1,200 words, the diagram included: a module's docstring says what the module owns."""
+    words = (ROOT / "docs/architecture.md").read_text().replace("|", " ").split()
+    assert len(words) <= MAX_ARCHITECTURE_WORDS, "move what a module owns into its docstring"
 
 
 def test_every_module_says_what_it_is() -> None:

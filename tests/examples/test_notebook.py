@@ -24,7 +24,7 @@ nbformat.write(notebook, sys.argv[2])
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """What the cells printed and showed, in order."""
+    """The outputs of the cells, in order."""
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 

@@ -1,4 +1,4 @@
-"""What README and documentation say can be done, can be done: code blocks, commands, names, links."""
+"""Everything that README and documentation promise can be done: code blocks, commands, names, links."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def open_arena(pid: int, flags: int) -> str:
 
 
 def address_of(pid: int) -> int:
-    """Where the arena is mapped."""
+    """The address at which the arena is mapped."""
     with open(f"/proc/{pid}/maps") as file:
         return next(int(line.split("-")[0], 16) for line in file if "memfd:lifl" in line)
 
@@ -117,7 +117,7 @@ def vm(pid: int, call: int) -> str:
 
 
 def stop(pid: int) -> str:
-    """Whether it could be signalled; signal 0 does nothing."""
+    """Tries to signal the process; signal 0 does nothing."""
     os.kill(pid, 0)
     if os.geteuid():
         os.kill(pid, signal.SIGSTOP)
@@ -139,7 +139,7 @@ def by_name(_: int) -> str:
 
 
 def beacon(pid: int) -> str:
-    """What the process's Node tells of itself to who asks."""
+    """Asks the process's Node for its state."""
     with open("/proc/net/unix") as file:
         names = [line.split()[-1] for line in file if BEACON in line and f"-{pid}-" in line]
     if not names:

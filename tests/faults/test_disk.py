@@ -115,7 +115,7 @@ print(json.dumps([logged, [one == kept[0] for one in kept], listed, [end == whol
 
 
 def test_disk_fills_up_for_scalars(program: Any, tmp_path: Path) -> None:
-    """What cannot be written for TensorBoard is logged, and the run goes on; with room again the rounds are drawn."""
+    """Scalars that cannot be written are logged, and the run goes on; with room again the rounds are written."""
     code = """
 from scalar_files import scalars
 folder = os.path.join({folder!r}, "board")

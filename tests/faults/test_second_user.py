@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 def probe(tmp_path: Path, uid: int, pids: list[int]) -> dict[str, list[str]]:
-    """What the other user had, way by way, for each of the processes."""
+    """The successes of the other user, way by way, for each of the processes."""
     folder = tmp_path / "public"
     folder.mkdir(exist_ok=True)
     shutil.copy(Path(__file__).with_name("prober.py"), folder)

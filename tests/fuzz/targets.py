@@ -1,4 +1,4 @@
-"""What is fuzzed, each with what must hold.
+"""The fuzzed functions, each with the rules that must hold.
 
 Run by test_fuzz.py, or by hand:
 
@@ -122,7 +122,7 @@ def fuzz_admission(data: bytes) -> None:
 
 
 def check_short(error: AdmissionError) -> None:
-    """What a client sent is quoted, but not all of it."""
+    """An error quotes a client's bytes, but not all of them."""
     assert len(str(error)) < 1000
 
 
@@ -157,14 +157,14 @@ def any_array(provider: atheris.FuzzedDataProvider) -> np.ndarray:
 
 
 class Landings:
-    """One Node for all inputs, made on first use."""
+    """A Node for all inputs, made on first use."""
 
     node: lifl.Node | None = None
     free = 0
 
 
 def fuzz_landing(data: bytes) -> None:
-    """One good reply and one made of the input: a result of the good one alone or of both, and no block is lost."""
+    """Lands a good reply and one made of the input: the result is of the good one or of both, and no block is lost."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
     from lifl.round.admission import Limits

@@ -13,7 +13,7 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("targets.py")
 SECONDS = {"npy": 4, "layout": 2, "admission": 3, "landing": 5, "sizes": 1}
-"""How long each takes in `make test`; `make fuzz` sets FUZZ_SECONDS for all together."""
+"""The seconds of each target in `make test`; `make fuzz` sets FUZZ_SECONDS for all together."""
 FEWEST = {"npy": 20_000, "layout": 10_000, "admission": 2_000, "landing": 200, "sizes": 10_000}
 
 

@@ -227,7 +227,7 @@ class Rounds(RuleBasedStateMachine):
 
 
 TestRounds = Rounds.TestCase
-# Where it is known that it will fail there is no need for the shortest way (tests/seeded).
+# A run that is known to fail needs no search for the shortest way (tests/seeded).
 PHASES = set(Phase) - ({Phase.shrink, Phase.explain} if os.environ.get("LIFL_SEEDED") else set())
 TestRounds.settings = settings(
     max_examples=400, stateful_step_count=60, deadline=None, derandomize=True, phases=PHASES, report_multiple_bugs=False

@@ -39,7 +39,7 @@ def node() -> Iterator[lifl.Node]:
 
 
 def scrape(address: str | None) -> str:
-    """What Prometheus would get."""
+    """The text that Prometheus would get."""
     assert address is not None
     connection = http.client.HTTPConnection(address, timeout=WAIT_S)
     connection.request("GET", "/metrics")
@@ -112,7 +112,7 @@ def test_scrape_is_what_the_node_says(node: lifl.Node) -> None:
 
 
 def test_names_are_prometheus_conventions() -> None:
-    """Of all metrics, a lifl-superlink's too: a prefix, a help text, base units, `_total` for what only rises."""
+    """Every metric, also of a lifl-superlink, has a prefix, a help text, base units, and `_total` if it only rises."""
     stats = NodeStats(
         *(1, 1, "rings", None, 1.0, MemoryStats(1, 1), (), 0, Totals(0, 0, 0, 0, {}), ()),
         SuperlinkStats(1, 2, 3, 4, 5, 6, 7, 8),

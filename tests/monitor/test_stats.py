@@ -1,4 +1,4 @@
-"""What a Node says of itself: open rounds, workers, totals, with either transport; values that go through JSON."""
+"""The state of a Node as values: open rounds, workers, totals, with either transport; the values go through JSON."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_is_no_snapshot_is_told(said: Any) -> None:
 
 @pytest.mark.transports
 def test_node_at_rest(transport: str) -> None:
-    """Who it is, what it has, and that nothing has happened; workers that are not there are off."""
+    """The snapshot has the Node's identity and means, and no event; workers that are not there are off."""
     with lifl.Node("4MiB", workers=3, warm=1) as node:
         stats = wait_for(node, lambda stats: not stats.workers[0].queued)
         assert (stats.pid, stats.transport) == (os.getpid(), transport)
@@ -142,7 +142,7 @@ def test_round_that_is_open() -> None:
 
 @pytest.mark.transports
 def test_rounds_without_a_result_have_failed() -> None:
-    """One that is closed before, and one that is closed early without an update, count once each."""
+    """A round that is closed before its result, and a round that is closed early without an update, count once each."""
     with lifl.Node("4MiB", workers=1) as node:
         node.open_round(SPEC, 3).close()
         with node.open_round(SPEC, 3) as round_:
@@ -157,7 +157,7 @@ def test_rounds_without_a_result_have_failed() -> None:
 
 @pytest.mark.transports
 def test_queue_of_a_worker_that_is_stopped() -> None:
-    """What it was sent and has not taken; looking at it does not wait for it. Then it is taken, folded and counted."""
+    """The queue counts what a stopped worker has not taken, without a wait; then the worker folds and counts it."""
     with (
         lifl.Node("8MiB", workers=1) as node,
         node.open_round(SPEC, 4, shape=lifl.Shape(1, 0)) as round_,
@@ -240,7 +240,7 @@ def test_deaths_are_counted() -> None:
 
 
 def test_worker_that_was_told_to_stop_has_not_died() -> None:
-    """One that goes because it has nothing to do is off, and no death."""
+    """A worker that ends because it has nothing to do is off, and counts as no death."""
     with lifl.Node("4MiB", workers=1, idle_timeout=0.05) as node:
         one_round(node, 1)
         (worker,) = wait_for(node, lambda stats: stats.workers[0].pid is None).workers
@@ -262,7 +262,7 @@ def test_without_workers() -> None:
 
 @pytest.mark.usefixtures("ebpf")
 def test_kernel_and_books_agree() -> None:
-    """What the kernel counted is what workers told, in every shape: times to the microsecond, folds exactly."""
+    """The kernel's counts are those of the workers, in every shape: times to the microsecond, folds exactly."""
     with lifl.Node("16MiB", workers=2, transport="ebpf") as node:
         for shape in (lifl.Shape(1, 0), lifl.Shape(2, 0), lifl.Shape(0, 2), lifl.Shape(2, 2)):
             for timing in ("eager", "lazy"):

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 import lifl
 from lifl.cli import main as cli
+from lifl.cli.console import terminal_svg
 from lifl.errors import LiflError, PeerGoneError
 from lifl.monitor import top, top_view
 from lifl.monitor.beacon import name_of
@@ -91,7 +92,7 @@ def wait_until_stopped(pid: int) -> None:
 
 
 def links() -> set[str]:
-    """What this process's descriptors lead to."""
+    """The targets of this process's descriptors."""
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
@@ -189,14 +190,14 @@ def test_many_ask_at_once() -> None:
 
 
 def test_largest_snapshot() -> None:
-    """That of 255 workers and a hundred rounds fits into a socket: the rounds that are too many are only counted."""
+    """The snapshot of 255 workers and a hundred rounds fits into a socket: rounds beyond the limit are only counted."""
     with lifl.Node("16MiB", workers=255, warm=0) as node, contextlib.ExitStack() as stack:
         spec = lifl.TensorSpec.from_arrays({"w": np.ones(10, np.float32)})
         for _ in range(100):
             stack.enter_context(node.open_round(spec, 10**9, "lazy", order="flower"))
         stats = ask(places_of(os.getpid())[0])
         assert len(stats.workers) == 255
-        assert (stats.open_rounds, len(stats.rounds)) == (100, watch.MAX_ROUNDS_TOLD)
+        assert (stats.open_rounds, len(stats.rounds)) == (100, watch.MAX_ROUNDS)
         assert len(node.stats().rounds) == 100
 
 
@@ -266,7 +267,7 @@ def test_no_descriptor_is_left_for_an_asker(program: subprocess.Popen[str]) -> N
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be another user")
 def test_another_user_is_told_nothing(program: subprocess.Popen[str]) -> None:
-    """Who connects as somebody else gets end-of-file, and is no trouble."""
+    """A caller of another user gets end-of-file, and does no harm."""
     (place,) = places_of(program.pid)
     code = (
         f"import os, socket; os.setuid({NOBODY}); s = socket.socket(socket.AF_UNIX)\n"
@@ -281,7 +282,7 @@ def test_another_user_is_told_nothing(program: subprocess.Popen[str]) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be another user")
 def test_name_that_another_user_has_taken() -> None:
-    """What listens there is not believed."""
+    """A listener of another user under this name is not believed."""
     place = Place(os.getpid(), 10**9)
     code = (
         f"import os, socket; os.setuid({NOBODY}); s = socket.socket(socket.AF_UNIX)\n"
@@ -330,7 +331,7 @@ NOW = NodeStats(
 
 
 def test_rates_are_differences() -> None:
-    """Of what came and of execution time, over the time between two looks; a worker that is new has none."""
+    """The rates of arrivals and of execution time are over the time between two looks; a new worker has none."""
     later = attrs.evolve(
         NOW, uptime_s=102.0, workers=(attrs.evolve(WORKER, arrivals=150, busy_s=2.5), attrs.evolve(WORKER, id=3))
     )
@@ -371,7 +372,7 @@ SIGHT = Sight(Place(7, 1), "python server.py", NOW, rates={1: top.Rates(25.0, 0.
 
 
 def test_all_of_it_is_shown() -> None:
-    """What runs, memory, progress, roles, queue, rates, refusals, and the lifl-superlink's own figures."""
+    """The view has command, memory, progress, roles, queue, rates, refusals, and the lifl-superlink's own figures."""
     text = drawn([SIGHT], 110)
     for words in (
         *("process 7", "python server.py", "transport ebpf (prebuilt)", "1.0 GiB of 4.0 GiB", "1 of 2 workers"),
@@ -409,7 +410,7 @@ def test_what_others_say_is_text() -> None:
 
 def test_picture_is_whole() -> None:
     """It is well-formed and loads nothing from elsewhere."""
-    svg = top_view.svg_of([SIGHT], 100)
+    svg = terminal_svg(top_view.nodes_view([SIGHT]), "lifl top", 100)
     root = ElementTree.fromstring(svg)
     assert root.tag.endswith("svg")
     assert "url(http" not in svg
@@ -438,7 +439,7 @@ def test_times_in_words(seconds: float, text: str) -> None:
 
 
 def test_once_as_json_and_as_a_picture(program: subprocess.Popen[str], tmp_path: os.PathLike[str]) -> None:
-    """What it prints is of the process that was asked for."""
+    """The output is of the process that was asked for."""
     runner, pid = CliRunner(), str(program.pid)
     result = runner.invoke(cli.main, ["top", "--pid", pid, "--once", "--interval", "0.05"])
     assert result.exit_code == 0, result.output

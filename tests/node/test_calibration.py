@@ -127,3 +127,17 @@ def test_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert calibration.cache_folder() == Path("/b/lifl")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert calibration.cache_folder() == Path("/c/.cache/lifl")
+
+
+def test_without_a_home_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is an error, which costs a Node nothing but the file."""
+
+    def refuse(_: int) -> None:
+        raise KeyError("no such user")
+
+    for name in ("LIFL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", refuse)
+    with pytest.raises(RuntimeError, match="home"):
+        calibration.cache_folder()
+    assert calibration.known() is None

@@ -294,7 +294,7 @@ def test_sizes_are_understood(memory: str | int, nbytes: int) -> None:
 
 @pytest.mark.parametrize("memory", ["", "lots", "2 GiBs", "-1", "1..5MiB", "0.0001b", 0, -5, "MiB", "9" * 400])
 def test_other_sizes_are_refused(memory: str | int) -> None:
-    """What is no size is a ValueError, before anything is started."""
+    """A text that is no size is a ValueError, before anything is started."""
     with pytest.raises(ValueError, match=r"size|bytes|float"):
         lifl.Node(memory, workers=0)
 

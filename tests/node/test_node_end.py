@@ -133,7 +133,7 @@ def test_full_ring_of_a_lazy_round_is_sent_on() -> None:
 
 
 def test_killed_worker_wakes_who_waits_for_room() -> None:
-    """Who waits for memory that a dead worker holds gets it when its successor has folded."""
+    """A caller that waits for memory of a dead worker gets it when the successor has folded."""
     spec = lifl.TensorSpec((Tensor("w", "float32", (2**18,)),))
     with lifl.Node("8MiB", workers=1) as node, node.open_round(spec, expected=50) as round_:
         (pid,) = node.pids()

@@ -16,7 +16,7 @@ WAIT_S = 120.0
 @pytest.mark.big
 @pytest.mark.timeout(180)
 def test_one_array_of_a_gibibyte() -> None:
-    """One array of 1 GiB is averaged in place: a block of the arena, sums of 2 GiB, no copy."""
+    """A single array of 1 GiB is averaged in place: a block of the arena, sums of 2 GiB, no copy."""
     count, pattern = 2**28, np.arange(2**14, dtype=np.float32)
     spec = lifl.TensorSpec((Tensor("w", "float32", (count,)),))
     memory = sizes.round_bytes(spec, 1, 1)

@@ -27,7 +27,7 @@ def test_all_at_once_is_made_in_shards() -> None:
 
 
 def test_slow_arrivals_have_a_leaf_ahead() -> None:
-    """When the last comes all others are in one sum; the mean is made of both on all cores."""
+    """All other updates are in one sum when the last one arrives; all cores make the mean of both."""
     assert choose_shape(32, SLOWLY, MODEL, COSTS, 2) == Shape(1, 2)
 
 

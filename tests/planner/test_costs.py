@@ -1,4 +1,4 @@
-"""What a round takes is predicted as the formulas say, where they are short enough to be written down."""
+"""The time of a round is predicted as the formulas say, for cases that are short enough to be written down."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def played(shape: Shape, timing: str, arrivals: list[float], costs: Costs = COST
 
 
 def test_costs_survive_json() -> None:
-    """What is written to a file is what is read from it."""
+    """The costs that are read from a file are those that were written to it."""
     assert Costs.from_dict(json.loads(json.dumps(COSTS.to_dict()))) == COSTS
 
 
@@ -138,7 +138,7 @@ def test_a_cold_runtime_starts_first() -> None:
 
 
 def test_landing_is_part_of_it_when_asked_for() -> None:
-    """One update after another is copied by the gateway, a core for each."""
+    """The gateway copies one update after another, on a core for each."""
     done = played(Shape(0, 1), "eager", [0.0] * 4, has_landed=False)
     assert done.completion_s == pytest.approx(4 * WORK.land_s + WORK.mean_of_s(0, 4))
     assert done.cpu_s == pytest.approx(done.completion_s)

@@ -30,7 +30,7 @@ def lines(branch: Branch) -> list[str]:
 
 
 def check(branch: Branch) -> None:
-    """What is below a branch adds up to it."""
+    """Checks that the updates below a branch add up to the branch's."""
     if branch.branches:
         assert branch.updates == sum(one.updates for one in branch.branches)
         assert {name for one in branch.branches for name in one.nodes} == set(branch.nodes)
@@ -153,7 +153,7 @@ def test_nothing_overlaps_or_leaves_the_paper(plan: Plan) -> None:
 
 @given(plans())
 def test_each_role_has_its_colour(plan: Plan) -> None:
-    """One top, and a box for each task where all are drawn."""
+    """The drawing has one top, and a box for each task if all are drawn."""
     fills = [fill for fill, _ in rects(plan)]
     assert fills.count(COLOURS[Role.TOP][0]) == 1
     drawn = sum(fills.count(fill) for fill, _ in COLOURS.values())

@@ -15,7 +15,7 @@ EVERY = pytest.mark.parametrize("rule", Rule)
 
 
 def naive(clients: list[str], nodes: list[ServerNode], rule: Rule) -> dict[str, int]:
-    """One client after another, as the textbook says; how many each node has."""
+    """Places one client after another, as the textbook does; returns the number of clients of each node."""
     room = {node.name: node.room for node in nodes}
     taken = dict.fromkeys(room, 0)
     turn = 0
@@ -96,7 +96,7 @@ def test_other_rules_are_the_textbooks(rule: Rule, cluster: tuple) -> None:
 
 
 def one_by_one(n: int, rooms: list[int]) -> int:
-    """How many nodes best fit of single updates takes: it fills the smallest first."""
+    """The number of nodes that best fit of single updates takes: it fills the smallest first."""
     left = sorted(rooms)
     used = 0
     while n > 0 and left:
@@ -116,7 +116,7 @@ def test_best_fit_needs_no_fewer_nodes_than_there_are_rooms_for(n: int, rooms: l
 
 
 def sizes(placement: Placement) -> dict[str, int]:
-    """How many clients each node has."""
+    """The number of clients of each node."""
     return {group.node: len(group.clients) for group in placement.groups}
 
 

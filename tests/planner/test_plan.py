@@ -151,7 +151,7 @@ def test_those_who_waited_come_first() -> None:
 
 
 def test_the_next_round_has_other_clients() -> None:
-    """Who is there again stays; the others' places are given to who is new. The terms are the old plan's."""
+    """Clients that are there again stay; new clients get the places of the others. The terms are the old plan's."""
     plan = make_plan(TEN, TWO, rule=Rule.WORST_FIT, fan_in=3, arity=4, timing="jit", is_reusing=False)
     after = replan(plan, TWO, [*TEN[5:], "new"])
     assert {c: n for c, n in plan.placement.at.items() if c in TEN[5:]}.items() <= after.placement.at.items()

@@ -33,7 +33,7 @@ def test_only_what_is_not_warm_is_started(plan: Plan) -> None:
 
 @given(plans())
 def test_a_process_does_one_task_after_the_other(plan: Plan) -> None:
-    """Of two tasks of a process the later takes the sum of the earlier, so that it is free by then."""
+    """The later task of a process takes the sum of its earlier task, so that the process is free by then."""
     done: dict[tuple[str, int], list[int]] = defaultdict(list)
     for task in plan.tasks:
         slot = plan.reuse.slots[task.number]
@@ -54,7 +54,7 @@ def test_a_process_does_not_move_to_another_node() -> None:
 
 
 def test_the_first_leaf_becomes_the_middle_and_then_the_top() -> None:
-    """One process is leaf, middle and top; the other node's is leaf and middle."""
+    """The first process is leaf, middle and top; the other node's process is leaf and middle."""
     clients, nodes = [str(i) for i in range(8)], [ServerNode("a", 4, 2, warm=1), ServerNode("b", 4, 2, warm=5)]
     reuse = make_plan(clients, nodes).reuse
     assert (reuse.slots, reuse.needed, reuse.started) == ((0, 1, 0, 0, 1, 0), {"a": 2, "b": 2}, {"a": 1, "b": 0})

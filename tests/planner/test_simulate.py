@@ -62,7 +62,7 @@ def test_every_update_is_in_the_model_once(
 def test_spans_are_what_the_runtimes_did(
     case: tuple[Trace, tuple[ServerNode, ...], dict[str, str]], policy: Policy, costs: Costs
 ) -> None:
-    """One thing at a time for each runtime; the last is the mean; as many starts as runtimes were started."""
+    """A runtime does one thing at a time; the last is the mean; there are as many starts as runtimes were started."""
     trace, nodes, machines = case
     outcome = simulate(trace, policy, nodes, costs, machines=machines, has_spans=True)
     assert sum(span.step == "start" for span in outcome.spans) == outcome.runtimes_started

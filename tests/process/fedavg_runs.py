@@ -1,4 +1,4 @@
-"""What the runs of app_fedavg must show, on a SuperLink or in a simulation alike."""
+"""The results that the runs of app_fedavg must have, on a SuperLink or in a simulation alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def module(name: str) -> ModuleType:
 
 
 class Runs:
-    """What the ServerApp wrote."""
+    """The files that the ServerApp wrote."""
 
     def __init__(self, out: Path, num_nodes: int) -> None:
         self.out, self.num_nodes = out, num_nodes

@@ -59,7 +59,7 @@ class Grid(ScriptedGrid):
 
 
 class Server:
-    """What has happened, and when it is to end."""
+    """The events so far, and the moment at which the run is to end."""
 
     moment = ""
     round = 1
@@ -117,7 +117,7 @@ def central(server_round: int, arrays: ArrayRecord) -> MetricRecord:
 
 
 def main(path: str, out: str, moment: str = "", board: str | None = None) -> None:
-    """One process's part of the run; writes the final model, with what was measured in its metadata."""
+    """A process's part of the run; writes the final model, with the measurements in its metadata."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     if not os.path.exists(path):
         random.seed(5), np.random.seed(6)

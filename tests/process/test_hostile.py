@@ -41,7 +41,7 @@ def module(name: str) -> ModuleType:
 
 
 class Said:
-    """What the ServerApp wrote."""
+    """The files that the ServerApp wrote."""
 
     def __init__(self, out: Path, lines: list[str]) -> None:
         self.out, self.lines = out, lines
@@ -65,7 +65,7 @@ def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def mean_of_honest(server_round: int) -> dict[str, Any]:
-    """What the three honest nodes make: sums of whole numbers, rounded once, when they are divided."""
+    """The mean of the three honest nodes: sums of whole numbers, rounded once, when they are divided."""
     updates = [module("client_app").honest(me, server_round) for me in HONEST]
     total = sum(weight for _, weight in updates)
     means = {name: sum(np.float64(w) * u[name] for u, w in updates) / total for name in updates[0][0]}

@@ -1,4 +1,4 @@
-"""Who lives how long: Nodes in real programs, their signals, their forks and their deaths."""
+"""The lifetimes of processes: Nodes in real programs, their signals, their forks and their deaths."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def start() -> Iterator[Callable[[str], Program]]:
 
 
 def run_python(*arguments: str, stdin: str | None = None, cwd: Path | None = None) -> str:
-    """What a Python program prints; it must end well and silently."""
+    """The output of a Python program; the program must end well and silently."""
     done = subprocess.run(
         [sys.executable, *arguments], input=stdin, cwd=cwd, capture_output=True, text=True, timeout=WAIT_S, check=False
     )
@@ -281,7 +281,7 @@ def test_ctrl_c_during_the_start_leaves_nothing(start: Callable[[str], Program],
     ids=["killed", "killed in result", "terminated", "exited"],
 )
 def test_workers_of_a_program_that_is_cut_off_end(start: Callable[[str], Program], doing: str, number: int) -> None:
-    """When the agent is killed, or ends without cleaning up, spawner and workers are gone within a second."""
+    """The spawner and the workers are gone within a second after the owner is killed, or ends without cleaning up."""
     program = start(f"tell()\n{doing}")
     pids = program.hear()
     if number:
@@ -290,7 +290,7 @@ def test_workers_of_a_program_that_is_cut_off_end(start: Callable[[str], Program
 
 
 def test_workers_of_a_killed_spawner_end(start: Callable[[str], Program]) -> None:
-    """When the spawner is SIGKILLed its workers go too; the agent's round goes on with others, and nothing is left."""
+    """The workers of a SIGKILLed spawner end too; the owner's round goes on with others, and nothing is left."""
     code = """
 round_ = node.open_round(spec, 2)
 round_.submit(model)
@@ -454,7 +454,7 @@ def test_close_does_not_wait_for_forks_of_the_user() -> None:
 
 
 def test_workers_end_with_the_agent_though_its_fork_lives(start: Callable[[str], Program]) -> None:
-    """When the agent is killed its workers end, also if a forked child of it lives on."""
+    """The workers of a killed owner end, also if a forked child of the owner lives on."""
     program = start("child = os.fork()\nif child == 0: time.sleep(600)\ntell(child)\ntime.sleep(600)")
     *pids, child = program.hear()
     os.kill(program.pid, signal.SIGKILL)

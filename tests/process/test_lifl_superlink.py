@@ -44,7 +44,7 @@ def wait_until(is_so: Callable[[], Any], what: str) -> None:
 
 
 def config_of(out: Path, **more: int | str) -> dict[str, str | int | float | bool]:
-    """Of a run of lifl's FedAvg; makes the folder for what it writes."""
+    """The configuration of a run of lifl's FedAvg; makes the folder for its output."""
     out.mkdir()
     return {"out": str(out), "strategy": "lifl", **more}
 
@@ -74,7 +74,7 @@ class Shared:
         self.fab = Path()
 
     def held(self) -> dict[str, int]:
-        """What the server holds now."""
+        """The objects and blocks that the server holds now."""
         told = self.folder / "watched"
         told.unlink(missing_ok=True)
         os.kill(self.servers.pid(self.servers.server), signal.SIGUSR1)
@@ -145,7 +145,7 @@ def test_strategies_that_fold_themselves(runs: Runs) -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_it_was_the_app_that_was_built(shared: Shared) -> None:
-    """What ran is the FAB, byte by byte."""
+    """The app that ran is the FAB, byte by byte."""
     (run,) = shared.servers._runs()
     assert run["fab-id"] == "lifl/fedavg-app"
     assert run["fab-hash"] == hashlib.sha256(shared.fab.read_bytes()).hexdigest()
@@ -245,7 +245,7 @@ def test_the_server_is_killed_in_a_round(secure: Servers, tmp_path: Path) -> Non
     secure.start_superexec()
     (tmp_path / "lost" / "go").touch()
     assert secure.run_status() == "running: N/A"
-    # What a minute does.
+    # These are the effects of a minute.
     secure.execute("UPDATE task SET active_until = '2020-01-01 00:00:00' WHERE active_until IS NOT NULL")
     wait_until(lambda: secure.run_status() == "finished:failed: No heartbeat received from the task", "no end")
     for node in nodes:
@@ -338,7 +338,7 @@ def test_help_has_flowers_flags_and_lifls(start: Callable[..., tuple[int, str]])
 def test_nonsense_is_refused(
     arguments: tuple[str, ...], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be is said in one line, with exit status 2."""
+    """An impossible setting is refused in one line, with exit status 2."""
     monkeypatch.setattr(sys, "argv", ["lifl-superlink", "--insecure", *arguments])
     with pytest.raises(SystemExit) as ended:
         command.main()

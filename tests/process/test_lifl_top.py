@@ -26,7 +26,7 @@ WAIT_S = 240.0
 
 
 def lifl_top(*arguments: str, status: int = 0) -> str:
-    """What the command prints."""
+    """The output of the command."""
     command = [sys.executable, "-c", "from lifl.cli.main import main; main(prog_name='lifl')", "top", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == status, done.stderr
@@ -43,7 +43,7 @@ def wait_for(pid: int, is_so: Callable[[NodeStats], Any]) -> NodeStats:
 
 
 def scrape(servers: Servers) -> dict[str, float]:
-    """What the address in the server's log says: values without labels."""
+    """The metrics at the address in the server's log: values without labels."""
     found = re.search(r"metrics at (http://\S+/metrics)", servers.log(servers.server))
     assert found is not None
     with urllib.request.urlopen(found[1], timeout=WAIT_S) as answer:

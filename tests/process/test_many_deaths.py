@@ -39,7 +39,7 @@ class CountingNode(lifl.Node):
 
 
 def look(node: lifl.Node, free: int) -> dict[str, int]:
-    """What the agent and its spawner hold, when every worker is there and every block is back."""
+    """The means that the owner and its spawner hold, when every worker is there and every block is back."""
     assert node._supervisor is not None
     spawner = node._supervisor.spawner.pid
     end, held = time.monotonic() + WAIT_S, -1

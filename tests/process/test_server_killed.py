@@ -24,7 +24,7 @@ PROGRAM = Path(__file__).with_name("killed_superlink.py")
 ARGUMENTS = ("--database", "{database}", "--isolation", "process", "--lifl-memory", "256MiB", "--lifl-workers", "1")
 WAIT_S = 150.0
 DEADLINE_S = 100
-"""Of a round. A model in which both nodes are has come before: later it would be the mean of one."""
+"""The deadline of a round. A model of both nodes is made before it: after it the model would be the mean of one."""
 
 pytestmark = [
     pytest.mark.leaves("Flower's programs reap the processes of their tasks late"),
@@ -67,7 +67,7 @@ class Deployed:
 
     @property
     def told(self) -> Path:
-        """What the server reads; see killed_superlink.py."""
+        """The file that the server reads; see killed_superlink.py."""
         return self.folder / "moment"
 
     def submit(self, strategy: str, rounds: int) -> None:
@@ -116,7 +116,7 @@ class Deployed:
             os.kill(other, signal.SIGCONT)
 
     def nodes(self) -> list[int] | None:
-        """Whose mean the model of the round is; None if it is no mean of the nodes' updates."""
+        """The nodes whose mean the model of the round is; None if it is no mean of the nodes' updates."""
         runs = Runs(self.out, 2)
         before, model = (runs.model("single", number) for number in (self.number - 1, self.number))
         for nodes in ([0, 1], [0], [1]):
@@ -127,7 +127,7 @@ class Deployed:
         return None
 
     def log(self) -> str:
-        """How the run is, and what everybody has said last."""
+        """The state of the run, and the last lines of every process."""
         (run, *_) = self.servers._runs()
         said = self.servers._flwr("log", run["run-id"], "--show")
         others = (self.servers.node(0), self.servers.node(1), self.servers.server)

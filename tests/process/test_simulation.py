@@ -59,7 +59,7 @@ def test_the_mean(runs: Runs) -> None:
 
 
 def test_a_bad_update(runs: Runs) -> None:
-    """One node's NaN is refused and named; the round goes on with the other three."""
+    """A node's NaN is refused and named; the round goes on with the other three."""
     fedavg_runs.check_refusal(runs)
 
 

@@ -149,7 +149,7 @@ def test_killed_while_all_rest(form: Any) -> None:
 
 
 def test_killed_again_before_its_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that dies while it starts is followed by another one."""
+    """A spawner that dies while it starts is followed by another one."""
     with lifl.Node("64MiB", workers=2) as node:
         real, killed = spawner.Spawner.start_worker, []
 
@@ -315,7 +315,7 @@ def test_a_refused_fork_fails_the_round_once(form: Any, refusing: Callable[[bool
 
 
 def test_a_refused_fork_costs_no_leaf_that_is_there(refusing: Callable[[bool], None]) -> None:
-    """Who is there does the work when nobody can join."""
+    """The workers that are there do the work when no other can join."""
     with lifl.Node("64MiB", workers=3, warm=1) as node:
         with node.open_round(SPEC, 1, shape=lifl.Shape(1, 0)) as round_:
             round_.submit(SENT[0])

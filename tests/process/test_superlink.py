@@ -13,7 +13,7 @@ from lifl.deploy.deployment import Deployment
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
-    """What the ServerApp logs."""
+    """The lines that the ServerApp logs."""
     return []
 
 
@@ -43,7 +43,7 @@ def test_the_mean(runs: Runs) -> None:
 
 
 def test_a_bad_update(runs: Runs) -> None:
-    """One node's NaN is refused and named; the round goes on."""
+    """A node's NaN is refused and named; the round goes on."""
     fedavg_runs.check_refusal(runs)
 
 

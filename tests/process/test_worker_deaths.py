@@ -67,7 +67,7 @@ def test_rounds_are_exact_under_kills(workers: int, seed: int) -> None:
 
 
 def run_round(node: lifl.Node, choose: random.Random) -> None:
-    """One round of any kind, checked."""
+    """Runs a round of any kind, and checks it."""
     n, timing, order = choose.randint(1, 20), choose.choice(TIMINGS), choose.choice(["any", "any", "flower"])
     shape = choose.choice([None, lifl.Shape(0, 2), *(SHAPES if order == "any" else ())])
     with node.open_round(SPEC, n, timing, order, shape=shape) as round_:  # type: ignore[arg-type]

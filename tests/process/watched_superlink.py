@@ -24,7 +24,7 @@ def tell(*_: object) -> None:
     held = {
         "arena bytes": plane.node.used_bytes,
         "objects": len(plane.store),
-        "rounds": len(plane.rounds._open),
+        "rounds": len(plane.rounds.registry.rounds()),
         "uploads": plane.gateway.uploads,
         "folded": plane.rounds.served,
     }

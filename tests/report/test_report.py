@@ -34,7 +34,7 @@ FULL = RoundReport(
 
 
 def test_report_goes_through_json() -> None:
-    """What to_dict gives is JSON, and from_dict makes the same report of it."""
+    """The dict of to_dict is JSON, and from_dict makes the same report of it."""
     assert RoundReport.from_dict(json.loads(json.dumps(FULL.to_dict()))) == FULL
 
 
@@ -72,7 +72,7 @@ def test_line_of_a_failed_round_ends_with_why() -> None:
     [(0, 0, ""), (1, 0, "1 leaf"), (2, 1, "2 leaves, 1 shard"), (0, 3, "3 shards")],
 )
 def test_shape_is_said_in_words(leaves: int, shards: int, shape: str) -> None:
-    """What there is none of is not named."""
+    """A part of the shape with the number 0 is not named."""
     assert attrs.evolve(FULL, leaves=leaves, shards=shards).shape == shape
 
 

@@ -1,4 +1,4 @@
-"""What a picture of a round shows: windows, ticks, bars, roles, marks."""
+"""The parts of a picture of a round: windows, ticks, bars, roles, marks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_place_and_moment_are_inverse() -> None:
 
 
 def test_short_end_is_enlarged() -> None:
-    """What follows the last update is shown once more if it is short; without a result there is no such thing."""
+    """The time after the last update is shown once more if it is short; without a result there is no such window."""
     assert len(show_scene(TRICKLED).windows) == 2
     assert len(show_scene(attrs.evolve(TRICKLED, error="closed")).windows) == 1
     assert len(show_scene(attrs.evolve(TRICKLED, stages={**STAGES, "total": 15.0})).windows) == 1
@@ -143,7 +143,7 @@ def test_mark_is_said_once() -> None:
 def test_report_without_spans_shows_commits() -> None:
     """Reports of earlier versions show when updates arrived and when they were in a sum."""
     scene = show_scene(attrs.evolve(TRICKLED, spans=()))
-    assert scene.runtimes == (0, 1)
+    assert scene.workers == (0, 1)
     assert [bar.begin_s for bar in bars_in(scene, scene.windows[0])] == [1.1, 10.004]
 
 
@@ -181,6 +181,6 @@ def test_time_has_three_digits(seconds: float, said: str) -> None:
 
 
 def test_long_text_keeps_both_ends() -> None:
-    """What it is begins it, what was wrong ends it."""
+    """The shortened text keeps its beginning, which names the thing, and its end, which names the fault."""
     assert shorten("abc", 3) == "abc"
     assert shorten("begin" + "x" * 100 + "end", 10) == "begin … xxend"

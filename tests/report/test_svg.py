@@ -267,7 +267,7 @@ def test_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_file_has_the_rights_of_any_other(tmp_path: Path) -> None:
-    """Who may read a file that was written in the usual way may read this one."""
+    """A user who may read a file that was written in the usual way may read this one."""
     PLAIN.save(tmp_path / "round.svg")
     (tmp_path / "other").write_text("")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}

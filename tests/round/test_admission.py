@@ -152,7 +152,7 @@ def test_refused_value_is_named() -> None:
 
 
 def test_refusal_is_a_value_error_of_lifl() -> None:
-    """Who catches ValueError or LiflError catches a refusal."""
+    """A handler of ValueError or of LiflError catches a refusal."""
     assert issubclass(AdmissionError, ValueError)
     assert issubclass(AdmissionError, LiflError)
 
@@ -175,7 +175,7 @@ def test_weight_above_the_servers_bound_is_refused(bound: float, weight: float) 
 
 
 def test_limits_bound_nothing_by_default() -> None:
-    """Who sets no limits has the rules that always hold, and a value that can be compared."""
+    """Limits without arguments have the rules that always hold, and are a value that can be compared."""
     assert Limits() == Limits(max_weight=MAX_WEIGHT, clipping_norm=None, client_bytes=None, total_bytes=None)
     with pytest.raises(AttributeError):
         Limits().max_weight = 1  # type: ignore[misc]
@@ -199,7 +199,7 @@ def test_limits_that_mean_nothing_are_errors(name: str, value: Any) -> None:
 
 @given(st.integers(0, 2**50), st.integers(1, 2**50), st.integers(1, 2**51))
 def test_quota_is_refused_exactly_when_it_does_not_fit(held: int, wanted: int, bound: int) -> None:
-    """What fits exactly fits; the refusal names what is held, wanted and allowed."""
+    """An update that fits exactly is taken; a refusal names the bytes that are held, wanted and allowed."""
     refusal = refuse_quota("7", "the client", held, wanted, bound)
     assert (refusal is None) == (held + wanted <= bound)
     if refusal is not None:

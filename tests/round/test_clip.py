@@ -252,7 +252,7 @@ def model(value: float, count: int = 0) -> Model:
 
 
 def offer(round_: lifl.Round, how: str, arrays: Model, weight: float, client: str) -> None:
-    """One update into a round: submitted, or written in place."""
+    """Sends an update into a round: submitted, or written in place."""
     if how != "loan":
         round_.submit(arrays, weight, client)
         return
@@ -314,7 +314,7 @@ def test_torch_base(node: lifl.Node) -> None:
 
 
 def test_norm_and_base_go_together(node: lifl.Node) -> None:
-    """One without the other is an error before anything is taken."""
+    """A norm without a base, or a base without a norm, is an error before anything is taken."""
     free = node.arena.free_bytes
     with pytest.raises(ValueError, match="there is no base, the model"):
         node.open_round(SPEC, 1, limits=lifl.Limits(clipping_norm=1.0))
@@ -327,6 +327,6 @@ def test_norm_and_base_go_together(node: lifl.Node) -> None:
 
 
 def test_dtypes_of_the_table_are_all_floats() -> None:
-    """What is clipped is what NumPy and torch call floating-point."""
+    """The dtypes that are clipped are those that NumPy and torch call floating-point."""
     kinds = {name for name, dtype in NUMPY_DTYPES.items() if dtype.kind == "f"} | {"bfloat16"}
     assert kinds == set(FLOATS)

@@ -46,7 +46,7 @@ def test_what_is_written_in_place_counts(node: lifl.Node) -> None:
 
 
 def test_address_is_that_of_the_arrays(node: lifl.Node) -> None:
-    """What another library writes at a loan's address is what its arrays show."""
+    """The arrays of a loan show the bytes that another library writes at its address."""
     with node.open_round(SPEC, expected=1) as round_, round_.loan() as loan:
         name, _, offset, _ = round_.spec.offsets[0]
         assert loan.arrays[name].ctypes.data == loan.address + offset
@@ -178,7 +178,7 @@ def test_private_memory_does_not_grow_with_the_update(node: lifl.Node) -> None:
 
 
 def test_worker_reads_the_block_that_was_lent(node: lifl.Node) -> None:
-    """What is changed in the arena after a loan was sent is in the mean: nobody has taken a copy.
+    """A change in the arena after a loan was sent is in the mean: nobody has taken a copy.
 
     A lazy worker holds the descriptor of the block; the change is made through the memfd, at the offset
     of the lent address in this process's mapping of it.
@@ -197,7 +197,7 @@ def test_worker_reads_the_block_that_was_lent(node: lifl.Node) -> None:
 
 
 def mappings(pid: int) -> list[tuple[int, int, int, int]]:
-    """Of each mapping of a process: first address, end, offset in its file, inode."""
+    """The mappings of a process: first address, end, offset in its file, inode."""
     rows = []
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         addresses, _, offset, _, inode = line.split()[:5]

@@ -181,7 +181,7 @@ def test_two_culprits_are_both_found(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.parametrize("shape", [lifl.Shape(2, 0), lifl.Shape(2, 2)], ids=str)
 def test_a_round_that_kills_everybody_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: lifl.Shape) -> None:
-    """Who dies of sums leaves nobody to refuse: after some deaths in a row the round fails; the Node goes on."""
+    """A round whose workers die of sums has no update to refuse: it fails after some deaths; the Node goes on."""
     poison(monkeypatch, tmp_path, "sums and os.kill(os.getpid(), signal.SIGKILL)")
     with lifl.Node("16MiB", workers=2) as node:
         free = node.arena.free_bytes
@@ -205,7 +205,7 @@ def test_a_round_that_kills_everybody_fails(monkeypatch: pytest.MonkeyPatch, tmp
 def test_workers_that_cannot_start_accuse_nobody(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: lifl.Shape
 ) -> None:
-    """Who dies before its first word has read nothing: no update is refused for it, and the Node says what is wrong."""
+    """A worker that dies before its first message has read nothing: no update is refused; the Node names the fault."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\nimport lifl.workers.aggregator as aggregator\naggregator.main = lambda *_: os._exit(3)\n"
     )

@@ -1,4 +1,4 @@
-"""When updates are folded ahead, and when the plan is made anew."""
+"""The moments at which updates are folded ahead, and at which the plan is made anew."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_plans_are_few() -> None:
 
 
 def test_just_in_time() -> None:
-    """What is held is given when folding it takes as long as the last update is still expected to."""
+    """An update that is held is given when folding it takes as long as the wait for the last update."""
     pace = make("jit", AHEAD)
     # One a second, a tenth of a second each: begun before the last but one, it would be ready too early.
     assert [pace.is_folding_ahead(float(i), i + 1) for i in range(10)] == [False] * 8 + [True] * 2

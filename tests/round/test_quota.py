@@ -64,7 +64,7 @@ def test_a_thousand_loans_that_are_never_sent(node: lifl.Node) -> None:
 
 
 def test_a_forgotten_loan_is_no_longer_counted(node: lifl.Node) -> None:
-    """What the garbage collector took does not use up the quota for ever."""
+    """A loan that the garbage collector took does not use up the quota for ever."""
     with node.open_round(SPEC, 1, limits=lifl.Limits(total_bytes=UNIT)) as round_:
         round_.loan("a")
         gc.collect()
@@ -73,7 +73,7 @@ def test_a_forgotten_loan_is_no_longer_counted(node: lifl.Node) -> None:
 
 
 def test_one_client_in_several_rounds(node: lifl.Node) -> None:
-    """What a client holds in all open rounds counts; others are not concerned, nor updates without a client."""
+    """The bytes of a client in all open rounds count; others are not concerned, nor updates without a client."""
     limits = lifl.Limits(client_bytes=2 * UNIT)
     rounds = [node.open_round(SPEC, 9, limits=limits) for _ in range(3)]
     one, two, three = rounds
@@ -120,7 +120,7 @@ def test_submits_wait_for_what_is_folded(node: lifl.Node, timing: Any, room: int
 
 
 def test_flowers_order_keeps_all_and_so_needs_room_for_all(node: lifl.Node) -> None:
-    """What nothing will fold before the end is not waited for."""
+    """A loan does not wait for room that nothing frees before the end."""
     with node.open_round(SPEC, 3, order="flower", limits=lifl.Limits(total_bytes=2 * UNIT)) as round_:
         for i in (1, 2):
             round_.submit(update(i), client_id=i)

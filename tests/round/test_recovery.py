@@ -1,4 +1,4 @@
-"""What a dead worker left, told by the ownership words alone."""
+"""The blocks that a dead worker left, judged by the ownership words alone."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_waiting_for_room_can_be_bounded(node: lifl.Node) -> None:
 
 
 def test_loan_that_waits_while_the_round_ends_takes_no_room(node: lifl.Node) -> None:
-    """Who waits for room and is told that the round has ended has taken no block with it."""
+    """A loan that waits for room has taken no block when the round ends."""
     free = node.arena.free_bytes
     keeper, round_ = node.open_round(BIG, expected=1000), node.open_round(BIG, expected=1000)
     kept = [keeper.loan() for _ in range(node.arena.free_bytes // BIG.nbytes)]
@@ -342,7 +342,7 @@ def test_flower_order_is_bit_equal_to_flower(node: lifl.Node) -> None:
 
 
 def test_flower_order_needs_all_updates_at_once(node: lifl.Node) -> None:
-    """When the arena cannot hold them all, the next one is ENOSPC and those that are in still count."""
+    """The update that does not fit beside the others is ENOSPC, and the others still count."""
     with node.open_round(BIG, expected=1000, order="flower") as round_:
         taken: list[None] = []
         with pytest.raises(ShmError, match="no room") as caught:

@@ -208,7 +208,7 @@ def test_nobody_good_is_a_loud_end_with_the_reasons(node: lifl.Node) -> None:
 
 
 def offer(round_: lifl.Round, how: str, arrays: dict[str, Any], weight: Any, client: str) -> None:
-    """One update into a round: submitted, or written in place."""
+    """Sends an update into a round: submitted, or written in place."""
     if how == "submit":
         round_.submit(arrays, weight, client)
         return

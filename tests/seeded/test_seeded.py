@@ -21,7 +21,7 @@ TIMEOUT_S = 240
 
 @attrs.frozen
 class Bug:
-    """What the head of a patch says."""
+    """The fields at the head of a patch."""
 
     path: Path
     what: str

@@ -49,7 +49,7 @@ def test_room_is_as_asked_and_all_of_it_free(arena: Arena) -> None:
 
 
 def test_room_is_rounded_up_to_units() -> None:
-    """One byte more than a unit is two units."""
+    """A block of one byte more than a unit takes two units."""
     arena = Arena.create(UNIT + 1, 1)
     assert arena.block_bytes == 2 * UNIT
 
@@ -77,7 +77,7 @@ def test_senseless_sizes_are_refused(nbytes: int, participants: int) -> None:
 
 
 def test_attached_arena_shows_the_same_bytes(arena: Arena) -> None:
-    """What one handle writes into a block, another handle on the same memfd reads there."""
+    """Another handle on the same memfd reads the bytes that one handle writes into a block."""
     other = Arena.attach(arena.fd)
     block = must_alloc(arena, 100)
     arena.buffer(block)[:] = bytes(range(100))

@@ -164,7 +164,7 @@ def test_inbox_says_who_sent_and_starves_nobody(arena: Arena) -> None:
 
 
 def test_outbox_keeps_what_does_not_fit_in_order(arena: Arena) -> None:
-    """What is pushed to a full ring comes later, in order, and other targets are not held up."""
+    """Descriptors that are pushed to a full ring follow, in order, and other targets are not held up."""
     outbox, first, second = Outbox.of_rings(arena, 0), Consumer(arena, 0, 1), Consumer(arena, 0, 2)
     for i in range(1000):
         outbox.push(1, numbered(i))
@@ -185,7 +185,7 @@ def test_outbox_keeps_what_does_not_fit_in_order(arena: Arena) -> None:
 
 @pytest.mark.parametrize("spin_s", [0.0, 50e-6], ids=["sleeping", "spinning"])
 def test_nothing_is_lost_between_two_processes(arena: Arena, spin_s: float) -> None:
-    """Of 200,000 descriptors from another process none is lost, doubled or out of order."""
+    """No descriptor of 200,000 from another process is lost, doubled or out of order."""
     with in_other_process(arena, lambda theirs: push_all(theirs, 1, 0, MANY)):
         assert pop_all(arena, 0, MANY, spin_s) == {1: [*range(MANY)]}
 

@@ -1,4 +1,4 @@
-"""What the soak's clients send, good and bad, and the mean that must come of it."""
+"""The updates of the soak's clients, good and bad, and the mean that they must have."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def descriptors() -> dict[str, int]:
-    """How many this process has of each kind: a kind that drifts says more than a sum."""
+    """The number of this process's descriptors of each kind: a kind that drifts says more than a sum."""
     found: Counter[str] = Counter()
     for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # the one of the listing itself

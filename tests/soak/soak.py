@@ -40,7 +40,7 @@ SETTLE_S = 100.0
 STALL_S = 1.0
 ROUND_THREADS = 4
 SPAWNER_SHARE = 0.02
-"""Of all that is done to processes: each costs a Node all its workers and some tenths of a second."""
+"""The share of all faults of processes: each costs a Node all its workers and some tenths of a second."""
 PROCESSES = 8
 """Three spawners, three workers and two, and of the elastic Node, when it rests, none."""
 FORK_EVERY_S, PARENT_EVERY_S = 3.0, 15.0
@@ -153,7 +153,7 @@ class Soak:
                 raise AssertionError(f"client {i} was given a second loan")
 
     def disturb(self, round_: lifl.Round, model: Model, choose: random.Random) -> None:
-        """What bad clients and careless callers do."""
+        """Acts as bad clients and careless callers do."""
         what = choose.random()
         if what < 0.11:
             bad, weight = model.bad(choose)
@@ -293,7 +293,7 @@ class Soak:
         return known == {pid for spawner in children_of(os.getpid()) for pid in children_of(spawner)}
 
     def lost_bytes(self) -> int:
-        """What is not free, of all Nodes."""
+        """The bytes of all Nodes that are not free."""
         return sum(node.all_bytes - node.arena.free_bytes for node in self.nodes)
 
     def processes(self) -> list[int]:

@@ -41,7 +41,7 @@ def same_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[lifl.Node]:
-    """One Node with two workers for a module."""
+    """A Node with two workers for a module."""
     with lifl.Node("64MiB", workers=2, debug=True) as node:
         yield node
 

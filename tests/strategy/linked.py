@@ -131,7 +131,7 @@ class Link:
         return response
 
     def PullObject(self, request: Any) -> Any:
-        """One object."""
+        """Answers the pull of an object."""
         self._count("PullObject")
         content = self.contents.get(request.object_id)
         return message_pb2.PullObjectResponse(

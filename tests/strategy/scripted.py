@@ -29,7 +29,7 @@ def plain(arrays: ArrayRecord | None) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def content(arrays: Arrays | ArrayRecord, weight: Any = 1, **metrics: Any) -> RecordDict:
-    """What a client sends back after training; a weight of None leaves it out."""
+    """The reply of a client after training; a weight of None leaves the weight out."""
     if not isinstance(arrays, ArrayRecord):
         arrays = record(arrays)
     weights = {} if weight is None else {"num-examples": weight}
@@ -84,7 +84,7 @@ class Clock:
 
 @dataclass
 class Late:
-    """What a client says, and how many seconds after it was asked; None: never."""
+    """A client's reply, and the seconds until it comes; None: never."""
 
     said: RecordDict | Error | None
     seconds: float | None

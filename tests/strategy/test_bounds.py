@@ -1,4 +1,4 @@
-"""What a server bounds in Flower: weights, distances, and evaluation replies that nobody can average."""
+"""A server's bounds in Flower: weights, distances, and evaluation replies that cannot be averaged."""
 
 from __future__ import annotations
 

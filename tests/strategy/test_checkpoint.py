@@ -74,7 +74,7 @@ class Mine(dict):  # type: ignore[type-arg]
     "value", [object(), {1, 2}, Mine(), 1j, np.array(["a"]), np.array([None]), np.array([1j]), len]
 )
 def test_other_kinds_are_refused(value: object) -> None:
-    """What would not come back as it was is a TypeError that names where it is."""
+    """A value that would not come back as it was is a TypeError that names its place."""
     with pytest.raises(TypeError, match=r"^v/0/inner"):
         checkpoint.pack([{"inner": value}], "v", {})
 
@@ -165,7 +165,7 @@ with checkpoint.locked(sys.argv[1]):
 
 
 def refused(path: Path) -> str:
-    """What a run is told that wants a checkpoint which another one has."""
+    """The error of a run that wants the checkpoint of another run."""
     with pytest.raises(CheckpointError) as said, checkpoint.locked(path):
         pass
     return str(said.value)

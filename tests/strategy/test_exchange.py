@@ -42,20 +42,20 @@ def instruction(node_id: int) -> Message:
 
 
 def ask(grid: ScriptedGrid, timeout: float | None = None, reply_bytes: int = 1) -> tuple[list[Message], list[int]]:
-    """One exchange with every client of a grid: the replies, and the nodes that are missing."""
+    """Asks every client of a grid once: the replies, and the nodes that are missing."""
     missing: list[int] = []
     messages = [instruction(node) for node in grid.get_node_ids()]
     return exchange.exchange(grid, messages, timeout, reply_bytes, as_it_is, missing.append), missing
 
 
 def test_the_first_look_is_at_once_and_the_next_milliseconds_later(clock: Clock) -> None:
-    """What is there at once is taken at once; the pauses begin with 5 ms and grow with the time waited."""
+    """Replies that are there are taken at once; the pauses begin with 5 ms and grow with the time waited."""
     ask(ScriptedGrid({1: nudge(1), 2: nudge(2)}, clock))
     assert not clock.sleeps
     ask(ScriptedGrid({1: nudge(1), 2: after(30.0, nudge(2))}, clock))
     assert clock.sleeps[:10] == [0.005] * 10
     assert clock.sleeps == sorted(clock.sleeps)
-    assert clock.sleeps[-1] == exchange.LONGEST_PAUSE_S
+    assert clock.sleeps[-1] == exchange.MAX_PAUSE_S
     # 0.005 s up to 0.05 s, then a tenth more each time up to 10 s, then one a second.
     assert len(clock.sleeps) < 10 + np.log(10 / 0.05) / np.log(1.1) + 20 + 2
 
@@ -90,7 +90,7 @@ def test_replies_are_in_the_order_in_which_they_came(clock: Clock) -> None:
 def test_a_pull_is_bounded_by_bytes(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, pull_bytes: int, at_once: int
 ) -> None:
-    """One pull asks for as many replies as are meant to fit, at least four; one sweep asks for each once."""
+    """A pull asks for as many replies as are meant to fit, at least four; a sweep asks for each reply once."""
     monkeypatch.setattr(exchange, "PULL_BYTES", pull_bytes)
     grid = ScriptedGrid({i: nudge(i) for i in range(1, 41)}, clock)
     replies, _ = ask(grid, reply_bytes=1000)

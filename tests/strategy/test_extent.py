@@ -1,4 +1,4 @@
-"""What a reply would take is found from its objects' bytes before anything is built, and is about what it takes."""
+"""The size of a reply is found from its objects' bytes before anything is built, and is about what the reply takes."""
 
 from __future__ import annotations
 

@@ -538,7 +538,7 @@ def test_one_log_line_per_round(node: lifl.Node, clock: Clock, caplog: pytest.Lo
 
 
 def test_the_summary_has_lifls_settings(caplog: pytest.LogCaptureFixture) -> None:
-    """What was set is in the log before the run, and Flower's settings after it."""
+    """The settings are in the log before the run, and Flower's settings after them."""
     with caplog.at_level(logging.INFO, "flwr"):
         FedAvg(quorum=0.9, deadline=60.0, timing="lazy", order="flower").summary()
         FedAvg().summary()

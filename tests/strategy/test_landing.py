@@ -1,4 +1,4 @@
-"""What a client may send, what is refused and under which name, and what stays in memory."""
+"""The replies that a client may send, those that are refused and by which rule, and the memory that stays."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def raw(data: bytes, stype: str = "numpy.ndarray") -> RecordDict:
 
 
 def saved(array: Any, **options: Any) -> bytes:
-    """What np.save writes."""
+    """The bytes that np.save writes."""
     stream = io.BytesIO()
     np.save(stream, array, **options)
     return stream.getvalue()
@@ -211,7 +211,7 @@ def test_metrics_that_cannot_be_averaged_do_not_end_the_run(
 
 
 def test_fortran_order_and_odd_addresses(node: lifl.Node, clock: Clock) -> None:
-    """How the numbers lie in a reply's bytes, transposed or unaligned, makes no difference."""
+    """The order of the numbers in a reply's bytes, transposed or unaligned, makes no difference."""
 
     def client(message: Message) -> RecordDict:
         said = nudge(5)(message)

@@ -21,14 +21,14 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=6)
 
 
 def saved(array: Any, *, allow_pickle: bool = False) -> bytes:
-    """What np.save writes."""
+    """The bytes that np.save writes."""
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=allow_pickle)
     return stream.getvalue()
 
 
 def loaded(data: bytes) -> np.ndarray[Any, Any]:
-    """What np.load reads."""
+    """The array that np.load reads."""
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 

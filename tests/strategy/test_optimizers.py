@@ -85,7 +85,7 @@ def test_keeping_dtypes_is_one_rounding_a_round(node: lifl.Node, clock: Clock, n
 
 @pytest.mark.parametrize("name", KEEPING)
 def test_without_it_the_model_grows(clock: Clock, name: str) -> None:
-    """What keep_dtype is for: Flower sends float64 from the second round on, FedAdam the weights too."""
+    """Without keep_dtype Flower sends float64 from the second round on, FedAdam the weights too."""
     sent = models(make(flowers, name), CLIENTS, clock)[1][0]
     assert sent["weight"].dtype == ("float64" if name == "FedAdam" else "float32")
     assert sent["num_batches_tracked"].dtype == "float64"

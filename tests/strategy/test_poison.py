@@ -91,7 +91,7 @@ def test_it_is_refused_alone(node: lifl.Node, cls: Any, order: Any, timing: Any)
 
 
 def test_users_metrics_function_does_not_get_it(node: lifl.Node) -> None:
-    """Of the accepted replies' contents it gets those that count in the end."""
+    """The function gets the contents of those accepted replies that count in the end."""
     seen: list[Any] = []
 
     def losses(contents: list[RecordDict], weight_key: str) -> Any:

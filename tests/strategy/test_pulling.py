@@ -215,13 +215,13 @@ def a_head_that_is_no_text(asked: Any) -> Answer:
 
 @row
 def no_message(asked: Any) -> Answer:
-    """What is announced as a message is a RecordDict."""
+    """The object that is announced as a message is a RecordDict."""
     return announced(asked, update(NINES))
 
 
 @row
 def a_chunk_for_a_message(asked: Any) -> Answer:
-    """What is announced as a message is an ArrayChunk."""
+    """The object that is announced as a message is an ArrayChunk."""
     return announced(asked, FlowerObject("ArrayChunk", (), b"some bytes"))
 
 
@@ -420,7 +420,7 @@ def test_a_bomb_takes_no_more_than_came(kind: str) -> None:
 
 
 def ask(link: Link, timeout: float = 5.0, sent: RecordDict | None = None) -> tuple[list[Message], list[int]]:
-    """One exchange with every node: the replies, and who is missing."""
+    """Asks every node once: the replies, and the nodes that are missing."""
     missing: list[int] = []
     content = sent or RecordDict({"arrays": record(MODEL)})
     messages = [Message(content, node, "train") for node in link.clients]
@@ -610,7 +610,7 @@ def test_no_client_can_take_the_parts_of_anothers_object_away(
 
 
 def test_a_lost_connection_is_no_replys_fault() -> None:
-    """What the connection raises is raised, as by Flower; replies that were taken before are not lost by it."""
+    """An error of the connection is raised, as by Flower; it loses no reply that was taken before."""
     link = Link({1: honest(ONES, 1), 2: honest(ONES, 1)})
     taken: list[int] = []
 
@@ -669,7 +669,7 @@ def test_another_flower_pulls_for_itself(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gone: str
 ) -> None:
     """If a private name of Flower's is gone, its own method pulls, and the log says so once."""
-    pulling._say_once.cache_clear()
+    pulling._warn_once.cache_clear()
     link = Link({1: honest(ONES, 1)})
     if gone == "a name":
         monkeypatch.setattr(pulling, "_missing", "cannot import name 'pull_objects'")
@@ -685,7 +685,7 @@ def test_another_flower_pulls_for_itself(
             else:
                 assert pulling.puller(link.grid(), 0).__name__ == "<lambda>"
     assert caplog.text.count("flwr has changed") == 1
-    pulling._say_once.cache_clear()
+    pulling._warn_once.cache_clear()
 
 
 # ---------------------------------------------------------------- fuzz

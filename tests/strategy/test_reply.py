@@ -1,4 +1,4 @@
-"""What a reply says: conversions that lose nothing are made, others are left for admission to refuse."""
+"""The contents of a reply: conversions without loss are made, others are left for admission to refuse."""
 
 from __future__ import annotations
 

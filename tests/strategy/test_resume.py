@@ -147,7 +147,7 @@ def test_a_run_that_is_over_is_not_run_again(node: lifl.Node, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("clock")
 def test_rounds_without_a_result(node: lifl.Node, tmp_path: Path) -> None:
-    """Where no round had a model, the first one is kept, not the one that a new process made."""
+    """The first model is kept if no round had a model, not the one that a new process made."""
     path = tmp_path / "run"
     run(FedAvg(node=node, checkpoint=path), {1: failing, 2: failing}, 2)
     other = record({name: array + 1 for name, array in MODEL.items()})
@@ -193,7 +193,7 @@ def test_what_a_user_remembers(node: lifl.Node, tmp_path: Path, caplog: pytest.L
 
 @pytest.mark.usefixtures("clock")
 def test_new_arguments_hold(node: lifl.Node, tmp_path: Path) -> None:
-    """What was only an argument is not in the file: a resumed run may have another learning rate or quorum."""
+    """Arguments are not in the file: a resumed run may have another learning rate or quorum."""
     path = tmp_path / "run"
     run(FedAvgM(node=node, checkpoint=path, server_momentum=0.9), CLIENTS, 2)
     again = FedAvgM(node=node, checkpoint=path, resume=True, server_momentum=0.5, quorum=2, min_train_nodes=3)

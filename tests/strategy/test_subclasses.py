@@ -484,7 +484,7 @@ def test_the_same_class_gives_the_same_run(node: lifl.Node, clock: Clock, body: 
     ours = body(over(FedAvg, node=node, order="flower"))
     result, _ = run(ours, clients, 3, clock, timeout=20, initial_arrays=start)
     assert metrics_of(result) == metrics_of(flowers)
-    # Where no round has a result, Flower's Result is empty and lifl's has the initial model.
+    # Flower's Result is empty if no round has a result, and lifl's has the initial model.
     assert result.arrays.object_id == flowers.arrays.object_id or not flowers.arrays
     assert not node.has_rounds
 
@@ -508,7 +508,7 @@ def test_the_same_class_gives_nearly_the_same_run_in_any_order(
 
 
 def subclass(body: Callable[[Base], Any], **options: Any) -> Any:
-    """One of the classes above over lifl's FedAvg."""
+    """A class from above over lifl's FedAvg."""
     return body(over(FedAvg, **options))
 
 
@@ -564,7 +564,7 @@ def test_replies_handed_on_untouched_are_not_folded_again(
 
 
 def test_a_class_that_never_calls_super_leaves_no_round_open(node: lifl.Node, clock: Clock) -> None:
-    """What landed for nothing is given back."""
+    """Memory of replies that landed for nothing is given back."""
     free = node.arena.free_bytes
     result, _ = run(subclass(aggregates_itself, node=node), CLIENTS, 2, clock, timeout=20)
     assert result.reports == {}

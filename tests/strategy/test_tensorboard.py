@@ -17,7 +17,7 @@ from scripted import MODEL, Client, after, content, failing, metrics_of, nudge, 
 
 import lifl
 from lifl.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
-from lifl.strategy.tensorboard import LONGEST_LIST
+from lifl.strategy.tensorboard import MAX_LIST
 
 WRONG: Client = says(content({"weight": np.zeros(3, np.float32)}))
 CLIENTS: Mapping[int, Client] = {1: nudge(1), 2: nudge(2), 3: failing, 4: after(90, nudge(4)), 5: WRONG}
@@ -108,7 +108,7 @@ def test_rounds_without_a_result(node: lifl.Node, tmp_path: Path) -> None:
     assert found["round/refused"] == {1: 1, 2: 1}
 
     def long(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        return MetricRecord({"fits": [0.5] * LONGEST_LIST, "long": [0.5] * (LONGEST_LIST + 1)})
+        return MetricRecord({"fits": [0.5] * MAX_LIST, "long": [0.5] * (MAX_LIST + 1)})
 
     run(FedAvg(node=node, tensorboard=tmp_path), {1: nudge(1), 2: nudge(2)}, 1, evaluate_fn=long)
     names = {tag.split("/")[1] for tag in scalars(tmp_path / "run-2") if tag.startswith("evaluate_serverapp/")}
@@ -118,7 +118,7 @@ def test_rounds_without_a_result(node: lifl.Node, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("at", "hook"), [(1, "train"), (2, "train"), (2, "evaluate"), (3, "central"), (4, "central")])
 @pytest.mark.usefixtures("clock")
 def test_resumed_run_goes_on_in_its_folder(at: int, hook: str, node: lifl.Node, tmp_path: Path) -> None:
-    """What is drawn of a run that died and was resumed is what is drawn of the whole: none twice, none missing."""
+    """The scalars of a run that died and was resumed are those of the whole run: none twice, none missing."""
     clients = {1: nudge(1), 2: nudge(2), 3: failing}
 
     def dying(message: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_folder_that_cannot_be_had(node: lifl.Node, tmp_path: Path, caplog: py
 
 @pytest.mark.usefixtures("clock")
 def test_a_folder_that_is_gone_for_a_while(node: lifl.Node, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What cannot be written is logged round by round; as soon as there is a folder again, the rounds are drawn."""
+    """Scalars that cannot be written are logged round by round; when the folder is back, the rounds are written."""
     folder = tmp_path / "run-1"
 
     def meanwhile(server_round: int, arrays: ArrayRecord) -> None:

@@ -38,7 +38,7 @@ HONEST = [({"w": np.full((30, 40), n, np.float32), "b": np.full(3, float(n))}, f
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
-    """One server for this module."""
+    """A server for this module."""
     with Rig("16MiB") as made:
         yield made
 
@@ -151,7 +151,7 @@ def test_another_user_is_not_let_in(agency: Agency, rig: Rig, tmp_path: Path) ->
     with Peer(path) as peer:
         assert peer.welcome == {"event": "welcome", "pid": os.getpid()}
         assert len(peer.fds) == 1
-    assert not rig.plane.rounds._open
+    assert not rig.plane.rounds.registry.rounds()
 
 
 def open_to_all(path: Path) -> None:
@@ -311,7 +311,7 @@ def test_nonsense_ends_only_its_connection(rig: Rig, name: str) -> None:
         assert heard is None or heard["event"] == "failed" or heard == {"event": "bound", "count": 0}, heard
         beside.say(do="bound", messages=["x"])
         assert beside.hear() == {"event": "bound", "count": 0}
-    wait_until(lambda: not rig.plane.rounds._open)
+    wait_until(lambda: not rig.plane.rounds.registry.rounds())
     rig.settle()
     rig.state.stop_run(run_id)
 
@@ -365,7 +365,7 @@ def test_a_new_round_ends_the_one_before(rig: Rig) -> None:
         for group in ("1", "2"):
             messages = [Message(content, client.node.id, "train", group_id=group)]
             round_ = server.open_round(run_id, messages, spec, "num-examples", "eager", "any", Limits())
-            assert len(rig.plane.rounds._open) == 1
+            assert len(rig.plane.rounds.registry.rounds()) == 1
             assert grid.push_messages(messages)
             assert server.count_bound([messages[0].metadata.message_id]) == 1
         replied = ""
@@ -379,7 +379,7 @@ def test_a_new_round_ends_the_one_before(rig: Rig) -> None:
 
 
 def test_a_round_that_is_left_leaves_its_messages_to_the_serverapp(rig: Rig) -> None:
-    """What came of replies, into the update's block too, can be pulled as from Flower's server."""
+    """Replies that have come, into the update's block too, can be pulled as from Flower's server."""
     theirs = HONEST[0][0]
     client = Client(rig, says(update(theirs)))
     run_id, token = rig.start_run()
@@ -389,7 +389,7 @@ def test_a_round_that_is_left_leaves_its_messages_to_the_serverapp(rig: Rig) -> 
         messages = [Message(RecordDict({"arrays": flowers(MODEL)}), client.node.id, "train", group_id="1")]
         server.open_round(run_id, messages, spec_of(flowers(MODEL)), "num-examples", "eager", "any", Limits())
         assert server.ask({"do": "leave"}, "closed") == {"event": "closed"}
-        assert not rig.plane.rounds._open
+        assert not rig.plane.rounds.registry.rounds()
         ids = list(grid.push_messages(messages))
         replies: list[Message] = []
         wait_until(lambda: replies.extend(grid.pull_messages(ids)) or replies)

@@ -1,4 +1,4 @@
-"""What one node sends costs that node: attacks that were tried on the server, each beside honest clients."""
+"""A node's messages cost that node: attacks that were tried on the server, each beside honest clients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ THEIRS = {"w": np.full((100, 500), 7, np.float32), "b": np.full(3, 7.0), "c": np
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
-    """One server for all attacks of this module."""
+    """A server for all attacks of this module."""
     with Rig("64MiB") as made:
         yield made
 
@@ -187,7 +187,7 @@ def test_a_reply_that_says_too_much_is_refused_at_once(rig: Rig, names: list[str
 
 
 def test_a_reply_larger_than_any_is_refused_while_it_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent of it after that is not kept, and the round goes on without it."""
+    """The bytes that are sent after the refusal are not kept, and the round goes on without the reply."""
     monkeypatch.setattr(reception, "MAX_BESIDE_BYTES", MIB)
     answers: list[int] = []
 
@@ -316,7 +316,7 @@ def test_an_old_supernode_pushes_without_a_session(rig: Rig) -> None:
 
 
 def test_no_push_session_outlives_its_round(rig: Rig) -> None:
-    """Of replies that were announced and never came."""
+    """Replies that were announced and never came leave no session."""
 
     def half(client: Client, asked: Message) -> None:
         client.announce(asked, update(*HONEST[0]))
@@ -341,7 +341,7 @@ def half_open(rig: Rig, node: Node, run_id: int, object_id: str, nbytes: int, se
 
 
 def test_half_open_uploads_hold_what_has_come(rig: Rig) -> None:
-    """Of objects of 60 MiB each; the round beside ends as usual, and afterwards nothing is held."""
+    """Uploads of 60 MiB each stay half open; the round beside ends as usual, and afterwards nothing is held."""
     lines: list[Any] = []
 
     def attack(client: Client, asked: Message) -> None:
@@ -404,7 +404,7 @@ class Announced:
 
 
 def test_a_node_sends_so_much_at_once(rig: Rig) -> None:
-    """One more object is refused until others have come; another node's is not."""
+    """A node's next object is refused until others have come; another node's is not."""
     with Announced(rig, 10 * MIB) as announced:
         others = ["a" * 64, "b" * 64]
         announced.announce(*others)

@@ -20,11 +20,11 @@ MIB = 2**20
 TREES = "/v1/fleet/push-messages"
 CHUNKED = ["transfer-encoding: chunked"]
 TAKEN = 500
-"""What Flower's handler says to a tree without a message, once all of the request has come and been checked."""
+"""The answer of Flower's handler to a tree without a message, when the whole request has come and been checked."""
 
 
 def resident_bytes() -> int:
-    """Of this process, in which the server is too."""
+    """The resident bytes of this process, in which the server is too."""
     with open("/proc/self/status") as status:
         return 1024 * int(next(line for line in status if line.startswith("VmRSS")).split()[1])
 
@@ -48,14 +48,14 @@ def node(rig: Rig) -> Iterator[Node]:
 
 
 def tree(nodes: int) -> message_pb2.ObjectTree:
-    """Of so many objects."""
+    """A tree of so many objects."""
     made = message_pb2.ObjectTree(object_id="0" * 64)
     made.children.extend(message_pb2.ObjectTree(object_id=f"{n:064x}") for n in range(nodes))
     return made
 
 
 def whole_chunk(data: bytes) -> bytes:
-    """One chunk, and no end."""
+    """A chunk, without the end of the body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -107,7 +107,7 @@ def test_strangers_take_no_memory(rig: Rig, node: Node, kind: str, how: str) -> 
 
 @pytest.mark.parametrize("how", ["declared", "chunked"])
 def test_a_tree_of_many_objects_is_taken(rig: Rig, node: Node, how: str) -> None:
-    """Of 20,000 objects, as Flower's server takes it; in chunks, in which no SuperNode sends it, of 14,000."""
+    """A tree of 20,000 objects is taken, as by Flower's server; in chunks, which no SuperNode sends, one of 14,000."""
     count = 20_000 if how == "declared" else 14_000
     request = fleet_pb2.PushMessagesRequest(node=node.proto, message_object_trees=[tree(count)])
     body = request.SerializeToString()
@@ -264,7 +264,7 @@ class Taker:
 
 
 def test_an_allowance_counts_by_sender_and_in_all() -> None:
-    """What does not fit waits, what is given back is given on, and at the end nothing is held."""
+    """A body that does not fit waits, room that is given back is given on, and at the end nothing is held."""
     made = Allowance(10, 15)
     a, b, c = Taker(made, "a"), Taker(made, "a"), Taker(made, "c")
     assert a.grow(6)

@@ -42,7 +42,7 @@ def field(number: int, payload: bytes) -> bytes:
 
 
 def first_cut(whole: bytes, pieces: list[int], length: int | None = None) -> Cut | None:
-    """What is found when it comes in such pieces, as soon as something is."""
+    """The cut that is found when the body comes in such pieces, when it is found first."""
     prefix, at = bytearray(), 0
     for size in [*pieces, len(whole)]:
         prefix += whole[at : at + size]
@@ -119,7 +119,7 @@ def test_without_content_all_of_it_has_to_come() -> None:
 
 @given(content=st.binary(min_size=1, max_size=50), end=st.integers(0, 200))
 def test_what_is_cut_short_is_waited_for_or_refused(content: bytes, end: int) -> None:
-    """Of a body that ends early, by its declared length, no content is found that is not all there."""
+    """No content is found of a body that ends early, by its declared length, unless all of the content is there."""
     whole = body(content)
     short = whole[: min(end, len(whole) - 1)]
     try:
@@ -155,7 +155,7 @@ def test_nonsense_is_refused(whole: bytes, reason: str) -> None:
 
 
 def test_a_prefix_that_does_not_end_is_refused_before_the_body_is_there() -> None:
-    """Of a long body no more is kept than any request has before its content."""
+    """No more of a long body is kept than any request has before its content."""
     whole = field(3, b"c" * 2**20) + field(4, b"x")
     assert cut(whole[:2], len(whole)) is None
     with pytest.raises(ValueError, match="before the object's content"):
@@ -251,7 +251,7 @@ def test_objects_without_an_id_count_too() -> None:
 
 @pytest.mark.parametrize("field", [b"\x50\x01", b"\x52\x00", b"\x0a\x00"], ids=["unknown", "unknown text", "id"])
 def test_fields_without_end_are_not_counted_to_their_end(monkeypatch: pytest.MonkeyPatch, field: bytes) -> None:
-    """Of a tree: an object has two of them."""
+    """The fields of a tree are not counted to their end: an object has two of them."""
     seen, fields = [0], body_module._fields
 
     def counted(*args: Any) -> Any:

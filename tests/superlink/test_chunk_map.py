@@ -1,4 +1,4 @@
-"""Where chunks belong is where Flower's own Array puts its bytes, for every dtype and shape."""
+"""The place of each chunk is where Flower's own Array puts its bytes, for every dtype and shape."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_nodes_own_form_is_not_displaced_by_others() -> None:
 
 
 def test_clients_cannot_teach_it_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of so many nodes the forms are kept, those that replied last."""
+    """The forms of a bounded number of nodes are kept, those that replied last."""
     monkeypatch.setattr(geometry_module, "MAX_LEARNED", 64)
     geometry = Geometry(TensorSpec.from_arrays(MODEL), 128)
     for n in range(1000):

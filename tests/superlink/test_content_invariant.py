@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterator
 from random import Random
 from typing import Any
@@ -103,7 +104,7 @@ def make_reply(random: Random) -> FlowerObject:
 
 
 def said_by(store: ArenaStore, said: FlowerObject) -> dict[str, Any] | None:
-    """What a reply says by name, read from the store's bytes in the slowest way; None if it does not count."""
+    """The contents of a reply by name, read from the store's bytes in the slowest way; None if it does not count."""
     objects = {one.id: one for one in said.all()}
 
     def there(one: FlowerObject) -> bool:
@@ -156,18 +157,19 @@ class Push:
 
 @attrs.define(eq=False)
 class Client:
-    """One client: what its message has, what it has announced, and its reply at the server."""
+    """A client: the contents of its message, its announcement, and its reply at the server."""
 
     said: FlowerObject
     message: FlowerObject
     objects: dict[str, FlowerObject]
     reception: Reception
+    missing: set[str]
     pushes: list[Push] = attrs.field(factory=list)
     settled: Settled | None = None
 
 
 class Desk:
-    """What the gateway and the rounds do with replies, one step after another."""
+    """The steps of the gateway and the rounds with replies, one after another."""
 
     def __init__(self, node: lifl.Node, geometry: Geometry) -> None:
         self.node, self.geometry, self.store = node, geometry, ArenaStore()
@@ -189,7 +191,7 @@ class Desk:
             self.round, self.geometry, "num-examples", str(node_id), metadata, tree, missing, recognised.form
         )
         objects = {one.id: one for one in (*said.all(), *announced.all(), message)}
-        self.clients.append(Client(said, message, objects, reception))
+        self.clients.append(Client(said, message, objects, reception, missing))
 
     def begin(self, client: Client, object_id: str, *, is_wrong: bool = False) -> None:
         """An object begins to come, if it is wanted; or something else of its length."""
@@ -230,7 +232,7 @@ class Desk:
         except Exception:  # it has gone meanwhile, or it is something else
             landed.drop()
         else:
-            client.reception.missing.discard(push.object_id)
+            client.missing.discard(push.object_id)
 
     def drop(self, client: Client, push: Push) -> None:
         """Its connection is gone."""
@@ -239,7 +241,6 @@ class Desk:
 
     def settle(self, client: Client) -> None:
         """A reply is complete."""
-        client.reception.is_settling = True
 
         def release() -> None:
             for push in client.pushes:  # what is on its way goes on, also between the check and the fold
@@ -264,7 +265,7 @@ class Desk:
 
     def is_complete(self, client: Client) -> bool:
         """All that was missing has come, from whomever."""
-        return not any(self.store.is_wanted(i) for i in client.reception.missing)
+        return not any(self.store.is_wanted(i) for i in client.missing)
 
     def check(self) -> None:
         """The invariant, over all objects."""
@@ -366,8 +367,55 @@ def test_an_ids_bytes_are_its_bytes(node: lifl.Node, first: int) -> None:
         assert node.used_bytes == 0
 
 
+def test_a_block_that_others_wait_for_stays_while_its_update_is_completed(node: lifl.Node) -> None:
+    """A slow reply is to give its block back, and comes whole in the same moment."""
+    desk, ready, go = Desk(node, Geometry(SPEC, CHUNK_BYTES)), threading.Event(), threading.Event()
+    said = reply(arrays=record({name: cut(one) for name, one in MODEL.items()}), metrics=weight(1))
+    desk.announce(2, said, said)
+    (client,) = desk.clients
+    for object_id in sorted(client.missing):
+        desk.begin(client, object_id)
+        client.pushes[0].write(10_000)
+        desk.end(client, client.pushes[0])
+    store = desk.store
+
+    class Slow:
+        """The store, as somebody sees it who keeps the contents of a block when the update is being completed."""
+
+        def keep(self, object_ids: Any) -> None:
+            ready.set()
+            assert go.wait(10)
+            store.keep(object_ids)
+
+    class Completing:
+        """The store, as somebody sees it who completes the update while the block is given back."""
+
+        def peek_at(self, object_id: str) -> Any:
+            if not go.is_set():
+                go.set()
+                thread.join(10)
+            return store.peek_at(object_id)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+    slow: Any = Slow()
+    thread = threading.Thread(target=client.reception.give_way, args=(slow,))
+    thread.start()
+    assert ready.wait(10)
+    completing: Any = Completing()
+    desk.store = completing
+    desk.settle(client)
+    desk.store = store
+    assert client.settled is not None
+    assert client.settled.refusal is None
+    desk.round.close_early()
+    assert desk.round.result(timeout=10).num_updates == 1
+    desk.close()
+
+
 def test_the_game_is_played() -> None:
-    """Of random replies some count and some do not, so that both are tested."""
+    """Some random replies count and some do not, so that both are tested."""
     store = ArenaStore()
     said = [make_reply(Random(seed)) for seed in range(200)]
     for one in said:

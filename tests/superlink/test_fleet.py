@@ -108,7 +108,7 @@ def test_a_call_is_signed_as_flower_checks_it() -> None:
 
 
 def test_a_closed_connection_is_made_anew() -> None:
-    """What the server closed while it was idle is no failure."""
+    """A connection that the server closed while it was idle is no failure."""
     with server(lambda *_: (200, b"ok")) as there, calling(there.address) as here:
         here.call("/x")
         here.interrupt()  # to poll(2) it looks as if the server had closed it
@@ -148,7 +148,7 @@ def test_traffic_adds_up() -> None:
 
 
 def test_every_path_is_one_of_flowers() -> None:
-    """What a virtual node calls is what Flower's router serves."""
+    """Every path that a virtual node calls is a route of Flower's."""
     known = {route.path for route in router.routes}  # type: ignore[attr-defined]
     calls = [one for one in vars(virtual_node).values() if isinstance(one, virtual_node.Call)]
     assert len(calls) == 12

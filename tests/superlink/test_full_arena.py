@@ -45,7 +45,7 @@ def test_replies_that_have_no_room(strategy: type[FlowerFedAvg], memory: str, mo
 
 def test_a_round_that_can_never_fit_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server does not wait for memory that it does not have; the ServerApp folds."""
-    monkeypatch.setattr("lifl.superlink.rounds.OPEN_TIMEOUT_S", 1e9)
+    monkeypatch.setattr("lifl.superlink.rounds.rounds.OPEN_TIMEOUT_S", 1e9)
     updates = [Prebuilt({"w": np.full((1000, 1000), i, np.float32)}, 1) for i in range(2)]
     with Rig(memory="8MiB") as rig:
         run_id, token = rig.start_run()

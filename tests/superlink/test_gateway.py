@@ -62,7 +62,7 @@ class Servers:
         return object_id, content, session_id
 
     def effects(self) -> Any:
-        """What may not change when a request is refused."""
+        """The state that may not change when a request is refused."""
         store, state = self.rig.store, self.rig.state
         return len(store), state.num_message_ins(), state.num_message_res(), self.rig.used_bytes
 
@@ -231,7 +231,7 @@ def test_what_is_behind_the_object_cannot_change_who_speaks(servers: Servers) ->
 @pytest.mark.parametrize("route", FLEET)
 @pytest.mark.parametrize("which", ["ended", "unknown"])
 def test_a_run_that_does_not_run_takes_nothing(servers: Servers, route: str, which: str) -> None:
-    """Of one that has ended and of one that never was: as Flower answers it."""
+    """A run that has ended and a run that never was are answered as by Flower."""
     request = fleet_requests(servers, servers.node)[route]
     run_id = servers.ended_run_id if which == "ended" else 12345
     if route == "push-messages":
@@ -318,7 +318,7 @@ def test_no_runtime_route_lets_in_another_version(servers: Servers, which: str) 
 
 
 def test_a_serverapp_of_an_old_flower_says_no_version(servers: Servers) -> None:
-    """That is let in."""
+    """A ServerApp that gives no version is let in."""
     bare = without(servers.runtime_headers(), "flwr-package-version", "flwr-package-name", "flwr-component-name")
     request = runtime_requests(servers)["pull-object"]
     answer = servers.both("/v1/runtime/pull-object", lambda: (bare, request.SerializeToString()))
@@ -483,7 +483,7 @@ def test_an_empty_body_is_a_message_too(servers: Servers, route: str) -> None:
 
 
 def test_other_paths_and_methods_are_flowers(servers: Servers) -> None:
-    """What is not exactly one of the routes is not lifl's."""
+    """A request that is not exactly for one of the routes is not lifl's."""
     for path in (
         "/v1/fleet/push-object/",
         "/v1/fleet/push-objects",
@@ -571,7 +571,7 @@ def test_of_a_body_beyond_all_bounds_the_rest_is_not_read(servers: Servers) -> N
 
 
 def test_a_node_that_is_unregistered_is_refused_at_once(servers: Servers) -> None:
-    """What is remembered of keys is not who has them."""
+    """The server remembers keys, not the nodes that have them."""
     node = servers.rig.node()
     object_id, content, session_id = servers.announce()
     request = fleet_pb2.PullMessagesRequest(node=node.proto)

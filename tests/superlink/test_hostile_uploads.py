@@ -70,7 +70,7 @@ class Here:
         return Line(self.rig.port)
 
     def has(self, object_id: str) -> bool:
-        """Whether an object is there."""
+        """True if the object is there."""
         return bool(self.rig.store.get(object_id))
 
 
@@ -85,7 +85,7 @@ def threads() -> set[str]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Here]:
-    """One server for most of the tests; who stalls is soon given up."""
+    """A server for most of the tests; a peer that stalls is soon given up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(protocol, "STALL_S", 0.4)
         with Rig("48MiB", max_object=LIMIT) as rig:
@@ -183,7 +183,7 @@ def test_uploads_that_stall_are_given_up(here: Here) -> None:
 
 
 def test_a_body_that_is_longer_than_declared(here: Here) -> None:
-    """What was declared is taken; what follows is no request, and ends the connection."""
+    """The declared bytes are taken; the bytes that follow are no request, and end the connection."""
     object_id, content, session_id = here.announce()
     body = here.body(object_id, content, session_id)
     with here.line() as line:
@@ -209,7 +209,7 @@ def test_an_object_that_is_longer_than_its_body(here: Here) -> None:
 @pytest.mark.parametrize("end", ["shutdown", "close", "reset"])
 @pytest.mark.parametrize("sent", [30, 100_000, -1])
 def test_a_client_that_goes_in_the_middle(here: Here, end: str, sent: int) -> None:
-    """Whether it says so, or not, or breaks off; the object can still come."""
+    """The object can still come after its client shuts down, closes or resets the connection."""
     object_id, content, session_id = here.announce()
     body = here.body(object_id, content, session_id)
     line = here.line()
@@ -370,7 +370,7 @@ class Twice:
 
 @pytest.mark.parametrize("how", ["wrong, ends first", "right, ends first", "wrong, goes on", "right, goes on"])
 def test_one_place_of_an_update_is_written_twice_at_once(here: Here, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What counts is what was checked, whoever had the place, and whatever still comes for it."""
+    """The bytes that were checked count, whoever had the place, and whatever else is sent for it."""
     twice = Twice(how)
     monkeypatch.setattr(round_module, "look_for_nonfinite", twice.look)
     round_, _ = play(here.rig, MODEL, HONEST, twice)
@@ -402,7 +402,7 @@ def test_pipelined_requests_are_answered_in_order(here: Here) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 40])
 def test_a_body_in_chunks_is_flowers(here: Here, pieces: int) -> None:
-    """Of unknown length it cannot be put anywhere: Flower's own route stores it."""
+    """A body of unknown length has no place: Flower's own route stores it."""
     object_id, content, session_id = here.announce()
     body, headers = here.body(object_id, content, session_id), here.headers
     begun = head(PUSH, [*headers, ("transfer-encoding", "chunked")], 0).replace(b"content-length: 0\r\n", b"")

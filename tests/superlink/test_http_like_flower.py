@@ -95,7 +95,7 @@ def get(path: str = "/health", *more: str) -> bytes:
 
 @attrs.frozen
 class Said:
-    """What a server did."""
+    """The acts of a server: its answers and their effects."""
 
     answers: tuple[tuple[int, bytes], ...]
     is_open: bool
@@ -103,7 +103,7 @@ class Said:
 
     @property
     def statuses(self) -> list[int]:
-        """Of the answers."""
+        """The statuses of the answers."""
         return [status for status, _ in self.answers]
 
 
@@ -409,7 +409,7 @@ def server() -> Iterator[tuple[Rig, int, Node]]:
 
 
 def done(server: tuple[Rig, int, Node], port: int, make: Make) -> Said:
-    """What a server did with a row."""
+    """The acts of a server for a row."""
     rig, _, node = server
     speaker = Speaker(rig, node, rig.start_run()[0], headers_of(node))
     packets = make(speaker)

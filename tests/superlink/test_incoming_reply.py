@@ -29,11 +29,11 @@ from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
 from lifl.superlink.rounds import reply as reply_module
-from lifl.superlink.rounds import rounds
+from lifl.superlink.rounds import watcher
 
 
 def model(seed: int = 99, dtype: Any = np.float32) -> dict[str, Any]:
-    """Of several dtypes and shapes; one array is large enough for a block of its own."""
+    """A model of several dtypes and shapes; one array is large enough for a block of its own."""
     random = np.random.default_rng(seed)
     return {
         "w": random.random((60, 500)).astype(dtype),
@@ -52,7 +52,7 @@ RIGHT = {name: array(one) for name, one in THEIRS.items()}
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
-    """One server for all rounds of this module."""
+    """A server for all rounds of this module."""
     with Rig("32MiB") as made:
         yield made
 
@@ -317,7 +317,7 @@ def test_a_client_may_send_back_what_it_got(rig: Rig) -> None:
 
 
 def test_frozen_layers_are_shared_by_all(rig: Rig) -> None:
-    """One array is the same in the model and in all replies, another in all replies."""
+    """An array is the same in the model and in all replies, another array in all replies."""
     frozen, common = model()["w"], np.float32([1, 2, 3, 4, 5])
     honest = [({**model(n), "w": frozen, "b": common}, float(n)) for n in (1, 2, 3)]
     round_, _ = play(rig, {**model(), "w": frozen}, honest, num_rounds=2)
@@ -380,7 +380,7 @@ def test_what_a_refused_reply_shares_with_another_stays(rig: Rig, wrong: str) ->
 
 def test_a_node_that_goes_offline_is_not_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower makes an error reply for it."""
-    monkeypatch.setattr(rounds, "WATCH_S", 0.05)
+    monkeypatch.setattr(watcher, "WATCH_S", 0.05)
 
     def leave(client: Client, _: Message) -> None:
         assert client.rig.state.deactivate_node(client.node.id)
@@ -394,8 +394,8 @@ def test_a_node_that_goes_offline_in_the_middle_of_its_reply_is_not_waited_for(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its push session ends, as at Flower's server, and the reply counts as an error."""
-    monkeypatch.setattr(rounds, "WATCH_S", 0.05)
-    monkeypatch.setattr(rounds, "IDLE_S", 0.1)
+    monkeypatch.setattr(watcher, "WATCH_S", 0.05)
+    monkeypatch.setattr(watcher, "IDLE_S", 0.1)
 
     def leave(client: Client, asked: Message) -> None:
         made = client.announce(asked, update(THEIRS))
@@ -611,7 +611,7 @@ def test_what_a_serverapp_leaves_behind_is_cleared(rig: Rig, when: str) -> None:
             assert next(server.replies(10)).refusal is None
             assert round_.result().num_updates == 1
         server.close()
-        wait_until(lambda: not rig.plane.rounds._open)
+        wait_until(lambda: not rig.plane.rounds.registry.rounds())
         gone.set()
         wait_until(lambda: not late or len(late) > 1 or when != "in the middle of a reply")
     client.close()

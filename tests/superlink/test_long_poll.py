@@ -1,4 +1,4 @@
-"""Who asks for a message and finds none waits until there is one, or until the time is over; none is missed."""
+"""A request for a message waits until there is one, or until the time is over; no message is missed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server writes itself is what Flower's classes would have written: their ids say so."""
+"""Objects that the server writes itself are those that Flower's classes would have written: their ids say so."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tree_of(content: RecordDict) -> Any:
 
 
 def derived(content: RecordDict, model: dict[str, Any] | None = None) -> dict[str, bytes]:
-    """What a server that knows the model writes of a reply."""
+    """The objects of a reply that a server writes which knows the model."""
     return recognise(Geometry(TensorSpec.from_arrays(model or MODEL), CHUNK_BYTES), tree_of(content), 1).objects
 
 
@@ -87,7 +87,7 @@ def test_counters_that_differ_are_written_too() -> None:
     ],
 )
 def test_what_is_not_as_expected_is_not_written(change: dict[str, Any], written: int) -> None:
-    """What the hash does not confirm has to be pushed."""
+    """An object that its hash does not confirm has to be pushed."""
     content = reply({**MODEL, **change})
     objects = {object_id: one.deflate() for object_id, one in get_all_nested_objects(content).items()}
     found = derived(content)
@@ -193,7 +193,7 @@ def test_any_order_is_known_when_it_comes_again(order: list[str], later: list[st
             geometry.learn(other, {name: arrays[name] for name in later})
         form = recognise(geometry, tree_of(said), node_id).form
     assert form is not None
-    # Of the two counters, which are one array, either name may stand for it.
+    # The two counters are one array, and either name may stand for it.
     named = ["bn" if name.startswith("bn") else name for name in names_of(geometry, form)]
     assert named == list(dict.fromkeys("bn" if name.startswith("bn") else name for name in order))
 

@@ -1,4 +1,4 @@
-"""What a server says of itself beside its Node."""
+"""The figures of a server beside those of its Node."""
 
 from __future__ import annotations
 

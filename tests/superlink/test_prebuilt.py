@@ -32,7 +32,7 @@ def message(message_id: str) -> Message:
 
 @pytest.fixture(scope="module")
 def prebuilt() -> Prebuilt:
-    """One reply, built once."""
+    """A reply, built once."""
     return Prebuilt(ARRAYS, 5.0)
 
 

@@ -46,7 +46,7 @@ HONEST = [(numbers(1), 1.0), (numbers(2), 3.0)]
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
-    """One server for all."""
+    """A server for all replies."""
     with Rig("32MiB") as made:
         yield made
 
@@ -121,7 +121,7 @@ def mutant(random: Random, right: FlowerObject) -> FlowerObject:
 
 
 def tree_of(random: Random, tree: Any) -> Any:
-    """What is announced: mostly the reply's tree, else one that lies."""
+    """The tree that is announced: mostly the reply's, else one that lies."""
     step = random.random()
     if step < 0.8:
         return tree

@@ -47,14 +47,14 @@ def tell(rig: Rig, node: Node) -> None:
 
 
 def count_of(answer: tuple[int, bytes]) -> int:
-    """How many messages an answer has."""
+    """The number of messages in an answer."""
     status, body = answer
     assert status == 200
     return len(fleet_pb2.PullMessagesResponse.FromString(body).messages_list)
 
 
 def test_a_message_ends_the_wait(rig: Rig, node: Node) -> None:
-    """Of two requests of one node one gets it, the other waits on."""
+    """The first of two requests of a node gets the message, the other waits on."""
     with Line(rig.port) as line, Line(rig.port) as other:
         ask(line, node)
         ask(other, node)

@@ -38,7 +38,7 @@ def database(tmp_path: Path) -> str:
 
 
 def poll(node: Node) -> list[Message]:
-    """What a SuperNode gets that asks for work once."""
+    """The messages that a SuperNode gets when it asks for work once."""
     _, body = node.say("pull-messages", fleet_pb2.PullMessagesRequest(node=node.proto))
     return [message_from_proto(proto) for proto in fleet_pb2.PullMessagesResponse.FromString(body).messages_list]
 
@@ -90,7 +90,7 @@ def test_a_message_that_was_received_is_not_given_again(asked: Asked) -> None:
 
 
 def test_a_database_of_another_form_is_served_all_the_same(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Flower's tables have changed the message is not given again, that is said, and the server works."""
+    """A message is not given again if Flower's tables have changed; the log says so, and the server works."""
     warnings: list[str] = []
     monkeypatch.setattr(resumption, "FIND", "SELECT message_id FROM no_such_table")
     monkeypatch.setattr(resumption._server, "log", lambda _, text, *rest: warnings.append(text % rest))

@@ -41,7 +41,7 @@ def record(arrays: Arrays) -> ArrayRecord:
 
 
 def replies(count: int) -> list[Prebuilt]:
-    """Of so many nodes, which weigh 1, 2, 3 and so on."""
+    """The replies of so many nodes, which weigh 1, 2, 3 and so on."""
     return [Prebuilt(model(i), i + 1) for i in range(count)]
 
 
@@ -91,19 +91,19 @@ def test_flowers_own_strategy_works_as_on_flowers_server() -> None:
 
 def test_messages_that_take_long_to_store_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who looks after nodes that are gone does not ask for them: Flower would say that they never existed."""
-    monkeypatch.setattr("lifl.superlink.rounds.WATCH_S", 0.05)
+    monkeypatch.setattr("lifl.superlink.rounds.watcher.WATCH_S", 0.05)
     with Rig() as rig:
         assert rig.plane.rounds is not None
-        comings = rig.plane.rounds._comings
-        noting = comings.noting
+        outgoing = rig.plane.rounds._outgoing
+        registering = outgoing.registering
 
         @contextlib.contextmanager
         def slowly() -> Iterator[None]:
-            with noting():
+            with registering():
                 time.sleep(0.5)  # noted as the round's, and not stored yet
                 yield
 
-        monkeypatch.setattr(comings, "noting", slowly)
+        monkeypatch.setattr(outgoing, "registering", slowly)
         run_id, token = rig.start_run()
         with Fleet(rig.address, replies(2), is_checking=True), rig.grid(run_id, token) as grid:
             strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=2, min_train_nodes=2)

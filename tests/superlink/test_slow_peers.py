@@ -286,7 +286,7 @@ class Sender:
     ],
 )
 def test_who_is_dropped_when_memory_is_short(sender: Sender, told: str) -> None:
-    """Who takes nothing; who takes something gets a copy, if there is memory for that, and who is quick stays."""
+    """A peer that takes nothing is dropped; a slow one gets a copy, if there is memory for it; a quick one stays."""
     assert relieve([sender]) == bool(told)
     assert sender.told == told
 
@@ -338,7 +338,7 @@ def test_a_reader_that_is_slow_gets_its_answer_from_a_copy(here: Here, monkeypat
 
 
 def test_rounds_are_served_beside_readers_that_do_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they hold is needed for a round: it is opened all the same."""
+    """A round is opened although it needs the memory that slow readers hold."""
     model = {"w": np.zeros(1_000_000, np.float32)}
     updates: list[tuple[Arrays, float]] = [({"w": np.full(1_000_000, n, np.float32)}, 1.0) for n in (1, 3)]
     with Rig("40MiB", max_object=30 * MIB) as rig:
@@ -390,7 +390,7 @@ def test_a_loop_that_has_no_time_is_nobodys_fault() -> None:
 
 
 def test_what_a_peer_takes_is_what_it_has_had_less() -> None:
-    """Of the answers that were given to it."""
+    """The bytes that a peer took are the answers that it was given, less those unsent."""
     rates = Rates(0.0)
     rates.begin_out(1000)
     assert rates.look(1.0, 10.0, None, 600) is None

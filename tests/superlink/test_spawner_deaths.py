@@ -25,7 +25,7 @@ MOMENTS = ["before the first reply", "between replies", "within a reply", "after
 
 @pytest.fixture
 def statuses(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """How often nodes were answered with each status."""
+    """The number of answers with each status."""
     found: Counter[int] = Counter()
     real, lock = rigs.Node.say, threading.Lock()
 
@@ -62,7 +62,7 @@ class Turns:
             os.kill(self.hurt[-1], self._sent)
 
     def act(self, i: int) -> Any:
-        """What client `i` does with a message."""
+        """The reply of client `i` to a message."""
         arrays, examples = HONEST[i]
 
         def act(client: Client, asked: Message) -> None:
@@ -128,7 +128,7 @@ def test_killed_while_all_workers_rest(rig: Rig, statuses: Counter[int]) -> None
 
 
 def test_stopped_in_a_served_round(rig: Rig, statuses: Counter[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is stopped when a worker has to be started is given some time, and then replaced."""
+    """A spawner that is stopped when a worker has to be started is given some time, and then replaced."""
     monkeypatch.setattr("lifl.workers.spawner.FORK_TIMEOUT_S", 0.3)
     turns = Turns(rig, MOMENTS[1], signal.SIGSTOP)
     play_all(rig, turns, num_rounds=1)

@@ -81,7 +81,7 @@ class Stores:
 
 @pytest.fixture(scope="module")
 def stores(room: Arena) -> Iterator[Stores]:
-    """Of all kinds."""
+    """Stores of all kinds."""
     made = Stores(room)
     yield made
     made.close()
@@ -98,7 +98,7 @@ def one_of(kind: str, stores: Stores) -> Iterator[Any]:
 
 @pytest.fixture(params=["Flower's", "ArenaStore", "DurableStore"])
 def store(request: pytest.FixtureRequest, stores: Stores) -> Iterator[Any]:
-    """One of each kind, Flower's own in-memory store first."""
+    """A store of each kind, Flower's own in-memory store first."""
     yield from one_of(request.param, stores)
 
 
@@ -359,7 +359,7 @@ class SameAnswers(RuleBasedStateMachine):
 
 
 def test_any_sequence_of_operations_is_answered_as_by_flower(stores: Stores) -> None:
-    """What is missing, what is there, what is raised, and what is left."""
+    """The same objects are missing, there, raised and left as with Flower's store."""
     SameAnswers.stores = stores
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         SameAnswers,
@@ -374,7 +374,7 @@ def test_any_sequence_of_operations_is_answered_as_by_flower(stores: Stores) -> 
 
 @pytest.fixture
 def arena_store(stores: Stores) -> Iterator[ArenaStore]:
-    """One whose `came` has the ids of objects that have come; afterwards the arena has every block back."""
+    """A store whose `came` has the ids of objects that have come; afterwards the arena has every block back."""
     free = stores.arena.free_bytes
     made = ArenaStore()
     made.came = []  # type: ignore[attr-defined]
@@ -470,7 +470,7 @@ def test_what_is_about_to_go_is_copied_for_others(arena_store: Any) -> None:
 
 
 def test_a_look_at_what_does_not_last_is_a_copy(arena_store: Any) -> None:
-    """Who sends it to a client has it also when the block is gone."""
+    """A sender to a client has the content also when the block is gone."""
     passing = Passing(CHUNKS[1].content)
     arena_store.preregister(1, CHUNKS[1].tree)
     arena_store.put(CHUNKS[1].id, Landed(passing, len(passing), CHUNKS[1].id, b"ArrayChunk  5\0"))
@@ -722,7 +722,7 @@ def lie(one: FlowerObject, *children: str) -> Any:
 
 
 def ids_of(tree: Any) -> set[str]:
-    """Of all objects in a tree."""
+    """The ids of all objects in a tree."""
     return {tree.object_id}.union(*map(ids_of, tree.children))
 
 
@@ -843,7 +843,7 @@ class Liars(RuleBasedStateMachine):
 
     @rule(run_id=st.integers(1, 2))
     def end_run(self, run_id: int) -> None:
-        """Of liars."""
+        """Ends a run of liars."""
         self.store.delete_objects_in_run(run_id)
 
     @invariant()
@@ -854,7 +854,7 @@ class Liars(RuleBasedStateMachine):
                 assert all(one.id in self.store for one in message.all())
 
     def teardown(self) -> None:
-        """When all runs are over nothing is left, and all is given back."""
+        """Ends all runs: nothing is left, and everything is given back."""
         for run_id in (1, 2, 3):
             self.store.delete_objects_in_run(run_id)
         assert len(self.store) == 0

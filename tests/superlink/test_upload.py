@@ -39,11 +39,11 @@ class Pieces:
 
     @property
     def whole(self) -> bytes:
-        """What is there."""
+        """The bytes that are there."""
         return b"".join(self.parts)
 
     def landed(self, digest: str) -> Landed:
-        """What came."""
+        """The object that has landed."""
         return Landed(self.whole, len(self.whole), digest)
 
     def drop(self) -> None:
@@ -117,7 +117,7 @@ def test_what_comes_before_there_is_a_place_waits(sizes: list[int], late: int) -
 
 
 def test_what_came_with_the_prefix_is_counted_as_copied() -> None:
-    """Of the rest nothing is."""
+    """Bytes that came with the prefix are counted as copied, and no others."""
     content = b"x" * 1000
     whole, target = body(content, ""), Pieces([], 1000)
     upload = Upload(len(whole), lambda *_: upload.aim(target))

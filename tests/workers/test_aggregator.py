@@ -74,7 +74,7 @@ class Agent:
         return [descriptor for _, descriptor in iter(self.inbox.try_pop, None)]
 
     def mean(self, block: Block) -> list[float]:
-        """What is in a mean's block."""
+        """The numbers in a mean's block."""
         return np.frombuffer(self.arena.buffer(block), np.float32, 5).tolist()
 
 
@@ -233,7 +233,7 @@ def test_sum_that_comes_before_its_round_is_kept(agent: Agent) -> None:
 
 
 def test_error_in_a_fold_loses_the_round_and_not_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes wrong in a worker ends that round with RoundError; its blocks come back and the next one works."""
+    """An error in a worker ends its round with RoundError; the round's blocks come back and the next round works."""
     with lifl.Node("4MiB", workers=0) as node:
         free = node.arena.free_bytes
         with node.open_round(SPEC, expected=1) as round_:

@@ -1,4 +1,4 @@
-"""Whom a round gets: who rests, else who is new, else who has least to do; and nobody stays who has nothing to do."""
+"""The workers that a round gets: idle ones, else new ones, else those with the least work; and idle workers end."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_one_in_this_process() -> None:
 
 
 def run(node: lifl.Node, **how: object) -> lifl.RoundReport:
-    """One round of eight updates."""
+    """Runs a round of eight updates."""
     with node.open_round(SPEC, 8, **how) as round_:  # type: ignore[arg-type]
         for i in range(8):
             round_.submit({"w": np.full(64, float(i))})
@@ -173,7 +173,7 @@ def test_dismissed_at_any_moment() -> None:
 
 
 def test_leaves_join_on_demand() -> None:
-    """One leaf while it keeps up; one more when work waits behind work."""
+    """A single leaf serves while it keeps up; another one joins when work waits behind work."""
     update = {"w": np.ones(64)}
     with lifl.Node("8MiB", workers=3, warm=0) as node:
         # The shape allows three, and is not given as an order: as the planner would.

@@ -57,7 +57,7 @@ def test_only_the_silent_one_is_killed(supervisor: Supervisor) -> None:
 
 
 def test_work_takes_its_time(supervisor: Supervisor) -> None:
-    """Who may be reading all of a large arena is given the time for it."""
+    """A worker that may be reading all of a large arena is given the time for it."""
     supervisor.tick(0.0, 5.0)
     for second in range(1, 13):
         supervisor.tick(float(second), 5.0)
@@ -74,7 +74,7 @@ def test_nobody_is_blamed_for_a_pause_of_this_process(supervisor: Supervisor) ->
 
 
 def test_rest_forgives_silence(supervisor: Supervisor) -> None:
-    """Who owes nothing is not asked, and starts anew when he does."""
+    """A worker without work is not asked, and its time begins anew when it has work."""
     for second in range(8):
         supervisor.tick(float(second), 0.0)
     supervisor.rest()
@@ -97,7 +97,7 @@ def test_a_dead_one_is_buried_and_has_a_successor(supervisor: Supervisor) -> Non
 
 
 def test_who_rests_is_dismissed(supervisor: Supervisor) -> None:
-    """Who has had nothing to do for so long is told to stop, once; who works in between begins to rest anew."""
+    """A worker that has had nothing to do for so long is asked to stop, once; work in between restarts the time."""
     assert supervisor.dismiss(0.0, set(), 10.0) == ([], 10.0)
     assert supervisor.dismiss(6.0, {2}, 10.0) == ([], 4.0)
     assert supervisor.dismiss(9.0, set(), 10.0) == ([], 1.0)
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_alone_may_have_died_of_work(supervisor: Supervisor) 
 
 
 def test_a_stopped_spawner_is_not_waited_for_for_ever(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When its time is over it is killed, and its workers die with it; the start goes on with another one."""
+    """A stopped spawner is killed when its time is over, and its workers die; the start goes on with another."""
     monkeypatch.setattr("lifl.workers.spawner.FORK_TIMEOUT_S", 0.2)
     old = supervisor.spawner.pid
     os.kill(supervisor.pids[0], signal.SIGKILL)

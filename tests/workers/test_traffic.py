@@ -1,4 +1,4 @@
-"""What the kernel has counted, as rates and times; and that it agrees with what workers note themselves."""
+"""The counts of the kernel, as rates and times; they agree with the workers' own notes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_flows_are_of_what_passed_between_two_looks() -> None:
 
 
 def test_intervals_are_of_rounds() -> None:
-    """What passed before a round was open is not taken, looks between do not cut it, and each is taken once."""
+    """Counts from before a round are left out, looks do not cut an interval, and each interval is taken once."""
     kernel = Kernel()
     assert kernel.traffic.take() is None
     kernel.counted = {1: Metrics(updates=100, busy_ns=10**9)}
@@ -65,7 +65,7 @@ def test_rings_have_no_traffic() -> None:
 
 
 def aggregate(node: lifl.Node, shape: lifl.Shape, pause_s: float = 0.0) -> lifl.RoundReport:
-    """One round, with `pause_s` after each update."""
+    """Runs a round, with `pause_s` after each update."""
     with node.open_round(SPEC, UPDATES, shape=shape) as round_:
         for i in range(UPDATES):
             round_.submit({"w": np.full(100_000, i, np.float32)}, client_id=i)

@@ -15,7 +15,7 @@ CODE = "import lifl\nwith lifl.Node('4MiB', workers=1) as node: print(node.stats
 
 
 def carried() -> str:
-    """What carries the descriptors of a Node that is made here."""
+    """The transport of a Node that is made here."""
     with lifl.Node("4MiB", workers=1) as node:
         return node.stats().transport
 
@@ -27,7 +27,7 @@ def test_a_test_without_fixtures(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_test_with_other_parameters(request: pytest.FixtureRequest, number: int) -> None:
-    """What it is given besides does not matter."""
+    """The test's other parameters do not matter."""
     assert carried() in request.node.name
 
 

@@ -1,4 +1,4 @@
-"""What every node does with a model it is sent: train it, or say how good it is."""
+"""The work of every node: train the received model, or measure its accuracy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train(message: Message, context: Context) -> Message:
     content = RecordDict(
         {
             "arrays": ArrayRecord({name: Array(array) for name, array in model.items()}),
-            # "num-examples" is the weight that this update gets in the average.
+            # "num-examples" is the weight of this update in the average.
             "metrics": MetricRecord({"num-examples": len(labels), "train-loss": loss}),
         }
     )
@@ -52,7 +52,7 @@ def _server_round(message: Message) -> int:
 
 
 def _examples(context: Context) -> tuple[task.Examples, task.Examples]:
-    """This node's training and test part; which node it is, `flower-supernode` was told."""
+    """This node's training part and test part; `flower-supernode --node-config` has the number of the node."""
     return task.load_partition(
         int(context.node_config["partition-id"]),
         int(context.node_config["num-partitions"]),

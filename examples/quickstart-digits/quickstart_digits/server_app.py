@@ -1,4 +1,4 @@
-"""The server's half: which strategy aggregates, and how good the model becomes."""
+"""The server's half: the strategy that aggregates, and the accuracy of the model after each round."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from quickstart_digits import task
 app = ServerApp()
 
 
-def fed_avg(whose: str, **arguments: Any) -> Strategy:
-    """The only difference between Flower and lifl: where FedAvg is imported from."""
-    if whose == "lifl":
+def fed_avg(library: str, **arguments: Any) -> Strategy:
+    """FedAvg of Flower or of lifl: the import is the only difference between the two."""
+    if library == "lifl":
         from lifl.strategy import FedAvg
-    elif whose == "flower":
+    elif library == "flower":
         from flwr.serverapp.strategy import FedAvg
     else:
-        raise ValueError(f'strategy must be "lifl" or "flower", not "{whose}"')
+        raise ValueError(f'strategy must be "lifl" or "flower", not "{library}"')
     return FedAvg(**arguments)
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train for the configured number of rounds; write the results if asked to."""
-    whose = str(context.run_config["strategy"])
+    """Train for the configured number of rounds; write the results if the configuration names a file."""
+    library = str(context.run_config["strategy"])
     num_nodes = int(context.run_config["num-nodes"])
     num_rounds = int(context.run_config["num-server-rounds"])
     images, labels = task.load_central_test()
@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         return MetricRecord({"accuracy": accuracy})
 
     strategy = fed_avg(
-        whose,
+        library,
         min_train_nodes=num_nodes,
         min_evaluate_nodes=num_nodes,
         min_available_nodes=num_nodes,
@@ -64,17 +64,17 @@ def main(grid: Grid, context: Context) -> None:
     )
 
     if path := str(context.run_config["results"]):
-        # Only lifl's result has reports: who contributed, and where the time went.
+        # Only lifl's result has reports: the contributions to each round, and the times of its stages.
         reports = getattr(result, "reports", {})
         for entry in rounds:
             report = reports.get(entry["round"])
             entry["report"] = report.to_dict() if report is not None else None
         seconds = time.monotonic() - started
-        write_json(Path(path), {"strategy": whose, "rounds": rounds, "seconds": seconds})
+        write_json(Path(path), {"strategy": library, "rounds": rounds, "seconds": seconds})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` so that a reader finds all of it or no file at all."""
+    """Write `content` so that a reader finds the whole file or none."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(content, indent=2))
     os.replace(unfinished, path)

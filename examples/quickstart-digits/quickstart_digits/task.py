@@ -1,4 +1,4 @@
-"""The learning task: digits, how they are split among the nodes, and the model.
+"""The learning task: the digits, their split among the nodes, and the model.
 
 Owns the data and the arithmetic; knows nothing of Flower or lifl. Everything is
 deterministic: the same seed, node and round give the same numbers on every run.
@@ -23,7 +23,7 @@ EPOCHS, BATCH, LEARNING_RATE = 10, 16, 0.5
 
 
 def initial_model() -> Model:
-    """All zeros: every node starts from the same point, without any luck."""
+    """A model of zeros, so that every run starts from the same point."""
     return {
         "weight": np.zeros((CLASSES, PIXELS), np.float32),
         "bias": np.zeros(CLASSES, np.float32),
@@ -31,17 +31,17 @@ def initial_model() -> Model:
 
 
 def load_central_test() -> Examples:
-    """The fifth of the digits that no node ever sees."""
+    """A fifth of the digits, which no node ever sees."""
     images, labels, is_test = _digits()
     return images[is_test], labels[is_test]
 
 
 def load_partition(partition_id: int, num_partitions: int) -> tuple[Examples, Examples]:
-    """One node's training part and its local test part (a fifth of what it has).
+    """The training part and the local test part (a fifth of the node's examples) of a node.
 
     The nodes differ as real ones do: for each digit the shares are drawn from a
     Dirichlet distribution, so both the number of examples and the mix of labels are
-    uneven. A tenth of the data is dealt out evenly, so that nobody is left with nothing.
+    uneven. A tenth of the data is split evenly, so that every node has examples.
     """
     images, labels, is_test = _digits()
     rng = np.random.default_rng(SEED)
@@ -81,7 +81,7 @@ def accuracy(model: Model, images: Floats, labels: Labels) -> float:
 
 
 def _digits() -> tuple[Floats, Labels, NDArray[np.bool_]]:
-    """Images scaled to 0..1, labels, and which of them are the central test set."""
+    """Images scaled to 0..1, their labels, and a mask that is true for the central test set."""
     images, labels = load_digits(return_X_y=True)
     is_test = np.zeros(len(labels), bool)
     is_test[np.random.default_rng(SEED).permutation(len(labels))[: len(labels) // 5]] = True
@@ -91,7 +91,7 @@ def _digits() -> tuple[Floats, Labels, NDArray[np.bool_]]:
 def _probabilities(weight: Floats, bias: Floats, images: Floats) -> Floats:
     """Softmax of the linear scores, shape (images, 10)."""
     scores = images @ weight.T + bias
-    # The largest score is taken off first, or exp overflows.
+    # The largest score is subtracted first, because exp would overflow.
     odds: Floats = np.exp(scores - scores.max(axis=1, keepdims=True))
     odds /= odds.sum(axis=1, keepdims=True)
     return odds

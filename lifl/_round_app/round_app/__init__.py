@@ -1,1 +1,1 @@
-"""Rounds to be measured."""
+"""The Flower app whose rounds `lifl bench round` measures."""

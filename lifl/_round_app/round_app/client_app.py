@@ -1,4 +1,4 @@
-"""Flower asks for a ClientApp; the nodes of the measurement are played by `lifl.bench.load`, which needs none."""
+"""An empty ClientApp, which Flower demands; the virtual nodes of `lifl.bench.load` do not use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds of FedAvg, Flower's or lifl's; what they took is looked at when Flower shows each model."""
+"""Rounds of FedAvg, Flower's or lifl's; time and CPU time are read when Flower evaluates each model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fed_avg(config: Any, **arguments: Any) -> Strategy:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds; write when each model was there, and what all the server's processes had taken until then."""
+    """Runs the rounds; writes the time of each model, and the CPU time of the server's processes until then."""
     config = context.run_config
     server, nodes = int(config["server-pid"]), int(config["num-nodes"])
     strategy = fed_avg(
@@ -43,20 +43,20 @@ def main(grid: Grid, context: Context) -> None:
         min_evaluate_nodes=nodes,
         min_available_nodes=nodes,
     )
-    # All is imported, and no array of the model is there yet.
+    # All modules are imported here, and no array of the model exists yet.
     idle_bytes = tree.pss_bytes(server)
     spec = spec_of(json.loads(Path(str(config["tensors"])).read_text()))
     first = ArrayRecord({name: Array(array) for name, array in random_update(spec, FIRST_MODEL).items()})
     models: list[dict[str, Any]] = []
 
-    def look(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    def note_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         models.append({"round": server_round, "at_s": time.monotonic(), "cpu_s": tree.cpu_s(server)})
         return MetricRecord({"round": server_round})
 
     result = strategy.start(
-        grid=grid, initial_arrays=first, num_rounds=int(config["num-server-rounds"]), evaluate_fn=look
+        grid=grid, initial_arrays=first, num_rounds=int(config["num-server-rounds"]), evaluate_fn=note_model
     )
-    # By number: a name of a tensor may be no name of a file.
+    # The arrays are saved by number, because a tensor's name may be no valid file name in the archive.
     np.savez(str(config["model"]), *(result.arrays[name].numpy() for name in spec))
     out = Path(str(config["out"]))
     unfinished = out.with_name(out.name + ".unfinished")

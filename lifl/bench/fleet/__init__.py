@@ -1,1 +1,1 @@
-"""SuperNodes without processes: a load generator over the real Fleet API."""
+"""A load generator: virtual SuperNodes, without processes of their own, over the real Fleet API."""

@@ -1,7 +1,7 @@
 """Calls of the Fleet API over one keep-alive HTTP connection, signed as a SuperNode signs them.
 
-Owns a node's identity, its sockets and what went over them. Knows no message and no round. Written on bare
-sockets: a generator of load is to take as little of the machine's CPU time as can be, and httpx, which the
+Owns a node's identity, its sockets and the counters of its traffic. Knows no message and no round. Written on bare
+sockets, because a load generator should take as little CPU time of the machine as possible, and httpx, which the
 SuperNode uses, takes a millisecond for a call.
 """
 
@@ -27,10 +27,10 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from lifl.errors import PeerGoneError
 
 TIMEOUT_S = 30
-"""Of one send or receive; that of the SuperNode's client (flwr 1.42)."""
+"""Time-out of one send or receive, as in the SuperNode's client (flwr 1.42)."""
 
 RETRY_S = 1.0
-"""The pause before a failed call is made again; it doubles each time, as the SuperNode's does."""
+"""The first pause before a failed call is repeated; the pause doubles each time, as in the SuperNode."""
 
 MAX_RETRY_S = 20.0
 RETRIED = (502, 503, 504)
@@ -43,7 +43,7 @@ Body = bytes | bytearray | memoryview
 
 @attrs.define
 class Traffic:
-    """What went over connections; bytes with the heads of HTTP, without those of TCP."""
+    """Counters of connections; bytes include the heads of HTTP, but not those of TCP."""
 
     calls: int = 0
     sent_bytes: int = 0
@@ -58,7 +58,7 @@ class Traffic:
 
 
 class Identity:
-    """A key pair of its own, and the headers that prove it: those of Flower's NodeAuthHttpInterceptor."""
+    """A new key pair, and the headers that prove its possession: those of Flower's NodeAuthHttpInterceptor."""
 
     def __init__(self) -> None:
         self._private_key, public_key = generate_key_pairs()
@@ -76,16 +76,16 @@ class Identity:
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed.items())
 
     def headers(self) -> str:
-        """Headers for one call: they are signed with the time of now."""
+        """Headers for one call, with a signature over the present time."""
         timestamp = now().isoformat()
         signature = b64encode(sign_message(self._private_key, timestamp.encode("ascii"))).decode("ascii")
         return f"{self._fixed}{TIMESTAMP_HEADER}: {timestamp}\r\n{FLEET_HTTP_SIGNATURE_HEADER}: {signature}\r\n"
 
 
 class Caller:
-    """One connection to the server at `address`, made when it is first needed; for one thread at a time.
+    """A connection to the server at `address`, made when it is first needed; for one thread at a time.
 
-    `stop` ends every pause; a thread that waits for the server is ended by :meth:`interrupt`.
+    `stop` ends every pause; :meth:`interrupt` ends a wait for the server.
     """
 
     def __init__(self, address: str, identity: Identity, stop: threading.Event) -> None:
@@ -97,9 +97,9 @@ class Caller:
         self._buffer = bytearray(BUFFER_BYTES)
 
     def call(self, path: str, *parts: Body) -> tuple[int, bytes]:
-        """The status and the body that POST `path` is answered with; `parts` together are the request's body.
+        """The status and the body of the answer to POST `path`; the request's body is `parts`, joined.
 
-        A call that fails on the way, or with a status that asks for it, is made again until it succeeds. Raises
+        A call that fails on the way, or with a status in ``RETRIED``, is repeated until it succeeds. Raises
         :class:`PeerGoneError` if the Fleet is stopped meanwhile.
         """
         pause_s = RETRY_S
@@ -118,13 +118,13 @@ class Caller:
             pause_s = min(2 * pause_s, MAX_RETRY_S)
 
     def interrupt(self) -> None:
-        """Ends the connection; a thread that waits for it fails at once. May be called from another thread."""
+        """Ends the connection, so that a thread that waits for the server fails at once; for any thread."""
         if (connection := self._socket) is not None:
-            with contextlib.suppress(OSError):  # the server was first
+            with contextlib.suppress(OSError):  # the server has closed the connection already
                 connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the connection; the next call would make another one."""
+        """Closes the connection; the next call makes another one."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -134,7 +134,7 @@ class Caller:
         length = sum(map(len, parts))
         begin = f"POST {path} HTTP/1.1\r\nhost: {self._address}\r\n"
         head = f"{begin}{self._identity.headers()}content-length: {length}\r\n\r\n".encode("ascii")
-        # The head in a packet of its own, as the SuperNode's client sends it.
+        # The SuperNode's client sends the head in a packet of its own; the server must see the same pattern.
         connection.sendall(head)
         for part in parts:
             connection.sendall(part)
@@ -151,7 +151,7 @@ class Caller:
         head, body = bytes(self._buffer[:end]), end + len(END_OF_HEAD)
         match = LENGTH.search(head)
         if match is None:
-            raise ConnectionError(f"the answer tells no length: {head!r}")
+            raise ConnectionError(f"the answer has no content-length: {head!r}")
         total = body + int(match[1])
         if total > len(self._buffer):
             self._buffer.extend(bytes(total - len(self._buffer)))
@@ -161,9 +161,9 @@ class Caller:
         return int(head[9:12]), bytes(memoryview(self._buffer)[body:total])
 
     def _some(self, connection: socket.socket, have: int, until: int) -> int:
-        """Receives up to all that is missing `until` there, or, if that is not known, what has come."""
+        """Receives bytes behind the first `have`: all up to `until`, or, if that is 0, those that have come."""
         with memoryview(self._buffer) as view:
-            # One system call, and the GIL once, for a body of any length.
+            # MSG_WAITALL: one system call, and one wait for the GIL, for a body of any length.
             flags = socket.MSG_WAITALL if until else 0
             count = connection.recv_into(view[have : until or None], flags=flags)
         if count == 0:
@@ -172,7 +172,7 @@ class Caller:
 
     def _connected(self) -> socket.socket:
         if self._socket is not None:
-            # A server closes what was idle for some seconds: that is to be read as the end.
+            # A server closes a connection that was idle for some seconds; poll() then reports it as readable.
             poll = select.poll()
             poll.register(self._socket, select.POLLIN)
             if not poll.poll(0):
@@ -180,7 +180,7 @@ class Caller:
             self.close()
         host, _, port = self._address.rpartition(":")
         connection = socket.create_connection((host, int(port)), TIMEOUT_S)
-        # Blocking, with the kernel's time-outs: Python's own would wake it for every piece.
+        # Blocking, with the kernel's time-outs: with Python's own, the thread would wake for every piece of a body.
         connection.settimeout(None)
         limit = struct.pack("ll", TIMEOUT_S, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)

@@ -1,6 +1,6 @@
-"""A reply that is made once and sent again and again: Flower's objects, deflated, with their ids.
+"""A reply that is made once and sent many times: Flower's objects, deflated, with their ids.
 
-Owns what is below the Message; that one differs each time, because it names what it replies to.
+Owns the objects below the Message; the Message itself is new each time, because it names the message that it answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lifl.tensor import Array
 
 
 class Placeholder(RecordDict):
-    """Stands in a Message for a content of which only the id is needed."""
+    """A stand-in for the content of a Message, when only the content's id is needed."""
 
     def __init__(self, object_id: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Placeholder(RecordDict):
 
     @property
     def object_id(self) -> str:
-        """The id of the content that it stands for."""
+        """The id of the content in whose place this object stands."""
         return str(self.__dict__["_placeholder_id"])
 
 
@@ -43,7 +43,7 @@ class Answer:
     Attributes
     ----------
     order : list of str
-        The ids of all objects, each after those that it consists of.
+        The ids of all objects, each after its children.
     """
 
     message: message_pb2.Message
@@ -53,7 +53,7 @@ class Answer:
 
 
 class Prebuilt:
-    """What a node replies with: arrays and their weight, as Flower's ClientApp would return them.
+    """The content of a node's replies: arrays and their weight, as Flower's ClientApp would return them.
 
     Copies the arrays.
     """
@@ -66,10 +66,10 @@ class Prebuilt:
         self._order = list(dict.fromkeys(node.object_id for node in iterate_object_tree(self.tree)))
 
     def answer(self, message: Message) -> Answer:
-        """The reply to a message; of the objects only the Message itself is new."""
+        """The reply to a message; only the Message object is new."""
         reply = Message(Placeholder(self.tree.object_id), reply_to=message)
         deflated, reply_id = reply.deflate(), reply.object_id
-        reply.metadata.__dict__["_message_id"] = reply_id  # as the SuperNode sets it
+        reply.metadata.__dict__["_message_id"] = reply_id  # private in flwr; the SuperNode sets it in this way too
         return Answer(
             message_to_proto(remove_content_from_message(reply)),
             message_pb2.ObjectTree(object_id=reply_id, children=[self.tree]),

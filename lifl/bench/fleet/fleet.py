@@ -1,11 +1,11 @@
-"""Virtual SuperNodes, as many as are asked for, that keep a server busy: a generator of load.
+"""Any number of virtual SuperNodes that keep a server busy.
 
-Owns their threads. Each node speaks the real Fleet API, see ``virtual_node``; they are told apart from real
-SuperNodes by nothing that a server looks at, but they wait less and compute nothing.
+Owns their threads. Each node speaks the real Fleet API, see ``virtual_node``; a server cannot distinguish it from a
+real SuperNode, but it waits less and computes nothing.
 
-A SuperNode that has nothing to do asks for a message every 3 s, and a short measurement would mostly consist of that.
-All of a fleet asking more often would keep the server busy with nothing else. So one node asks every 0.1 s and tells
-the others when it has got one; they ask at once then, again after pauses that double, and every 3 s in the end.
+An idle SuperNode asks for a message every 3 s, and a short measurement would mostly consist of these waits. If all
+nodes of a fleet asked more often, the server would be busy with polls. So one node asks every 0.1 s and wakes the
+others when it has got a message; they ask at once, again after pauses that double, and in the end every 3 s.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from lifl.bench.fleet.virtual_node import Answered, RunIsOverError, VirtualNode
 from lifl.errors import PeerGoneError
 
 POLL_S, MAX_POLL_S = 0.1, 3.0
-"""The pauses after a poll that came back empty: the first, which is the first node's only one, and the longest."""
+"""The first and the longest pause after a poll without a message; the first node always makes the first one."""
 
 HEARTBEAT_S = 20.0
-"""On the average, of one node; a SuperNode's is (30 s - 5 s) * (0.7 to 0.9)."""
+"""Average time between two heartbeats of a node; a SuperNode's is (30 s - 5 s) * (0.7 to 0.9)."""
 
 
 class Fleet:
-    """`with Fleet("127.0.0.1:9092", replies) as fleet:` one node for each of `replies`.
+    """`with Fleet("127.0.0.1:9092", replies) as fleet:` runs one node for each of `replies`.
 
-    Entering returns when all are registered and active. `is_patient`: they wait as long as SuperNodes do, 3 s after an
-    empty poll, each by itself, and 1 s and more for an object that is not there yet. `on_answered` is called by a
-    node's thread each time it has answered a message. What ends a node is told by :meth:`wait`, and by the end of the
-    block.
+    The block begins when all nodes are registered and active. `is_patient`: the nodes wait as long as SuperNodes do,
+    3 s after an empty poll, each on its own, and 1 s and more for a missing object. `on_answered` is called by a
+    node's thread each time it has answered a message. An error that ends a node is raised by :meth:`wait`, and at the
+    end of the block.
 
     Raises
     ------
     PeerGoneError
-        If the server refuses what a SuperNode may ask for, or what it sends is not what was promised.
+        If the server refuses a request that a SuperNode may make, or sends an object with a wrong id.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Fleet:
             VirtualNode(address, index, reply, self._stop, is_checking=is_checking, is_patient=is_patient)
             for index, reply in enumerate(replies)
         ]
+        # One thread for each node and one for all heartbeats; __enter__ starts them, stop() ends them.
         self._threads = [threading.Thread(target=self._guarded, args=(self._beat,), name="heartbeats")]
         for node in self._nodes:
             arguments = (self._serve, node)
@@ -89,21 +90,21 @@ class Fleet:
 
     @property
     def node_ids(self) -> list[int]:
-        """As the server knows the nodes, in the order of the replies."""
+        """The server's ids of the nodes, in the order of the replies."""
         return [node.node_id for node in self._nodes]
 
     @property
     def traffic(self) -> Traffic:
-        """Of all nodes together, so far."""
+        """Traffic of all nodes together, so far."""
         return sum((node.traffic for node in self._nodes), Traffic())
 
     def wait(self, timeout: float | None = None) -> None:
-        """Returns after `timeout` seconds; raises what ended a node, as soon as one has."""
+        """Returns after `timeout` seconds; raises the error of a node as soon as one has failed."""
         if self._has_failed.wait(timeout):
             raise self._failures[0]
 
     def stop(self) -> None:
-        """Ends the threads, says good-bye for every node that still can, and closes the connections."""
+        """Ends the threads, unregisters the nodes if the server still answers, and closes the connections."""
         self._stop.set()
         for node, hint in zip(self._nodes, self._hints, strict=True):
             hint.set()
@@ -112,7 +113,7 @@ class Fleet:
             if thread.ident is not None:
                 thread.join()
         for node in self._nodes:
-            # The server may be gone, or have forgotten the node.
+            # The server may be gone, or may have forgotten the node.
             with contextlib.suppress(PeerGoneError, RunIsOverError):
                 node.leave()
             node.close()

@@ -1,7 +1,7 @@
-"""One virtual SuperNode: to the server like a real one, but it trains nothing and starts no process.
+"""A virtual SuperNode: for the server like a real one, but it trains nothing and starts no process.
 
-Owns one node's conversation with the Fleet API: what is called in which order, by how many at a time, and how
-long is waited. What it replies with was made before.
+Owns a node's conversation with the Fleet API: the order of the calls, the number of simultaneous calls, and the
+pauses. The reply is made before.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from lifl.bench.fleet.canned_reply import Prebuilt
 from lifl.errors import PeerGoneError
 
 AWAY_S, MAX_AWAY_S = 0.1, 1.0
-"""The pauses before an object that is not there yet is asked for again, the first and the longest.
+"""The first and the longest pause before a missing object is asked for again.
 
-A SuperNode's are ten times as long: most of a short measurement would consist of them.
+A SuperNode's pauses are ten times as long, and a short measurement would mostly consist of them.
 """
 
 PATIENCE = 10
+"""Factor from these pauses to a SuperNode's."""
 
 OK, FORBIDDEN = 200, 403
 CONTENT_TAG = message_pb2.PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number << 3 | 2
 
 
 class RunIsOverError(Exception):
-    """The server does not want this run's messages any more; a SuperNode then drops what it was doing."""
+    """The server refuses this run's messages because the run is over; a SuperNode then drops its work for the run."""
 
 
 P = TypeVar("P", bound=Proto)
@@ -48,7 +49,7 @@ P = TypeVar("P", bound=Proto)
 
 @attrs.frozen
 class Call(Generic[P]):
-    """One kind of call: where it goes to and what it is answered with."""
+    """A kind of call: its path, and the type of its answer."""
 
     path: str
     answer: type[P]
@@ -79,18 +80,21 @@ UNREGISTER = Call("/v1/fleet/unregister-node", fleet_pb2.UnregisterNodeFleetResp
 
 @attrs.frozen
 class Answered:
-    """One message that was answered; times are of CLOCK_MONOTONIC, which all processes of a machine share.
+    """An answered message; times are of CLOCK_MONOTONIC, which all processes of a machine share.
 
     Attributes
     ----------
     node : int
-        Which of the fleet.
+        Index of the node in the fleet.
     got_s, pulled_s, acknowledged_s : float
-        When the message was seen, when all its objects were there, and when the last of the reply's was acknowledged.
-    traffic : Traffic
-        Of this node since its answer before, polls and heartbeats included.
+        Times at which the message was received, all its objects were pulled, and the last object of the reply was
+        acknowledged.
+    pulled, pushed : int
+        Number of objects.
     waits : int
-        How often an object was not there yet.
+        Number of pulls of an object that was still missing.
+    traffic : Traffic
+        Traffic of this node since its last answer, polls and heartbeats included.
     """
 
     node: int
@@ -106,8 +110,8 @@ class Answered:
 class VirtualNode:
     """A node that answers every message with `reply`.
 
-    `is_checking`: what is pulled is hashed, and an object that is not what its id says raises
-    :class:`PeerGoneError`. All methods but :meth:`interrupt` and :meth:`heartbeat` are for one thread.
+    `is_checking`: pulled objects are hashed, and one whose hash is not its id raises
+    :class:`PeerGoneError`. All methods except :meth:`interrupt` and :meth:`heartbeat` are for one thread.
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class VirtualNode:
         self._patience = PATIENCE if is_patient else 1
         self._identity = Identity()
         self._node = node_pb2.Node()
-        # As many objects at a time as a SuperNode has on its way.
+        # A SuperNode pulls or pushes this many objects at a time.
         width = get_num_workers(FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS)
         self._callers = [Caller(address, self._identity, stop) for _ in range(width)]
         self._pulse = Caller(address, self._identity, stop)
@@ -138,12 +142,12 @@ class VirtualNode:
 
     @property
     def node_id(self) -> int:
-        """As the server knows it; 0 before it has joined."""
+        """The server's id of the node; 0 before the node has joined."""
         return self._node.node_id
 
     @property
     def traffic(self) -> Traffic:
-        """All that went over this node's connections so far."""
+        """Traffic of this node's connections so far."""
         return sum((one.traffic for one in [*self._callers, self._pulse]), Traffic())
 
     def join(self) -> None:
@@ -154,18 +158,18 @@ class VirtualNode:
         self._node = node_pb2.Node(node_id=self._ask(caller, ACTIVATE, request).node_id)
 
     def leave(self) -> None:
-        """Deactivates and unregisters it; for good."""
+        """Deactivates and unregisters the node, for good."""
         caller, node_id = self._callers[0], self.node_id
         self._ask(caller, DEACTIVATE, fleet_pb2.DeactivateNodeRequest(node_id=node_id))
         self._ask(caller, UNREGISTER, fleet_pb2.UnregisterNodeFleetRequest(node_id=node_id))
 
     def heartbeat(self) -> None:
-        """Says that the node lives."""
+        """Sends a heartbeat of the node."""
         request = heartbeat_pb2.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         self._ask(self._pulse, HEARTBEAT, request)
 
     def interrupt(self) -> None:
-        """Has a call that is under way fail."""
+        """Makes calls that are under way fail."""
         for caller in [*self._callers, self._pulse]:
             caller.interrupt()
 
@@ -176,13 +180,13 @@ class VirtualNode:
             caller.close()
 
     def poll(self) -> fleet_pb2.PullMessagesResponse | None:
-        """Asks for a message once; None if there is none."""
+        """Asks the server once for a message; None if there is none."""
         request = fleet_pb2.PullMessagesRequest(node=self._node)
         response = self._ask(self._callers[0], PULL_MESSAGES, request)
         return response if response.messages_list else None
 
     def answer(self, polled: fleet_pb2.PullMessagesResponse) -> Answered | None:
-        """Pulls the message's objects and pushes the reply; None if the run is over meanwhile."""
+        """Pulls the message's objects and pushes the reply; None if the run ends meanwhile."""
         got_s = time.monotonic()
         self._waits.clear()
         message = message_from_proto(polled.messages_list[0])
@@ -260,8 +264,9 @@ class VirtualNode:
         return len(wanted), acknowledged_s
 
     def _for_all(self, object_ids: Iterable[str], act: Callable[[Caller, str], None]) -> None:
-        """Does it to every object in order, one on each caller at a time; the first error ends it."""
-        rest, lock, has_failed = iter(object_ids), threading.Lock(), threading.Event()
+        """Calls `act` for every object in order, one on each caller at a time; the first error ends the calls."""
+        rest, has_failed = iter(object_ids), threading.Event()
+        lock = threading.Lock()  # guards `rest`, from which all callers' threads take objects
 
         def work(caller: Caller) -> None:
             while not has_failed.is_set():
@@ -288,7 +293,7 @@ class VirtualNode:
 
 
 def push_request(node: node_pb2.Node, run_id: int, object_id: str, content: bytes, session_id: str) -> tuple[Body, ...]:
-    """A PushObjectRequest's bytes, as protobuf writes them, without a copy of the content."""
+    """The parts of a PushObjectRequest, which joined are protobuf's bytes; `content` is not copied."""
     begin = message_pb2.PushObjectRequest(node=node, run_id=run_id, object_id=object_id)
     end = message_pb2.PushObjectRequest(session_id=session_id)
     before, after = (part.SerializeToString(deterministic=True) for part in (begin, end))

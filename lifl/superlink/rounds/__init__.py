@@ -1,1 +1,1 @@
-"""Rounds that the server folds: replies on their way, where their parts belong, what goes back."""
+"""Rounds that the server folds: their messages, the replies that arrive, the places of their parts, the new model."""

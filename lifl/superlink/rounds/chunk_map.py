@@ -1,8 +1,8 @@
-"""Where each chunk of an update belongs in the update's block. Pure.
+"""The place of each chunk of an update in the update's block. Pure.
 
 A client sends an array as a ``.npy`` stream cut into chunks, each an object of its own whose content is a head
-(``ArrayChunk  <bytes>`` and a zero byte) and the piece. Of a model whose spec is known, the heads, the ``.npy``
-headers and all lengths are known before anything comes.
+(``ArrayChunk  <bytes>`` and a zero byte) and the piece. If the model's spec is known, the heads, the ``.npy`` headers
+and all lengths are known before anything comes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_LEARNED = 4096
 
 @attrs.frozen
 class Piece:
-    """One chunk of a tensor: its object begins with ``head``, ``nbytes`` of numbers follow, for ``offset``."""
+    """A chunk of a tensor: its object is ``head`` and ``nbytes`` of numbers, whose place is ``offset`` in the block."""
 
     head: bytes
     offset: int
@@ -29,12 +29,12 @@ class Piece:
 
     @property
     def object_bytes(self) -> int:
-        """Of the whole object."""
+        """Length of the whole object."""
         return len(self.head) + self.nbytes
 
 
 def npy_header(tensor: Tensor) -> bytes:
-    """What NumPy writes before an array in C's order."""
+    """The bytes that NumPy writes before an array in C's order."""
     header = BytesIO()
     described = np.lib.format.dtype_to_descr(NUMPY_DTYPES[tensor.dtype])
     np.lib.format.write_array_header_1_0(header, {"descr": described, "fortran_order": False, "shape": tensor.shape})
@@ -45,14 +45,14 @@ def npy_header(tensor: Tensor) -> bytes:
 class Form:
     """The order in which a record names a model's tensors, and which of them share one array.
 
-    A message has equal arrays once: of BatchNorm's counters, all equal, there is one.
+    A message has equal arrays once: all of BatchNorm's counters, which are equal, are one array.
 
     Attributes
     ----------
     keys : tuple of int
         The tensors' indices in the record's order.
     sources : tuple of int
-        For each tensor of the model the one whose array it shares; itself if it shares none.
+        For each tensor of the model the index of the one whose array it shares; its own if it shares none.
     """
 
     keys: tuple[int, ...]
@@ -60,7 +60,7 @@ class Form:
 
     @property
     def arrays(self) -> list[int]:
-        """Which tensor each array of the record is, in the order in which a message has them."""
+        """The tensor's index for each array of the record, in the order in which a message has them."""
         return list(dict.fromkeys(self.sources[j] for j in self.keys))
 
 
@@ -74,14 +74,14 @@ class Geometry:
         ]
         self._indices = {tensor.name: j for j, tensor in enumerate(spec.tensors)}
         order = tuple(range(len(self.pieces)))
-        # The model's own order, with all arrays different or with equal single numbers: what most clients send.
+        # The model's own order, with all arrays different or with equal single numbers: most clients send that.
         self._usual = [Form(order, order), Form(order, tuple(self._first_equals()))]
         self._learned: dict[int, Form] = {}  # node -> the form of its last reply that was of no usual form
         self._newest: Form | None = None
 
     @property
     def max_objects(self) -> int:
-        """A reply may have so many: four times the model's own, some more, and one for each 64 KiB of it."""
+        """The most objects of a reply: four times the model's own, 4,096 more, and one for each 64 KiB of it."""
         own = len(self.pieces) + sum(map(len, self.pieces))
         return 4 * own + 4096 + self.spec.layout.update_bytes // 2**16
 
@@ -97,7 +97,7 @@ class Geometry:
         return pieces
 
     def _first_equals(self) -> list[int]:
-        """For each tensor the first that it probably equals: itself, or for a single number the first of its kind."""
+        """For each tensor the first that it probably equals: itself, or the first single number of its dtype."""
         firsts: dict[Tensor, int] = {}
         return [
             j if tensor.size > 1 else firsts.setdefault(attrs.evolve(tensor, name=""), j)
@@ -116,9 +116,9 @@ class Geometry:
         return list(dict.fromkeys(likely))
 
     def learn(self, node_id: int, arrays: Mapping[str, object]) -> None:
-        """A node's reply was read: its arrays by name, in its record's order; arrays that are one compare equal.
+        """Remembers the form of a node's reply: its arrays by name, in its record's order.
 
-        The names must be exactly the spec's.
+        Arrays that are one compare equal. The names must be exactly the spec's.
         """
         firsts: dict[object, int] = {}
         sources = list(range(len(self.pieces)))

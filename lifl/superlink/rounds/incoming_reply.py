@@ -1,14 +1,14 @@
-"""One reply on its way into a round: its objects are put where the update's numbers lie, as they come.
+"""A reply on its way into a round: its objects are written where the update's numbers lie, as they come.
 
-Owns the loan of the update's block until it is sent. A place in the block is written under three rules, which together
-keep the content invariant (``lifl.superlink.store.content``):
+Owns the loan of the update's block until the update is sent. A place in the block is written under three rules, which
+together keep the content invariant (``lifl.superlink.store.content``):
 
 1. An upload gets a place only if the hashes of the announced tree say that its chunk belongs there, and alone.
 2. When the message is complete no upload gets a place any more, and only places are written that no upload has.
 3. The block is given away only when no object of the store lies in it.
 
-What a message really says is read from its objects when it is complete. If that is something else than what its tree
-announced, the block is not used, and every array is built from its chunks by their ids.
+The message itself is read from its objects when it is complete. If it is another than its tree announced, the block is
+not used, and every array is built from its chunks by their ids.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from lifl.round.loan import Loan
 from lifl.round.round import Round
 from lifl.strategy.reply import widened
 from lifl.superlink.rounds.chunk_map import Form, Geometry, Piece
-from lifl.superlink.rounds.reply import MAX_BESIDE_BYTES, Described, ReplyReader, Said
+from lifl.superlink.rounds.reply import MAX_BESIDE_BYTES, ArrayDescription, ReplyContent, ReplyReader
 from lifl.superlink.store.content import Landed, PartContent
 from lifl.superlink.store.store import Store
 
 LOAN_TIMEOUT_S = 60.0
+"""Longest wait for a block of its own, for a reply that is complete and lies beside the arena."""
 
 Position = tuple[int, int]
 """A chunk of an update: the tensor's index and the chunk's."""
@@ -45,10 +46,12 @@ class PlacedContent(PartContent):
 
     def __init__(self, owner: Reception, block: object, at: Position, head: bytes, numbers: Any) -> None:
         super().__init__(head, numbers)
-        self._owner, self.block, self.at = owner, block, at
+        self._owner = owner
+        self.block = block
+        self.at = at
 
     def answer(self) -> tuple[Any, ...]:
-        """Copied: the block goes into the round when the reply is complete."""
+        """A copy: the block goes into the round when the reply is complete."""
         return super(PartContent, self).answer()
 
     def release(self) -> None:
@@ -61,33 +64,37 @@ class Place:
     """A target in the update's block, for one upload at a time."""
 
     def __init__(self, owner: Reception, block: object, at: Position, piece: Piece, numbers: Any) -> None:
-        self._owner, self._block, self._at, self._numbers = owner, block, at, numbers
+        self._owner = owner
+        self._block = block
+        self._at = at
+        self._numbers = numbers
         self._head = bytearray(len(piece.head))
         self._on_revoked: Callable[[bool], None] | None = None
-        self._keeps: bool | None = None  # what it was revoked with
+        self._keeps: bool | None = None  # the argument of `revoke`, once it was called
 
     def watch(self, on_revoked: Callable[[bool], None]) -> None:
-        """Calls it, from any thread, when the block is given up: with True if what has come is to be kept."""
+        """Calls `on_revoked`, from any thread, when the block is given up: with True if the bytes so far are kept."""
+        # Written before `_keeps` is read; `revoke` writes and reads in the other order. So one of them calls it.
         self._on_revoked = on_revoked
         if self._keeps is not None:
             on_revoked(self._keeps)
 
     def revoke(self, keeps: bool) -> None:
-        """The block is given up: its memory comes free when the upload has gone on elsewhere."""
-        self._keeps = keeps
+        """Notes that the block is given up: its memory comes free when the upload has gone on elsewhere."""
+        self._keeps = keeps  # before the look at `_on_revoked`, see `watch`
         if self._on_revoked is not None:
             self._on_revoked(keeps)
 
     def pieces(self) -> list[Any]:
-        """What precedes the numbers, and the numbers."""
+        """Memory for the head of the chunk, and for its numbers."""
         return [memoryview(self._head), self._numbers]
 
     def came(self, nbytes: int) -> None:
-        """So many bytes have been written here."""
+        """Notes that so many bytes have been written here."""
         self._owner.came(nbytes)
 
     def landed(self, digest: str) -> Landed:
-        """The chunk, where it is. The place stays taken until the content is released."""
+        """The chunk, at its place, which stays taken until the content is released."""
         head = bytes(self._head)
         content = PlacedContent(self._owner, self._block, self._at, head, self._numbers)
         self._end()
@@ -105,7 +112,17 @@ class Place:
 
 @attrs.frozen
 class Settled:
-    """What became of a reply: its message, why it does not count if so, else what it says."""
+    """A reply that has come to its end.
+
+    Attributes
+    ----------
+    message : Message
+        The reply's metadata, and its error if it is one.
+    records : Mapping of str
+        The reply's records, see ``ReplyContent``; empty if it does not count.
+    refusal : Rejection or None
+        The reason why it does not count; None if it does, or if it is an error.
+    """
 
     message: Message
     records: Mapping[str, Any]
@@ -113,7 +130,7 @@ class Settled:
 
 
 class Reception:
-    """One reply.
+    """A reply while it arrives and is read.
 
     Parameters
     ----------
@@ -124,9 +141,20 @@ class Reception:
     tree : ObjectTree
         As it was announced.
     missing : set of str
-        Objects that have to come.
+        Objects of the tree that were not in the store when it was announced.
     form : Form or None
-        How the hashes of the tree say that its arrays belong to the model; None: nothing is placed while it comes.
+        The order of the reply's arrays, as the hashes of the tree confirm it; None: nothing is placed while it comes.
+
+    Attributes
+    ----------
+    heard_s : float
+        Time when a part of the reply last came (``time.monotonic``).
+    copied_bytes : int
+        Bytes that were copied from where they lay to where they belong.
+    object_ids : set of str
+        All objects of the tree.
+    roots : set of str
+        Ids to delete: the message, and the root of its tree, which is another object if the client lies.
     """
 
     def __init__(
@@ -140,14 +168,14 @@ class Reception:
         missing: set[str],
         form: Form | None,
     ) -> None:
-        self._round, self._geometry, self._weight_key = round_, geometry, weight_key
-        self.client, self.message, self.missing = client, message, missing
-        self.is_forgotten = self.is_settling = False
-        self.heard_s = time.monotonic()  # when its client last pushed a part of it
-        self._seen_s, self._seen_bytes, self._came_bytes = self.heard_s, 0, 0
-        self.copied_bytes = 0  # from where they lay to where they belong
+        self._round = round_
+        self._geometry = geometry
+        self._weight_key = weight_key
+        self.client = client
+        self.message = message
+        self.heard_s = time.monotonic()
+        self.copied_bytes = 0
         self.object_ids = set(_ids(tree))
-        # What to delete: the message, and the root of its tree, which is another object if the client lies.
         self.roots = {message.metadata.message_id} | ({tree.object_id} & missing)
         self._form = form
         self._positions: dict[str, Position] = {}
@@ -155,15 +183,21 @@ class Reception:
             for j, array in zip(form.arrays, _arrays(tree), strict=True):
                 for k, chunk in enumerate(array.children):
                     self._positions.setdefault(chunk.object_id, (j, k))
-        # The chunks that have a place now: from before their first byte until their content is released. A dictionary
-        # without the lock: contents are released with the store's lock held, which comes after this one.
+        # The chunks that have a place now: from before their first byte until their content is released. Entries are
+        # removed without the lock: contents are released with the store's lock held, which comes after this one.
         self._taken: dict[Position, str] = {}
         self._writing: set[Place] = set()  # places whose upload is on its way
         self._loan: Loan | None = None
         self._whole: Any = None  # the loan's memory
         self._is_placing = bool(self._positions)
+        self._is_settling = False
         self._admitted: set[str] = set()
         self._bytes_left = geometry.spec.layout.update_bytes * 2 + MAX_BESIDE_BYTES
+        self._came_bytes = 0  # into places
+        self._seen_s = self.heard_s  # of the last look of `is_slow`
+        self._seen_bytes = 0
+        # Guards the loan, the set of admitted objects and both flags. A thread that holds the store's lock does not
+        # take this one.
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------ while it comes
@@ -191,48 +225,57 @@ class Reception:
             return place
 
     def admit(self, object_id: str, nbytes: int) -> bool:
-        """Counts an object that is about to come; false if all of them are more than any reply may have."""
+        """Counts an object that is about to come; false if all of them have more bytes than any reply may have."""
         with self._lock:
-            if object_id not in self._admitted:  # whichever tree of it the client has announced last
+            if object_id not in self._admitted:  # whichever tree the client has announced last
                 self._admitted.add(object_id)
                 self._bytes_left -= nbytes
             return self._bytes_left >= 0
 
     def came(self, nbytes: int) -> None:
-        """So many bytes have come into a place."""
-        self.heard_s = time.monotonic()
+        """Notes that so many bytes have come into a place. The loop's thread."""
+        self.hear()
         self._came_bytes += nbytes
 
+    def hear(self) -> None:
+        """Notes that a part of the reply has come."""
+        self.heard_s = time.monotonic()
+
     def written(self, place: Place) -> None:
-        """An upload into a place has ended. The loop's thread."""
+        """Notes that an upload into a place has ended. The loop's thread."""
         self._writing.discard(place)
 
     def vacate(self, at: Position) -> None:
-        """Nobody uses a place any more. Any thread, also with the store's lock held."""
+        """Notes that nobody uses a place any more. Any thread, also with the store's lock held."""
         self._taken.pop(at, None)
 
     def is_slow(self, now_s: float, over_s: float, rate: float) -> bool:
-        """True if it holds a block and in the last `over_s` seconds got fewer than `rate` bytes a second."""
+        """True if the reply holds a block and got fewer than `rate` bytes a second in the last `over_s` seconds."""
         with self._lock:
             passed = now_s - self._seen_s
-            if self._loan is None or self.is_settling or passed < over_s:
+            if self._loan is None or self._is_settling or passed < over_s:
                 return False
-            came, self._seen_s, self._seen_bytes = self._came_bytes - self._seen_bytes, now_s, self._came_bytes
+            came = self._came_bytes - self._seen_bytes
+            self._seen_s = now_s
+            self._seen_bytes = self._came_bytes
             return came < rate * passed
 
     def give_way(self, store: Store) -> None:
-        """Lets go of the block, which others need; what has come is kept beside it, and so is what is still to come."""
+        """Lets go of the block, which others need; chunks that have come, and those to come, are kept beside it."""
         with self._lock:
-            if self.is_settling:
+            if self._is_settling:
                 return
             self._is_placing = False
         store.keep(self._positions)
         self._let_go(keeps=True)
 
-    def _borrow(self, *, waits: bool = False) -> bool:
-        """Takes the loan; false if the round does not give one, which is said when the reply is complete."""
+    def _borrow(self) -> bool:
+        """Takes the loan; false if the round does not give one, which is reported when the reply is complete.
+
+        Raises :class:`BlockingIOError` if the arena has no room now.
+        """
         try:
-            self._loan = self._round.loan(self.client, timeout=LOAN_TIMEOUT_S if waits else 0.0)
+            self._loan = self._round.loan(self.client, timeout=0.0)
         except ShmError as error:
             raise BlockingIOError(str(error)) from None
         except LiflError:
@@ -242,16 +285,19 @@ class Reception:
         return True
 
     def drop(self) -> None:
-        """Nothing becomes of it: the round is over, or its client is gone."""
+        """Gives the reply up: the round is over, the client is gone, or the reply is refused."""
         self._is_placing = False
         self._let_go()
 
     def _let_go(self, *, keeps: bool = False) -> None:
         """Gives the loan back; views of the block keep its memory until they are gone.
 
-        Uploads that write there go on elsewhere: with `keeps` what has come of them is kept.
+        Uploads that write there go on elsewhere: with `keeps` their bytes so far are kept. Then nothing is given back
+        once the reply is complete: `settle` uses the block.
         """
         with self._lock:
+            if keeps and self._is_settling:
+                return
             self._whole = None
             loan, self._loan = self._loan, None
             writing = list(self._writing)
@@ -269,53 +315,56 @@ class Reception:
         `release` makes the store let go of the message's objects, which it must before the block is folded.
         """
         with self._lock:
+            self._is_settling = True
             self._is_placing = False
-        if self.message.has_error():
-            return Settled(self.message, {}, None)
         try:
+            if self.message.has_error():
+                return Settled(self.message, {}, None)
             reader = ReplyReader(store, self._geometry, self.client)
-            said = reader.read(self.message.metadata.message_id, self._weight_key)
-            self._send(store, reader, said, release)
-            return Settled(self.message, said.records, None)
+            content = reader.read(self.message.metadata.message_id, self._weight_key)
+            self._send(store, reader, content, release)
+            return Settled(self.message, content.records, None)
         except AdmissionError as error:
             return Settled(self.message, {}, Rejection(error.client_id, error.rule, error.reason))
         except LiflError as error:
             return Settled(self.message, {}, Rejection(self.client, "error", str(error)))
-        except Exception as error:  # whatever a client can send, it is that client's reply that does not count
+        except Exception as error:  # whatever a client sends, only that client's reply does not count
             refusal = AdmissionError(self.client, "format", f"{type(error).__name__}: {error}")
             return Settled(self.message, {}, Rejection(self.client, "format", refusal.reason))
         finally:
             self.drop()
 
-    def _send(self, store: Store, reader: ReplyReader, said: Said, release: Callable[[], None]) -> None:
-        if not self._complete(store, said.arrays):
+    def _send(self, store: Store, reader: ReplyReader, content: ReplyContent, release: Callable[[], None]) -> None:
+        """Sends the update into the round: its block if that can be used, else a copy of the arrays."""
+        if self._complete(store, content.arrays):
+            # Before the block is folded: the store must not show bytes that the fold changes.
+            release()
+            with self._lock:
+                self._whole = None
+                loan, self._loan = self._loan, None
+            assert loan is not None, "the update is complete"
+            loan.send(content.weight)
+        else:
             self._let_go()
-            views = reader.views(said.arrays)
+            views = reader.views(content.arrays)
             self.copied_bytes += 3 * sum(view.nbytes for view in views.values())
             release()
-            self._round.submit(widened(views, self._round.spec), said.weight, self.client, timeout=LOAN_TIMEOUT_S)
-            self._learn(said.arrays)
-            return
-        release()
-        with self._lock:
-            self._whole = None
-            loan, self._loan = self._loan, None
-        assert loan is not None, "it is complete"
-        loan.send(said.weight)
-        self._learn(said.arrays)
+            arrays = widened(views, self._round.spec)
+            self._round.submit(arrays, content.weight, self.client, timeout=LOAN_TIMEOUT_S)
+        self._learn(content.arrays)
 
-    def _learn(self, arrays: Mapping[str, Described]) -> None:
+    def _learn(self, arrays: Mapping[str, ArrayDescription]) -> None:
         """Remembers the form of a reply that has counted, for its node's next one and for nodes that are like it."""
         if self._form is None:
             node_id = self.message.metadata.src_node_id
             self._geometry.learn(node_id, {name: one.object_id for name, one in arrays.items()})
 
-    def _complete(self, store: Store, arrays: Mapping[str, Described]) -> bool:
-        """Makes the loan hold exactly the update; false if it cannot, and then the block is not used.
+    def _complete(self, store: Store, arrays: Mapping[str, ArrayDescription]) -> bool:
+        """Makes the loan hold exactly the update; false if that cannot be, and then the block is not used.
 
-        Nothing that is readable under an id is written over: from here on no upload gets a place (`settle` saw to it),
-        and of the others only places are written that nobody has. A place that somebody has must hold what belongs
-        there, and be in the store by now.
+        Nothing that is readable under an id is written over: no upload gets a place any more (`settle` saw to it), and
+        only places are written that nobody has. A place that somebody has must hold the chunk that belongs there, and
+        that chunk must be in the store by now.
         """
         tensors, pieces = self._geometry.spec.tensors, self._geometry.pieces
         wanted = {
@@ -328,7 +377,7 @@ class Reception:
                 try:
                     if not self._borrow():
                         return False
-                except BlockingIOError:  # its objects are in the way themselves: they make room first
+                except BlockingIOError:  # the reply's own objects are in the way: they make room first
                     return False
         for at, object_id in wanted.items():
             piece = pieces[at[0]][at[1]]
@@ -338,7 +387,7 @@ class Reception:
                     return False
                 continue
             if at in self._taken:
-                return False  # by what only the tree had, or by an upload of what has come another way as well
+                return False  # by a chunk that only the tree had, or by an upload of one that has come another way too
             nbytes, whole = store.read(object_id, piece.object_bytes)
             if nbytes != piece.object_bytes or whole[: len(piece.head)] != piece.head:
                 return False
@@ -348,6 +397,7 @@ class Reception:
 
 
 def _ids(tree: Any) -> list[str]:
+    """The objects of a tree."""
     found, waiting = [], [tree]
     while waiting:
         node = waiting.pop()

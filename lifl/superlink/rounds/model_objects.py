@@ -1,15 +1,15 @@
-"""Objects that the server can write itself, so that nobody has to push them. Pure.
+"""Objects that the server can write itself, so that nobody has to push them: of a reply, and of a new model. Pure.
 
-An object's id is the hash of its content. What describes an array (its dtype, shape and the ids of its chunks) and a
-record of arrays (their names and ids) follows from the model and the tree of a message; if the hash of what is written
-here is the id that the tree names, it is that object.
+An object's id is the hash of its content. The description of an array (its dtype, shape and the ids of its chunks) and
+that of a record of arrays (their names and ids) follow from the model and the tree of a message. If the hash of a
+description that is written here is an id in the tree, the description is that object.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -20,19 +20,19 @@ NUMPY = "numpy.ndarray"
 
 
 def array_object(chunk_ids: Sequence[str], dtype: str, shape: Sequence[int]) -> bytes:
-    """What Flower's Array says of itself if all of its chunks differ."""
-    said = {"dtype": dtype, "shape": list(shape), "stype": NUMPY, "arraychunk_ids": list(range(len(chunk_ids)))}
-    return _object("Array", chunk_ids, json.dumps(said).encode())
+    """The object of a Flower Array whose chunks all differ."""
+    description = {"dtype": dtype, "shape": list(shape), "stype": NUMPY, "arraychunk_ids": list(range(len(chunk_ids)))}
+    return _object("Array", chunk_ids, json.dumps(description).encode())
 
 
 def record_object(arrays: Mapping[str, str]) -> bytes:
-    """What Flower's ArrayRecord says of itself: the arrays' names and ids."""
+    """The object of a Flower ArrayRecord: the arrays' names and ids."""
     return _object("ArrayRecord", list(dict.fromkeys(arrays.values())), json.dumps(dict(arrays)).encode())
 
 
 @attrs.frozen
 class Recognised:
-    """What a reply's tree tells a server that knows the model.
+    """A reply's tree, read by a server that knows the model.
 
     Attributes
     ----------
@@ -47,11 +47,11 @@ class Recognised:
 
 
 def recognise(geometry: Geometry, tree: Any, node_id: int) -> Recognised:
-    """Compares the first record of arrays in a node's announced tree with what the model lets expect.
+    """Compares the first record of arrays in a node's announced tree with the forms that the model lets expect.
 
     A record's id is the hash of the arrays' names and ids, an array's that of its dtype, its shape and the ids of its
-    chunks in order. So a form whose record has the announced id is no guess: each chunk's place follows from it, if the
-    message turns out to contain that record.
+    chunks in order. So a form whose record has the announced id is no guess: each chunk's place follows from the form,
+    if the message turns out to contain that record.
     """
     record = next((r for content in tree.children for r in content.children if r.children), None)
     if record is None:
@@ -78,6 +78,31 @@ def recognise(geometry: Geometry, tree: Any, node_id: int) -> Recognised:
 def id_of(content: bytes) -> str:
     """An object's id."""
     return hashlib.sha256(content).hexdigest()
+
+
+def objects_of_model(geometry: Geometry, mean: Any) -> Iterator[tuple[str, bytes, Any]]:
+    """A new model's objects, each with its id, its bytes, and the numbers that follow these: a part of `mean`, or None.
+
+    `mean` is the memory of the model's block; nothing is copied. Ends before the first array in which two chunks are
+    equal: such an array is described in another way.
+    """
+    ids: dict[str, str] = {}
+    for tensor, pieces in zip(geometry.spec.tensors, geometry.pieces, strict=True):
+        chunks: dict[str, tuple[bytes, Any]] = {}
+        for piece in pieces:
+            numbers = mean[piece.offset : piece.offset + piece.nbytes]
+            digest = hashlib.sha256(piece.head)
+            digest.update(numbers)
+            chunks[digest.hexdigest()] = piece.head, numbers
+        if len(chunks) < len(pieces):
+            return
+        for object_id, (head, numbers) in chunks.items():
+            yield object_id, head, numbers
+        described = array_object(list(chunks), tensor.dtype, tensor.shape)
+        ids[tensor.name] = id_of(described)
+        yield ids[tensor.name], described, None
+    record = record_object(ids)
+    yield id_of(record), record, None
 
 
 def _object(kind: str, children: Sequence[str], body: bytes) -> bytes:

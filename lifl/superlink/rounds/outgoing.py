@@ -1,7 +1,7 @@
-"""Messages to nodes of which objects are still on their way: who waits for them is told when they are whole.
+"""Messages to nodes whose objects are still arriving from their ServerApp.
 
-Owns who waits for which object. A SuperNode that gets a message too early sleeps a second before it asks for its
-objects again.
+Owns the index of those messages by object. It tells the waiting SuperNode when a message is whole: a SuperNode that
+gets a message too early sleeps a second before it asks for the objects again.
 """
 
 from __future__ import annotations
@@ -17,88 +17,89 @@ import attrs
 from lifl.superlink.http.long_poll import Holding
 
 STALE_S = 200.0
-"""Longer than a push session: whose objects have not come by then has been given up by its ServerApp."""
+"""Longer than a push session: a message that has no objects by then has been given up by its ServerApp."""
 
 
 @attrs.define(eq=False)
-class _Coming:
+class _Message:
     node_id: int
     missing: set[str]
     since_s: float = attrs.field(factory=time.monotonic)
 
 
-class Comings:
-    """One server's. Any thread."""
+class Outgoing:
+    """The incomplete messages of one server, of rounds or not. Any thread."""
 
     def __init__(self, holding: Holding) -> None:
         self._holding = holding
+        # Guards everything below. Single look-ups without it are safe: each is one step for Python.
         self._lock = threading.Lock()
-        self._coming: dict[str, _Coming] = {}
-        self._awaited: dict[str, list[str]] = {}  # object -> messages that wait for it
-        self._incoming: Counter[int] = Counter()
-        self._noting = 0  # messages that are being registered
-        self._came: set[str] = set()  # objects that have come meanwhile: who registers them may not know
+        self._messages: dict[str, _Message] = {}
+        self._by_object: dict[str, list[str]] = {}  # object -> messages that wait for it
+        self._per_node: Counter[int] = Counter()
+        self._registering = 0  # messages that are being registered
+        self._came: set[str] = set()  # objects that have come since the first of these began
 
     @contextlib.contextmanager
-    def noting(self) -> Iterator[None]:
-        """While a message is registered: what comes between its registration and its :meth:`add` counts too."""
+    def registering(self) -> Iterator[None]:
+        """Lasts while a message is registered and until :meth:`add`: an object that comes in between counts too."""
         with self._lock:
-            self._noting += 1
+            self._registering += 1
         try:
             yield
         finally:
             with self._lock:
-                self._noting -= 1
-                if not self._noting:
+                self._registering -= 1
+                if not self._registering:
                     self._came.clear()
 
     def __contains__(self, message_id: object) -> bool:
-        return message_id in self._coming
+        return message_id in self._messages
 
     def add(self, message_id: str, node_id: int, missing: set[str]) -> None:
-        """A message to a node is registered; the node is told when nothing is missing."""
+        """Notes that a message is registered; its node is woken when none of the objects is missing."""
         with self._lock:
             missing = missing - self._came
             if missing:
-                self._coming[message_id] = _Coming(node_id, missing)
-                self._incoming[node_id] += 1
+                self._messages[message_id] = _Message(node_id, missing)
+                self._per_node[node_id] += 1
                 for object_id in missing:
-                    self._awaited.setdefault(object_id, []).append(message_id)
+                    self._by_object.setdefault(object_id, []).append(message_id)
                 return
         self._holding.news(node_id)
 
     def available(self, object_id: str) -> None:
-        """An object is there, whoever brought it."""
-        informed: list[int] = []
+        """Notes that an object is there, whoever brought it. The store calls this without its lock."""
+        complete: list[int] = []
         with self._lock:
-            if self._noting:
+            if self._registering:
                 self._came.add(object_id)
-            for message_id in self._awaited.pop(object_id, ()):
-                coming = self._coming.get(message_id)
-                if coming is None:
+            for message_id in self._by_object.pop(object_id, ()):
+                message = self._messages.get(message_id)
+                if message is None:
                     continue
-                coming.missing.discard(object_id)
-                if not coming.missing:
-                    del self._coming[message_id]
-                    self._incoming[coming.node_id] -= 1
-                    informed.append(coming.node_id)
-        for node_id in informed:
+                message.missing.discard(object_id)
+                if not message.missing:
+                    del self._messages[message_id]
+                    self._per_node[message.node_id] -= 1
+                    complete.append(message.node_id)
+        for node_id in complete:
             self._holding.news(node_id)
 
     def is_incoming(self, node_id: int) -> bool:
         """True while a message for a node is announced whose objects have not all come."""
-        return self._incoming[node_id] > 0
+        return self._per_node[node_id] > 0
 
     def forget_stale(self) -> None:
-        """Called now and then."""
+        """Forgets messages that have been incomplete for too long. The watcher calls this now and then."""
         with self._lock:
             before_s = time.monotonic() - STALE_S
-            for message_id in [m for m, coming in self._coming.items() if coming.since_s < before_s]:
-                coming = self._coming.pop(message_id)
-                self._incoming[coming.node_id] -= 1
-                for object_id in coming.missing:
-                    waiting = self._awaited.get(object_id, [])
+            for message_id in [one for one, message in self._messages.items() if message.since_s < before_s]:
+                message = self._messages.pop(message_id)
+                self._per_node[message.node_id] -= 1
+                for object_id in message.missing:
+                    waiting = self._by_object.get(object_id, [])
                     if message_id in waiting:
                         waiting.remove(message_id)
                     if not waiting:
-                        self._awaited.pop(object_id, None)
+                        self._by_object.pop(object_id, None)

@@ -1,7 +1,7 @@
-"""What a reply says: its records, read from the store with every bound checked before anything is built.
+"""The content of a reply: its records, read from the store with every bound checked before anything is built.
 
-Knows Flower's objects and the model's geometry; owns nothing. A client chooses every byte that is read here. So a name,
-a description, a list is looked at by its length first, and what is built is bounded by what came or by the model.
+Knows Flower's objects and the model's geometry; owns nothing. A client chooses every byte that is read here. So the
+length of a name, a description or a list is checked first, and memory is bounded by the bytes that came or the model.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ MAX_RECORDS_BYTES = 2**16
 """The object that names a reply's records: about 700 of them."""
 
 MAX_BESIDE_BYTES = 2**27
-"""All of a reply's records that are not arrays: what a ServerApp is told of a reply goes into one frame."""
+"""All of a reply's records that are not arrays: they go to the ServerApp in one frame."""
 
 MAX_BESIDE_VALUES = 2**18
 """Names, texts and the like in those records: Python takes some 250 bytes for each, however short it is."""
 
 MAX_SLACK_BYTES = 4096
-"""A description may be so much longer than a right one: then the refusal can say what is wrong in it."""
+"""A description may be so much longer than a right one: then the refusal can name the error in it."""
 
 MAX_CHUNKS_PER_PIECE, MAX_CHUNKS = 64, 1024
-"""A client may cut arrays into smaller chunks than Flower does: so many for each of Flower's, and so many more."""
+"""A client may cut arrays into smaller chunks than Flower does: so many for each of Flower's, and so many beside."""
 
 MAX_TEXT = 64
 """Characters of a dtype's or a stream's name."""
@@ -51,8 +51,8 @@ HEAD_BYTES = 128
 
 
 @attrs.frozen
-class Described:
-    """What an Array object says of itself, and the ids of its chunks in order."""
+class ArrayDescription:
+    """An Array object's description of itself, and the ids of its chunks in order."""
 
     object_id: str
     dtype: str
@@ -62,28 +62,30 @@ class Described:
 
 
 @attrs.frozen
-class Said:
+class ReplyContent:
     """A reply that can be read: its arrays by name in its record's order, its weight as it came, and its records.
 
-    A record in ``records`` is an ArrayRecord without data, or the content of the object that another one is.
+    A record in ``records`` is an ArrayRecord without data, or, for another kind of record, the content of its object.
     """
 
-    arrays: Mapping[str, Described]
+    arrays: Mapping[str, ArrayDescription]
     weight: Any
     records: Mapping[str, ArrayRecord | bytes]
 
 
 class ReplyReader:
-    """One client's reply, of a model of which the geometry is known.
+    """Reads a client's reply, to a model whose geometry is known.
 
-    Every method raises :class:`AdmissionError` for what breaks a rule, and ``ValueError`` and its like for what is
-    not formed as Flower forms it.
+    Every method raises :class:`AdmissionError` if a rule is broken, and ``ValueError`` and its like if an object does
+    not have Flower's form.
     """
 
     def __init__(self, store: Store, geometry: Geometry, client: str) -> None:
-        self._store, self._geometry, self._client = store, geometry, client
+        self._store = store
+        self._geometry = geometry
+        self._client = client
 
-    def read(self, message_id: str, weight_key: str) -> Said:
+    def read(self, message_id: str, weight_key: str) -> ReplyContent:
         """The records of a message."""
         _, (root,), _ = _names.head_of(self._content(message_id, MAX_SLACK_BYTES, "the message"))
         named = _named(self._body(root, "RecordDict", MAX_RECORDS_BYTES, "the list of records"))
@@ -95,7 +97,7 @@ class ReplyReader:
         check_records(self._client, counts["ArrayRecord"], counts["MetricRecord"])
         records: dict[str, ArrayRecord | bytes] = {}
         weight: Any = None
-        arrays: dict[str, Described] = {}
+        arrays: dict[str, ArrayDescription] = {}
         bytes_left, values_left = MAX_BESIDE_BYTES, MAX_BESIDE_VALUES
         for name, object_id in named.items():
             if kinds[name] == "ArrayRecord":
@@ -106,19 +108,19 @@ class ReplyReader:
             if nbytes > bytes_left:
                 raise self._refuse("format", f"more than {MAX_BESIDE_BYTES:,} bytes beside its arrays", nbytes)
             bytes_left -= len(content)
-            # What a client wrote in two bytes may take Python hundreds: counted before it is made.
+            # A value of two bytes may take Python hundreds: values are counted before they are made.
             count = count_values(_body_of(content, kinds[name]), values_left)
             if count > values_left:
                 raise self._refuse("format", f"more than {MAX_BESIDE_VALUES:,} values beside its arrays", count)
             values_left -= count
-            record = _names.classes[kinds[name]].inflate(content)  # what cannot be read is refused here, not there
+            record = _names.classes[kinds[name]].inflate(content)  # refused here if it cannot be read, not there
             if isinstance(record, MetricRecord):
                 weight = weight_of(self._client, record, weight_key)
             records[name] = content
-        return Said(arrays, weight, records)
+        return ReplyContent(arrays, weight, records)
 
-    def views(self, arrays: Mapping[str, Described]) -> dict[str, Any]:
-        """The arrays as they came, as NumPy arrays that cannot be written; memory of their own.
+    def views(self, arrays: Mapping[str, ArrayDescription]) -> dict[str, Any]:
+        """The arrays as they came, as read-only NumPy arrays with memory of their own.
 
         Names, shapes and lengths are checked against the model first. Equal arrays are built once.
         """
@@ -131,13 +133,13 @@ class ReplyReader:
 
     # ------------------------------------------------------------ descriptions
 
-    def _arrays(self, record_id: str) -> dict[str, Described]:
+    def _arrays(self, record_id: str) -> dict[str, ArrayDescription]:
         spec = self._geometry.spec
-        # JSON writes at most six bytes for one of a name; an id and what is around it are fewer than 80.
+        # JSON writes at most six bytes for one of a name; an id and the signs around it are fewer than 80.
         usual = sum(6 * len(name.encode()) + 80 for name in spec) + MAX_SLACK_BYTES
         named = _named(self._body(record_id, "ArrayRecord", 2 * usual, "the list of arrays"))
         if named.keys() != spec.keys():
-            # Says which names are missing and which are too many.
+            # The error names the arrays that are missing and those that are too many.
             admission.check_arrays(self._client, spec, dict.fromkeys(named))
         arrays = {}
         for j, tensor in enumerate(spec.tensors):
@@ -145,28 +147,28 @@ class ReplyReader:
             arrays[tensor.name] = self._described(tensor.name, named[tensor.name], most)
         return {name: arrays[name] for name in named}
 
-    def _described(self, name: str, object_id: str, most_chunks: int) -> Described:
+    def _described(self, name: str, object_id: str, most_chunks: int) -> ArrayDescription:
         bound = MAX_SLACK_BYTES + 80 * most_chunks
         content = self._content(object_id, bound, f"the description of {name!r}")
         _, children, _ = _names.head_of(content)
-        said = json.loads(_body_of(content, "Array"))
-        order = said["arraychunk_ids"]
+        described = json.loads(_body_of(content, "Array"))
+        order = described["arraychunk_ids"]
         if not all(type(i) is int and 0 <= i < len(children) for i in order):
             raise ValueError("an Array names chunks that it does not have")
         if len(order) > most_chunks:
             raise self._refuse("format", f"{name!r} has {len(order):,} chunks, at most {most_chunks:,} are taken", None)
-        dtype, stype, shape = said["dtype"], said["stype"], said["shape"]
+        dtype, stype, shape = described["dtype"], described["stype"], described["shape"]
         if not (type(dtype) is type(stype) is str and len(dtype) <= MAX_TEXT and len(stype) <= MAX_TEXT):
             raise self._refuse("format", f"{name!r} names its dtype or its kind by no short text", None)
         if len(shape) > npy.MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
             raise self._refuse("format", f"{name!r} describes itself with a shape that no array has", None)
         if stype != NUMPY:
             raise self._refuse("format", f"{name!r} is {stype!r}, not {NUMPY!r}", stype)
-        return Described(object_id, dtype, tuple(shape), stype, tuple(children[i] for i in order))
+        return ArrayDescription(object_id, dtype, tuple(shape), stype, tuple(children[i] for i in order))
 
     # ------------------------------------------------------------ arrays
 
-    def _declared(self, name: str, one: Described) -> tuple[npy.Header, int]:
+    def _declared(self, name: str, one: ArrayDescription) -> tuple[npy.Header, int]:
         """The header of an array's stream and the length of the stream; builds nothing."""
         begin, nbytes = bytearray(), 0
         for object_id in one.chunks:
@@ -187,7 +189,7 @@ class ReplyReader:
             raise self._refuse("shape", f"{name!r} has shape {header.shape}, the model has {shape}", header.shape)
         return header, nbytes
 
-    def _view(self, name: str, one: Described, nbytes: int) -> Any:
+    def _view(self, name: str, one: ArrayDescription, nbytes: int) -> Any:
         stream, at = bytearray(nbytes), 0
         for object_id in one.chunks:
             body = _body_of(self._content(object_id, nbytes + HEAD_BYTES, f"a chunk of {name!r}"), "ArrayChunk")
@@ -226,14 +228,14 @@ def _body_of(content: bytes, kind: str) -> bytes:
 
 
 def _named(body: bytes) -> dict[str, str]:
-    """What a RecordDict or an ArrayRecord says: names and ids."""
+    """The names and ids in the body of a RecordDict or an ArrayRecord."""
     named = json.loads(body)
     if not isinstance(named, dict) or not all(type(object_id) is str for object_id in named.values()):
         raise TypeError("a record names its parts by no object ids")
     return named
 
 
-def _without_data(arrays: Mapping[str, Described]) -> ArrayRecord:
+def _without_data(arrays: Mapping[str, ArrayDescription]) -> ArrayRecord:
     return ArrayRecord(
         {name: Array(dtype=a.dtype, shape=a.shape, stype=a.stype, data=b"") for name, a in arrays.items()}
     )

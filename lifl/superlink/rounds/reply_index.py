@@ -1,80 +1,79 @@
-"""The replies that are on their way: which of them waits for which object, and which push session is of which reply.
+"""Replies that are arriving, by the objects that they wait for and by their push sessions.
 
-Owns that index and nothing else. Not for several threads: ``Rounds``, whose it is, has a lock.
+Owns that index and nothing else. Not safe for several threads: ``Registry``, which owns it, has the lock.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable
 
-from lifl.superlink.rounds.incoming_reply import Reception
+from lifl.superlink.rounds.served_round import AskedMessage
 
 
-class Awaited:
-    """One server's."""
+class ReplyIndex:
+    """The index over all open rounds."""
 
     def __init__(self) -> None:
-        self._by_object: dict[str, list[Reception]] = {}
-        self._by_session: dict[str, Reception] = {}
+        self._by_object: dict[str, list[AskedMessage]] = {}
+        self._by_session: dict[str, AskedMessage] = {}
 
     def __len__(self) -> int:
         return len(self._by_object) + len(self._by_session)
 
-    def expect(self, reception: Reception, missing: set[str], session_id: str) -> None:
-        """A reply is announced, or announced again: `missing` is what its client will push now."""
-        for object_id in reception.missing - missing:  # others have brought these meanwhile
-            self._drop(reception, object_id)
-        reception.missing = missing
-        self._by_session[session_id] = reception
+    def expect(self, asked: AskedMessage, missing: set[str], session_id: str) -> None:
+        """Notes that a reply is announced, or announced again: `missing` is what its node will push now."""
+        self.came(asked, asked.missing - missing)  # others have brought these meanwhile
+        asked.missing = missing
+        if session_id not in asked.sessions:
+            asked.sessions.append(session_id)
+        self._by_session[session_id] = asked
         for object_id in missing:
             waiting = self._by_object.setdefault(object_id, [])
-            if reception not in waiting:
-                waiting.append(reception)
+            if asked not in waiting:
+                waiting.append(asked)
 
-    def pushed(self, session_id: str, object_id: str) -> list[Reception]:
-        """An object has come; the replies that it was pushed for.
+    def came(self, asked: AskedMessage, object_ids: Iterable[str]) -> None:
+        """A reply waits for these objects no longer."""
+        for object_id in object_ids:
+            asked.missing.discard(object_id)
+            waiting = self._by_object.get(object_id)
+            if waiting is not None and asked in waiting:
+                waiting.remove(asked)
+                if not waiting:
+                    del self._by_object[object_id]
 
-        Not those of other clients that wait for the same object: a reply that is settled while its client still
-        pushes would have that push refused. SuperNodes of before there were sessions name none.
-        """
-        found = self.pushing(session_id, object_id)
-        for reception in found:
-            reception.heard_s = time.monotonic()
-            reception.missing.discard(object_id)
-            self._drop(reception, object_id)
-        return found
-
-    def pushing(self, session_id: str, object_id: str) -> list[Reception]:
-        """The replies that an object is pushed for."""
-        if session_id:
-            return [self._by_session[session_id]] if session_id in self._by_session else []
-        return self.waiting(object_id)
-
-    def waiting(self, object_id: str) -> list[Reception]:
-        """The replies that wait for an object."""
-        return list(self._by_object.get(object_id, ()))
-
-    def forget(self, reception: Reception) -> list[str]:
-        """Nothing more is expected for a reply; harmless when it is said again. Its push sessions."""
-        if reception.is_forgotten:
-            return []
-        reception.is_forgotten = True
-        for object_id in reception.missing:
-            self._drop(reception, object_id)
-        sessions = [s for s, known in self._by_session.items() if known is reception]
+    def forget(self, asked: AskedMessage) -> list[str]:
+        """Expects nothing more for a reply; returns its push sessions. Harmless when repeated: there are none then."""
+        self.came(asked, list(asked.missing))
+        sessions = [one for one in asked.sessions if self._by_session.get(one) is asked]
+        asked.sessions = []
         for session_id in sessions:
             del self._by_session[session_id]
         return sessions
 
+    def pushing(self, session_id: str, object_id: str) -> list[AskedMessage]:
+        """The replies that an object is pushed for: that of the session, or all that wait if no session is named.
+
+        Replies of other nodes that wait for the same object are not among them: a reply that is settled while its node
+        still pushes would have that push refused. SuperNodes from before there were sessions name none.
+        """
+        if not session_id:
+            return list(self._by_object.get(object_id, ()))
+        asked = self.of_session(session_id)
+        return [] if asked is None else [asked]
+
+    def of_session(self, session_id: str) -> AskedMessage | None:
+        """The reply of a push session, if it is one of a round's."""
+        return self._by_session.get(session_id)
+
+    def sender(self, object_id: str, node_id: int) -> AskedMessage | None:
+        """The reply of a node that waits for an object, if there is one."""
+        return next((asked for asked in self._by_object.get(object_id, ()) if asked.node_id == node_id), None)
+
     def session_of(self, object_id: str, node_id: int) -> str | None:
         """The session of a node's push that names none; "" if nobody awaits the object, None: only others do."""
-        waiting = self.waiting(object_id)
-        own = [one for one in waiting if one.message.metadata.src_node_id == node_id]
-        return next((s for s, known in self._by_session.items() if known in own), None if waiting else "")
-
-    def _drop(self, reception: Reception, object_id: str) -> None:
-        waiting = self._by_object.get(object_id)
-        if waiting is not None and reception in waiting:
-            waiting.remove(reception)
-            if not waiting:
-                del self._by_object[object_id]
+        if object_id not in self._by_object:
+            return ""
+        asked = self.sender(object_id, node_id)
+        # The last one: Flower ends a reply's earlier session when the reply is announced again.
+        return None if asked is None or not asked.sessions else asked.sessions[-1]

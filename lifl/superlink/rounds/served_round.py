@@ -1,12 +1,15 @@
-"""One round at this server: what its strategy said of it, and which of its messages and replies are known.
+"""A round at this server, and its messages: one record for each message, with one state.
 
-A record; ``Rounds`` keeps it.
+Owns the states of a message and the table of the moves between them. ``Registry`` keeps the rounds and the lock that
+guards them; nothing here waits, stores or deletes.
 """
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
@@ -15,9 +18,44 @@ from lifl.superlink.rounds.chunk_map import Geometry
 from lifl.superlink.rounds.incoming_reply import Reception, Settled
 
 
+class State(enum.Enum):
+    """The stages of a message and its reply."""
+
+    ASKED = enum.auto()
+    """The message belongs to the round; Flower's state may not have it yet."""
+
+    STORED = enum.auto()
+    """Flower's state has the message; its node has not replied."""
+
+    ARRIVING = enum.auto()
+    """A reply is announced, and its objects come."""
+
+    TAKEN = enum.auto()
+    """Nothing more of the reply is needed: it is read and folded, or it is refused and its objects are deleted."""
+
+    SETTLED = enum.auto()
+    """The strategy learns, or has learnt, what became of the message."""
+
+    CLOSED = enum.auto()
+    """The round is over; nobody learns any more what became of the message."""
+
+
+ALLOWED: dict[State, frozenset[State]] = {
+    # A node may reply before the thread that stores the message has noted that it is stored.
+    State.ASKED: frozenset({State.STORED, State.ARRIVING, State.SETTLED, State.CLOSED}),
+    # Settled without a reply: Flower makes an error reply for a node that is gone, and a reply may be refused unread.
+    State.STORED: frozenset({State.ARRIVING, State.SETTLED, State.CLOSED}),
+    State.ARRIVING: frozenset({State.TAKEN, State.CLOSED}),
+    State.TAKEN: frozenset({State.SETTLED, State.CLOSED}),
+    State.SETTLED: frozenset({State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
+"""state -> the states that may follow it."""
+
+
 @attrs.frozen
 class Announced:
-    """What a strategy says of a round: to whom it will send which messages, and what it does with replies."""
+    """A round as its strategy announces it: the messages it will send, to which nodes, and how replies are weighed."""
 
     run_id: int
     message_type: str
@@ -27,24 +65,91 @@ class Announced:
 
 
 @attrs.define(eq=False)
-class ServedRound:
-    """One open round. `tell` is called with each reply that is settled, from any thread."""
+class AskedMessage:
+    """A message to a node that belongs to a round, and the reply to it.
 
-    said: Announced
+    Attributes
+    ----------
+    announcing : int
+        Replies to the message that Flower is storing at this moment.
+    client : str
+        The node's name in the report; "" before there is a reply.
+    reply_id : str
+        Id of the reply that counts, or that Flower has made for a node that is gone; "" before there is one.
+    reception : Reception or None
+        The reply while its state is ARRIVING or TAKEN.
+    missing : set of str
+        Objects of the reply that have not come.
+    sessions : list of str
+        Push sessions in which the node sends the reply: one for each time that the node has announced it.
+    """
+
+    message_id: str
+    node_id: int
+    served: ServedRound
+    state: State = State.ASKED
+    announcing: int = 0
+    client: str = ""
+    reply_id: str = ""
+    reception: Reception | None = None
+    missing: set[str] = attrs.field(factory=set)
+    sessions: list[str] = attrs.field(factory=list)
+
+    @property
+    def is_unanswered(self) -> bool:
+        """True before there is a reply."""
+        return self.state in (State.ASKED, State.STORED)
+
+    def move(self, to: State) -> None:
+        """Changes the state; raises ``RuntimeError`` for a move that is not in the table."""
+        if to not in ALLOWED[self.state]:
+            raise RuntimeError(f"message {self.message_id} is {self.state.name} and cannot become {to.name}")
+        self.state = to
+        if to in (State.SETTLED, State.CLOSED):
+            self.reception = None  # of thousands of clients these are much memory, while the round goes on
+
+    def answer(self, reply_id: str, to: State) -> None:
+        """Notes the first reply to the message, and moves on."""
+        self.move(to)
+        self.client = self.served.name(self.node_id)
+        self.reply_id = reply_id
+        self.served.replies[reply_id] = self
+
+
+@attrs.define(eq=False)
+class ServedRound:
+    """An open round.
+
+    Attributes
+    ----------
+    on_settled : Callable
+        Called with each reply that is settled, from any thread.
+    expected : Counter of int
+        For each node the number of messages that the strategy will send and has not sent.
+    asked : dict of str to AskedMessage
+        The round's messages by their ids.
+    replies : dict of str to AskedMessage
+        The same records by the ids of their replies.
+    """
+
+    announced: Announced
     round: Round
     geometry: Geometry
-    tell: Callable[[Settled], None]
+    on_settled: Callable[[Settled], None]
     expected: Counter[int]
-    asked: dict[str, int] = attrs.field(factory=dict)  # message -> node
-    stored: set[str] = attrs.field(factory=set)  # of these, what Flower's state has
-    receptions: dict[str, Reception] = attrs.field(factory=dict)  # reply -> its reception
-    replied: set[str] = attrs.field(factory=set)  # messages with a reply
-    names: Counter[int] = attrs.field(factory=Counter)
-    taken: set[str] = attrs.field(factory=set)  # replies that have come whole
-    settled: list[str] = attrs.field(factory=list)  # replies that are kept until the round ends
-    is_closed: bool = False
+    asked: dict[str, AskedMessage] = attrs.field(factory=dict)
+    replies: dict[str, AskedMessage] = attrs.field(factory=dict)
+    _names: Counter[int] = attrs.field(factory=Counter)
+
+    def expects(self, meta: Any) -> bool:
+        """True for the metadata of a message that the strategy has announced and that the round does not have yet."""
+        announced = self.announced
+        its = (announced.run_id, announced.message_type, announced.group_id)
+        is_announced = (meta.run_id, meta.message_type, meta.group_id) == its and self.expected[meta.dst_node_id] > 0
+        # Not one that its ServerApp sends again, because an answer was lost: another message to the node is to come.
+        return is_announced and meta.message_id not in self.asked
 
     def name(self, node_id: int) -> str:
-        """A node that was sent two messages counts twice, as in Flower."""
-        self.names[node_id] += 1
-        return str(node_id) if self.names[node_id] == 1 else f"{node_id}#{self.names[node_id]}"
+        """The client's name for a node's next reply: a node that was sent two messages counts twice, as in Flower."""
+        self._names[node_id] += 1
+        return str(node_id) if self._names[node_id] == 1 else f"{node_id}#{self._names[node_id]}"

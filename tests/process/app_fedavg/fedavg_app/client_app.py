@@ -45,7 +45,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """How large the model is here."""
+    """Evaluates by the size of the model."""
     me = int(context.node_config["partition-id"])
     norm = float(abs(message.content["arrays"]["bias"].numpy()).sum())
     metrics = MetricRecord({"num-examples": 3 + 2 * me, "norm": norm})

@@ -1,4 +1,4 @@
-"""One run of each kind, one after another, and what came of them as JSON and arrays."""
+"""Runs of each kind, one after another, and their results as JSON and arrays."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def resumable(grid: Grid, out: Path, checkpoint: str, end: int) -> None:
 
 
 def single(grid: Grid, out: Path, config: Any) -> None:
-    """One run, of Flower's strategy or of lifl's, as `config` says; writes what `everything` does."""
+    """A single run, of Flower's strategy or of lifl's, as `config` says; writes the same as `everything`."""
     sample = {"min_train_nodes": 2, "min_evaluate_nodes": 2, "min_available_nodes": 2, "fraction_evaluate": 0.0}
     limits = {"quorum": int(config["quorum"]), "deadline": float(config["deadline"])}
     strategy = FlowerFedAvg(**sample) if config["strategy"] == "flower" else FedAvg(**limits, **sample)

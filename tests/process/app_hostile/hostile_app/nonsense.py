@@ -1,4 +1,4 @@
-"""What a bad client sends instead of an update, row by row, and by which rule it must be refused."""
+"""The replies of bad clients, row by row, with the rule by which each must be refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROOF = "unpickled"
 
 @dataclass
 class Row:
-    """One row of the table of bad clients."""
+    """A row of the table of bad clients."""
 
     rule: str
     make: Callable[[Update, str], RecordDict]
@@ -56,7 +56,7 @@ def npz(array: np.ndarray) -> bytes:
 
 
 class Trap:
-    """Who unpickles this writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -66,12 +66,12 @@ class Trap:
 
 
 def without(update: Update, name: str) -> Update:
-    """One array fewer."""
+    """The update without an array."""
     return {key: array for key, array in update.items() if key != name}
 
 
 def changed(update: Update, value: float) -> Update:
-    """One number is another."""
+    """The update with another number."""
     return update | {"bias": np.array([0.0, value, 0.0])}
 
 
@@ -126,11 +126,11 @@ HOSTILE = range(3, 8)
 
 
 def rounds(rows: dict) -> int:
-    """How many it takes until each row was sent."""
+    """The number of rounds in which each row is sent."""
     return math.ceil(len(rows) / len(HOSTILE))
 
 
 def row_of(rows: dict, server_round: int, me: int) -> str:
-    """Which row a hostile node is at: the next one for each, and from the top again when all were sent."""
+    """The row of a hostile node in a round: each node takes the next one, and begins again when all were sent."""
     number = len(HOSTILE) * (server_round - 1) + HOSTILE.index(me)
     return list(rows)[number % len(rows)]
