@@ -31,7 +31,7 @@ class Peer(StrEnum):
 
 
 class Fold(StrEnum):
-    """The values of ``lifl.round.settings.Timing``."""
+    """The values of ``lifl.planner.timing.Timing``."""
 
     EAGER = "eager"
     LAZY = "lazy"
