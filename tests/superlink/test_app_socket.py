@@ -137,7 +137,7 @@ def test_another_user_cannot_reach_it(rig: Rig) -> None:
 
 @needs_root
 def test_another_user_is_not_let_in(app_socket: AppSocket, rig: Rig, tmp_path: Path) -> None:
-    """Who reaches it all the same gets neither word nor descriptor; who is let in is served as before."""
+    """A caller of another user gets neither a frame nor a descriptor; other callers are served as before."""
     path = tmp_path / "s"
     app_socket.listen(path)
     open_to_all(path)
@@ -405,7 +405,7 @@ def test_a_round_that_is_left_leaves_its_messages_to_the_serverapp(rig: Rig) -> 
 
 
 def test_who_does_not_read_holds_nobody_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it is told waits for it; others' replies are settled meanwhile, and at some time it is let go of."""
+    """Frames wait for a ServerApp that does not read; others' replies are settled, and in the end it is dropped."""
     monkeypatch.setattr("lifl.superlink.app_socket.SEND_TIMEOUT_S", 2)
     wait_until(lambda: not rig.plane.app_socket._connections)
     with Peer(path_of(rig)):

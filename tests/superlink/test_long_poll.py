@@ -24,7 +24,7 @@ def on_loop(test: Test) -> Callable[[], None]:
 
 
 def long_polls(hold_s: float = 5.0) -> LongPolls:
-    """One that belongs to the loop that runs."""
+    """The long polls of the loop that runs."""
     made = LongPolls(hold_s)
     made.loop = asyncio.get_running_loop()
     return made

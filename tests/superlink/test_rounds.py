@@ -90,7 +90,7 @@ def test_flowers_own_strategy_works_as_on_flowers_server() -> None:
 
 
 def test_messages_that_take_long_to_store_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who looks after nodes that are gone does not ask for them: Flower would say that they never existed."""
+    """The search for nodes that are gone does not ask for these messages: Flower would say that they never existed."""
     monkeypatch.setattr("lifl.superlink.rounds.watcher.WATCH_S", 0.05)
     with Rig() as rig:
         assert rig.plane.rounds is not None
