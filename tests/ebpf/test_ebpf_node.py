@@ -161,7 +161,7 @@ def test_an_idle_node_spends_nothing_on_the_sidecar(is_open: bool) -> None:
     """No record is sent, no program runs, and neither the agent's thread nor a worker wakes up."""
     with lifl.Node("64MiB", workers=2, transport="ebpf") as node, statistics():
         program = node.transport._program.fd
-        agent = next(thread for thread in threading.enumerate() if thread.name == "lifl-agent")
+        agent = next(thread for thread in threading.enumerate() if thread.name == "lifl-listener")
         assert agent.native_id is not None
         before = runs_of(program), sleeps_of(agent.native_id)
         with node.open_round(SPEC, 4, shape=lifl.Shape(2, 0)) as round_:
