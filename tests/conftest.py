@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,10 @@ SETTLE_S = 5.0
 """The time in which a test's processes and descriptors must be gone: a bound on liveness, not a measurement."""
 
 FAILED = pytest.StashKey[bool]()
+
+THINNED = set("bench c cli crash ebpf faults model monitor node process round strategy superlink workers".split())
+MAX_CASES = 2
+"""Cases of one test in these folders that ``make test`` runs: the first and the last. ``make check`` runs all."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -164,6 +169,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """They use the fixture although they do not ask for it, before any other: what pytest has dropped is put back."""
     if item.get_closest_marker("transports") and "transport" not in item.fixturenames:  # type: ignore[attr-defined]
         item.fixturenames.insert(0, "transport")  # type: ignore[attr-defined]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves most cases of tests that start processes, arenas or servers to the ladder."""
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent.name in THINNED:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for found in cases.values():
+        for item in found[MAX_CASES - 1 : -1]:
+            item.add_marker(pytest.mark.ladder)
 
 
 @pytest.fixture(scope="module")
