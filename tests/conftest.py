@@ -21,7 +21,8 @@ SETTLE_S = 5.0
 
 FAILED = pytest.StashKey[bool]()
 
-THINNED = set("bench c cli crash ebpf faults model monitor node process round strategy superlink workers".split())
+THINNED = {"bench", "c", "cli", "crash", "ebpf", "faults", "model", "monitor", "node", "process", "round"}
+THINNED |= {"strategy", "superlink", "workers"}
 MAX_CASES = 2
 """Cases of one test in these folders that ``make test`` runs: the first and the last. ``make check`` runs all."""
 

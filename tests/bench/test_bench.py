@@ -199,6 +199,7 @@ def test_fold_table_shows_every_row() -> None:
 # ---------------------------------------------------------------- handoff
 
 
+@pytest.mark.ladder
 def test_handoff_returns_every_way() -> None:
     """Each way has its figures, on two cores and on one; only the quickest is measured with all the messages."""
     support = probe.support()
@@ -320,6 +321,7 @@ def _num_descendants(pid: int) -> int:
 # ---------------------------------------------------------------- limits
 
 
+@pytest.mark.ladder
 def test_limits_returns_what_it_documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every documented figure is there and above 0; the costs are those that a Node plans with from now on."""
     monkeypatch.setenv("LIFL_CACHE", str(tmp_path))

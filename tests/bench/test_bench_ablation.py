@@ -22,6 +22,8 @@ from lifl.planner.simulate import LIFL, POLICIES, Policy, cluster, divide
 from lifl.planner.traces import ablation
 from lifl.tensor import Array
 
+pytestmark = pytest.mark.ladder
+
 SPEC = TensorSpec.from_arrays(
     {"w": np.empty((30, 70), np.float32), "n": np.empty((), np.int64), "none": np.empty((0, 4), np.float32)}
 )

@@ -12,6 +12,8 @@ import pytest
 from lifl import TensorSpec
 from lifl.bench.round import measure_round
 
+pytestmark = pytest.mark.ladder
+
 SPEC = TensorSpec.from_arrays({"w": np.empty((300, 70), np.float32), "n": np.empty((), np.int64)})
 
 

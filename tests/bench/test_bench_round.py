@@ -23,6 +23,8 @@ from lifl.bench.shapes import model_spec, random_update, spec_of, tensors_of
 from lifl.bench.work import Work, error_over_tolerance, weight_of
 from lifl.errors import LiflError
 
+pytestmark = pytest.mark.ladder
+
 SPEC = TensorSpec.from_arrays(
     {"w": np.empty((300, 70), np.float32), "b": np.empty(70, np.float32), "n": np.empty((), np.int64)}
 )

@@ -48,6 +48,7 @@ def test_no_race_and_no_error(tmp_path: Path, flags: list[str]) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize("bug", ["relaxed-publish", "relaxed-head"])
 def test_seeded_races_are_reported(tmp_path: Path, bug: str) -> None:
     """The same threads over a core with a known bug: TSan says which line races."""

@@ -17,7 +17,7 @@ import lifl
 from lifl.round import blocks as assignment
 from lifl.round.round import core_of
 
-pytestmark = pytest.mark.transports
+pytestmark = [pytest.mark.ladder, pytest.mark.transports]
 
 SPEC = lifl.TensorSpec.from_arrays({"w": np.zeros(64), "n": np.array(0)})
 SENT = [{"w": np.full(64, 2.0**i), "n": np.array(2**i)} for i in range(2)]

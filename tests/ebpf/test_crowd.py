@@ -16,6 +16,8 @@ from crowd import BATCH, BATCHES, CHANGED, CHANGES_PER_S, IDS, RECORD, WORKERS
 from lifl.ebpf.links import TOP
 from lifl.ebpf.record import RECORD_BYTES
 
+pytestmark = pytest.mark.ladder
+
 EACH = BATCHES * BATCH
 Array = np.ndarray[Any, Any]
 

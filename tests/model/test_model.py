@@ -84,6 +84,7 @@ def test_core_holds_in_every_interleaving(tmp_path: Path, record_property: Any) 
     print(done.stdout)
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize("what", WRONG)
 def test_model_finds(what: str, tmp_path: Path) -> None:
     """The same check of a source that is wrong fails, and says so."""

@@ -13,6 +13,7 @@ from lifl.tensor import Tensor
 WAIT_S = 120.0
 
 
+@pytest.mark.ladder
 @pytest.mark.big
 @pytest.mark.timeout(180)
 def test_one_array_of_a_gibibyte() -> None:

@@ -21,6 +21,8 @@ import pytest
 
 from lifl.deploy.deployment import Deployment
 
+pytestmark = pytest.mark.ladder
+
 APP = Path(__file__).parent / "app_hostile"
 FORGER = Path(__file__).parent / "forger"
 HONEST = range(3)

@@ -126,6 +126,7 @@ def runs(shared: Shared) -> Runs:
     return Runs(out, 2)
 
 
+@pytest.mark.ladder
 @leaves_children
 def test_rounds_that_the_server_folds(runs: Runs, shared: Shared) -> None:
     """With lifl's FedAvg the server makes the mean: the log says so, the ServerApp has no Node, the model is right."""
@@ -136,6 +137,7 @@ def test_rounds_that_the_server_folds(runs: Runs, shared: Shared) -> None:
     assert shared.check_nothing_held() == 2
 
 
+@pytest.mark.ladder
 def test_strategies_that_fold_themselves(runs: Runs) -> None:
     """Flower's FedAvg, and a subclass that compares each mean with Flower's of the same replies, work as ever."""
     fedavg_runs.check_bits(runs, rounds=1)
@@ -143,6 +145,7 @@ def test_strategies_that_fold_themselves(runs: Runs) -> None:
     fedavg_runs.check_workers_are_gone(runs)
 
 
+@pytest.mark.ladder
 @pytest.mark.usefixtures("runs")
 def test_it_was_the_app_that_was_built(shared: Shared) -> None:
     """The app that ran is the FAB, byte by byte."""
@@ -151,6 +154,7 @@ def test_it_was_the_app_that_was_built(shared: Shared) -> None:
     assert run["fab-hash"] == hashlib.sha256(shared.fab.read_bytes()).hexdigest()
 
 
+@pytest.mark.ladder
 @leaves_children
 def test_a_supernode_is_killed_in_an_upload(shared: Shared) -> None:
     """The round ends at its deadline without it and keeps nothing of the half; started again it is in the next one."""
@@ -200,6 +204,7 @@ def begin_and_hold(servers: Servers, out: Path) -> None:
     wait_until(lambda: servers.log(servers.node(0)).count("Sent successfully") == sent + 1, "no first update")
 
 
+@pytest.mark.ladder
 @leaves_children
 def test_certificates_keys_and_a_database(secure: Servers, tmp_path: Path) -> None:
     """The server folds rounds of registered SuperNodes over TLS, and keeps everything in the database."""
@@ -210,6 +215,7 @@ def test_certificates_keys_and_a_database(secure: Servers, tmp_path: Path) -> No
     assert secure.database.read_bytes()[:15] == b"SQLite format 3"
 
 
+@pytest.mark.ladder
 @leaves_children
 def test_a_stranger_is_not_let_in(secure: Servers) -> None:
     """A SuperNode whose key nobody registered ends with Flower's error."""
@@ -221,6 +227,7 @@ def test_a_stranger_is_not_let_in(secure: Servers) -> None:
     assert "Failed to initialize the connection to the SuperLink" in secure.log("stranger")
 
 
+@pytest.mark.ladder
 @leaves_children
 @pytest.mark.timeout(600)
 def test_the_server_is_killed_in_a_round(secure: Servers, tmp_path: Path) -> None:
@@ -374,6 +381,7 @@ command.main()
 """
 
 
+@pytest.mark.ladder
 @leaves_children
 @pytest.mark.parametrize("part", ["store"])
 def test_without_a_name_of_flowers(part: str, tmp_path: Path) -> None:

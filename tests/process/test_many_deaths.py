@@ -15,7 +15,7 @@ import pytest
 import lifl
 from lifl.strategy.heap import give_back
 
-pytestmark = pytest.mark.transports
+pytestmark = [pytest.mark.ladder, pytest.mark.transports]
 
 DEATHS = {"rings": 2_000, "ebpf": 1_500}
 if os.environ.get("LIFL_CRASH") == "all":

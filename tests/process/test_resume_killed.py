@@ -21,6 +21,8 @@ from scalar_files import scalars, untimed
 
 from lifl.deploy.deployment import Deployment
 
+pytestmark = pytest.mark.ladder
+
 PROGRAM = Path(__file__).with_name("resumable.py")
 
 

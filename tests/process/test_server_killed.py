@@ -27,6 +27,7 @@ DEADLINE_S = 100
 """The deadline of a round. A model of both nodes is made before it: after it the model would be the mean of one."""
 
 pytestmark = [
+    pytest.mark.ladder,
     pytest.mark.leaves("Flower's programs reap the processes of their tasks late"),
     pytest.mark.timeout(400),
 ]

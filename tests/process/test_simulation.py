@@ -11,6 +11,8 @@ import fedavg_runs
 import pytest
 from fedavg_runs import Runs
 
+pytestmark = pytest.mark.ladder
+
 pytest.importorskip("ray", reason="Flower's simulation needs flwr[simulation]")
 
 NODES = 4

@@ -108,6 +108,7 @@ def test_killed_at_any_moment_of_a_round(form: Any) -> None:
         settle(node, free)
 
 
+@pytest.mark.ladder
 def test_killed_again_and_again() -> None:
     """At moments of chance, in rounds of every form: nothing that its workers were reading is blamed."""
     choose, over = random.Random(11), threading.Event()

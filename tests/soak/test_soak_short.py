@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import soak
 
+pytestmark = pytest.mark.ladder
+
 
 @pytest.mark.timeout(240)
 def test_soak_for_a_moment(tmp_path: Path) -> None:
