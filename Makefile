@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_steps.h lifl/_shm.c lifl/_link.c lifl/_fold.c lifl/ebpf/record.h
 
-JOBS ?= 2
+JOBS ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 SOAK_MINUTES ?= 30
 FUZZ_SECONDS ?= 300

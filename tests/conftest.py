@@ -21,7 +21,7 @@ SETTLE_S = 5.0
 
 FAILED = pytest.StashKey[bool]()
 
-THINNED = {"bench", "c", "cli", "crash", "ebpf", "faults", "model", "monitor", "node", "process", "round"}
+THINNED = {"bench", "c", "cli", "crash", "ebpf", "faults", "fuzz", "monitor", "node", "process", "round"}
 THINNED |= {"strategy", "superlink", "workers"}
 MAX_CASES = 2
 """Cases of one test in these folders that ``make test`` runs: the first and the last. ``make check`` runs all."""

@@ -134,6 +134,7 @@ def test_it_says_what_is_used(examined: Examined, home: Path) -> None:
     assert list(home.iterdir()) == []  # nothing is written, not even a cache
 
 
+@pytest.mark.ladder
 def test_measured_costs(examined: Examined, home: Path) -> None:
     """As soon as this machine has been measured it says so, and where that is kept."""
     code = "from lifl.node import calibration; calibration.calibrate(); print(calibration.path())"
@@ -147,6 +148,7 @@ def test_measured_costs(examined: Examined, home: Path) -> None:
     assert done.stdout.strip() in table
 
 
+@pytest.mark.ladder
 def test_ebpf_as_root_with_everything(examined: Examined) -> None:
     """Loaded with the bytecode, or by bcc if that is asked for."""
     if os.geteuid() != 0 or not deprived.BCC.is_dir():
@@ -161,6 +163,7 @@ def test_ebpf_as_root_with_everything(examined: Examined) -> None:
         assert f"loaded ({loader}) and attached" in table
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize(
     ("way", "reason", "remedy"),
     [
@@ -190,6 +193,7 @@ def test_ebpf_where_it_cannot_be_had(way: str, reason: str, remedy: str, examine
     assert said["lifl"]["runs"] is True
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -217,6 +221,7 @@ def test_bcc(text: str | None, reason: str, examined: Examined, home: Path) -> N
     assert said["ebpf"]["available"] is True
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize(
     ("variable", "value", "line"),
     [("LIFL_EBPF_LOADER", "gcc", "available"), ("LIFL_TRANSPORT", "pigeon", "default")],

@@ -218,6 +218,7 @@ def test_successor_is_killed_too(bench: Bench, role: str, form: Form, transport:
     tell(record_property, bench)
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize("bench", [("spawner", 20.0)], indirect=True)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[0]}-{form[1]}-{form[2]}")
 def test_spawner_is_killed(bench: Bench, form: Form, transport: str, record_property: Any) -> None:
@@ -279,6 +280,7 @@ def test_recovery_is_killed(
     tell(record_property, bench)
 
 
+@pytest.mark.ladder
 @pytest.mark.timeout(1800)  # with LIFL_CRASH=all some fifteen hundred processes, one after another
 def test_killed_parent(library: Path, transport: str, tmp_path: Path, record_property: Any) -> None:
     """Whoever made the Node, submits, lends and recovers is killed at a step: all its processes are gone soon."""

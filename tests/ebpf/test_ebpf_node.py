@@ -156,6 +156,7 @@ def sleeps_of(task: int) -> int:
     return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize("is_open", [False, True], ids=["after a round", "while a round waits"])
 def test_an_idle_node_spends_nothing_on_the_sidecar(is_open: bool) -> None:
     """No record is sent, no program runs, and neither the agent's thread nor a worker wakes up."""

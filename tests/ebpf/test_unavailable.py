@@ -18,6 +18,8 @@ import pytest
 
 from lifl.deploy.programs import Programs, free_ports
 
+pytestmark = pytest.mark.ladder
+
 DEPRIVED = (sys.executable, deprived.__file__)
 WAIT_S = 60.0
 """The time that anything may take: a bound on liveness, not a measurement."""

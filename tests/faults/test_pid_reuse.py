@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.transports
+pytestmark = [pytest.mark.ladder, pytest.mark.transports]
 
 
 @pytest.mark.usefixtures("namespaces")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.transports
+pytestmark = [pytest.mark.ladder, pytest.mark.transports]
 
 EACH = """
 name, error, workers = {name!r}, {error}, {workers}

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from translate import translate
 
+pytestmark = pytest.mark.ladder
+
 HERE = Path(__file__).parent
 LIFL = HERE.parents[1] / "lifl"
 ITERATIONS = 500_000
@@ -84,7 +86,6 @@ def test_core_holds_in_every_interleaving(tmp_path: Path, record_property: Any) 
     print(done.stdout)
 
 
-@pytest.mark.ladder
 @pytest.mark.parametrize("what", WRONG)
 def test_model_finds(what: str, tmp_path: Path) -> None:
     """The same check of a source that is wrong fails, and says so."""

@@ -51,7 +51,6 @@ def wait_until_gone(folder: Path, seconds: float) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.ladder
 def test_deployment_runs_an_app_and_leaves_nothing() -> None:
     """Two SuperNodes train one round with stock Flower; afterwards there is no trace of them."""
     lines: list[str] = []

@@ -178,6 +178,7 @@ def test_no_other_one_can_be_had(monkeypatch: pytest.MonkeyPatch, program: str) 
         assert not node.is_open
 
 
+@pytest.mark.ladder
 def test_one_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed again and again before a worker has done anything, it is not replaced for ever."""
     monkeypatch.setattr(supervisor.Supervisor, "heard", lambda *_: None)  # nothing is ever done
@@ -224,6 +225,7 @@ def test_stopped_for_a_moment_it_goes_on() -> None:
         assert spawner_of(node) == old
 
 
+@pytest.mark.ladder
 def test_every_new_one_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each try ends when its time is over, and all of them with an error that says so; a start has time of its own."""
     (tmp_path / "sitecustomize.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
@@ -390,6 +392,7 @@ print("all is right")
 """
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize(
     "how",
     ["signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "signal.signal(signal.SIGCHLD, reap)", ""],

@@ -10,6 +10,8 @@ from fedavg_runs import Runs
 
 from lifl.deploy.deployment import Deployment
 
+pytestmark = pytest.mark.ladder
+
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:

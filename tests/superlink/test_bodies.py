@@ -187,6 +187,7 @@ def test_bodies_that_hold_what_others_need_are_given_up(
         one.close()
 
 
+@pytest.mark.ladder
 def test_a_long_body_to_a_route_of_anybody_is_within_what_strangers_have(
     rig: Rig, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ class Bad:
                 client.node.caller.call("/v1/fleet/push-object", body)
 
 
+@pytest.mark.ladder
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_wrong_reply_costs_its_own_node_and_nobody_else(rig: Rig, seed: int) -> None:
     """Rounds of mutants end with the exact mean of those that count, and nothing is left of any."""

@@ -24,7 +24,7 @@ MODEL = {"w": np.zeros((30, 40), np.float32), "b": np.zeros(3)}
 HONEST = [({"w": np.full((30, 40), n, np.float32), "b": np.full(3, float(n))}, float(n)) for n in (1, 3)]
 BOTH: dict[str, Any] = {"fraction_evaluate": 0.0, "min_available_nodes": 2, "min_train_nodes": 2}
 
-pytestmark = pytest.mark.leaves("SQLAlchemy's pool opens connections when it needs them")
+pytestmark = [pytest.mark.ladder, pytest.mark.leaves("SQLAlchemy's pool opens connections when it needs them")]
 
 
 @pytest.fixture
