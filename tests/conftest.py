@@ -16,7 +16,7 @@ import lifl
 from lifl.shm.arena import Arena
 
 MARK = "LIFL_TESTS"
-SETTLE_S = 5.0
+SETTLE_S = 15.0
 """The time in which a test's processes and descriptors must be gone: a bound on liveness, not a measurement."""
 
 FAILED = pytest.StashKey[bool]()

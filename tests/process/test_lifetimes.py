@@ -22,7 +22,7 @@ from lifl.errors import LeaseError
 pytestmark = pytest.mark.transports
 
 WAIT_S = 60.0
-EXIT_S = 2.0
+EXIT_S = 10.0
 """A program that ends without closing its Node ends within this."""
 ORPHAN_S = 1.0
 """Workers whose agent was killed end within this."""

@@ -160,7 +160,7 @@ def test_a_supernode_is_killed_in_an_upload(shared: Shared) -> None:
     """The round ends at its deadline without it and keeps nothing of the half; started again it is in the next one."""
     servers, out = shared.servers, shared.folder / "halted"
     (shared.folder / "halt").touch()
-    servers.submit(fedavg_runs.APP, config_of(out, rounds=2, quorum=1, deadline=8, pause=1))
+    servers.submit(fedavg_runs.APP, config_of(out, rounds=2, quorum=1, deadline=15, pause=1))
     wait_until((shared.folder / "halt.half").exists, "SuperNode 1 did not come to its upload")
     wait_until(lambda: shared.held()["uploads"] == 1, "the server knows nothing of the half")
     servers.end(servers.node(1), signal.SIGKILL)
