@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
-from rich.table import Table
+from terminal import shown
 
 from lifl import TensorSpec
 from lifl.bench import echo, fold, handoff, limits, pair, shapes
@@ -35,14 +34,6 @@ SMALL = TensorSpec.from_arrays(
         "none": np.empty((0, 4), np.float32),
     }
 )
-
-
-def shown(table: Table) -> str:
-    """The text of a table, as a user sees it."""
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - the console keeps it
-    with console.file:
-        console.print(table)
-        return console.export_text()
 
 
 # ---------------------------------------------------------------- shapes

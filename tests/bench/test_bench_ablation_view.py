@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from terminal import shown
 from typer.testing import CliRunner
 
 from lifl.bench import ablation as bench
@@ -32,10 +31,7 @@ def figures() -> dict[str, Any]:
 
 def test_tables_have_every_row(figures: dict[str, Any]) -> None:
     """Each setting has a table, with the simulation's error below the last."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(width=160, record=True, file=nowhere)
-        console.print(ablation_tables(figures))
-    text = console.export_text()
+    text = shown(ablation_tables(figures))
     assert text.count("+ hierarchy") == 6
     assert "5 updates over 2 s" in text
     assert "off by 10% of the completion time (goal: under 20 %), and by 20%" in text

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
-from rich.console import Console
+from terminal import shown
 
 from lifl.bench.planning import CORES, GOAL, SIZES, cluster_of, measure_planning, planning_table, timed_plan
 from lifl.errors import PlanError
-
-
-def shown(what: object) -> str:
-    """The text of a table, as a user sees it."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(width=160, record=True, file=nowhere)
-        console.print(what)
-    return console.export_text()
 
 
 def test_every_size_is_measured_and_shown() -> None:

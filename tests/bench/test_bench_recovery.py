@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
+from terminal import shown
 from typer.testing import CliRunner
 
 from lifl import TensorSpec
@@ -56,10 +55,7 @@ def test_spans_add_up(figures: dict[str, Any]) -> None:
 
 def test_the_table_shows_every_row(figures: dict[str, Any]) -> None:
     """The text of the table has every row, and each goal beside its figure."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(width=160, record=True, file=nowhere)
-        console.print(recovery_table(figures))
-    text = console.export_text()
+    text = shown(recovery_table(figures))
     assert all(row["title"] in text for row in figures["rows"])
     assert text.count("under 100") == len(WAYS)
 

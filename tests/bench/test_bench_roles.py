@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
-from rich.table import Table
+from terminal import shown
 from typer.testing import CliRunner
 
 from lifl import Node, TensorSpec
@@ -25,14 +24,6 @@ from lifl.errors import LiflError
 from lifl.shm.sizes import round_bytes
 
 SPEC = TensorSpec.from_arrays({"w": np.empty((300, 70), np.float32), "n": np.empty((), np.int64)})
-
-
-def shown(table: Table) -> str:
-    """The text of a table, as a user sees it."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(width=160, record=True, file=nowhere)
-        console.print(table)
-    return console.export_text()
 
 
 # ---------------------------------------------------------------- trickle

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from terminal import shown
 from typer.testing import CliRunner
 
 from lifl.bench import round as bench
@@ -43,10 +42,7 @@ FIGURES = {
 
 def test_the_table_shows_every_side() -> None:
     """With how much less lifl takes than Flower."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(width=80, record=True, file=nowhere)
-        console.print(round_table(FIGURES))
-    text = console.export_text()
+    text = shown(round_table(FIGURES), width=80)
     assert "8 nodes, resnet18 (122 arrays, 46.8 MB), lazy, 2 cores" in text
     for name in ("flower", "strategy", "server"):
         assert SIDES[name].title in text
@@ -58,10 +54,7 @@ def test_the_table_shows_every_side() -> None:
 def test_the_profile_is_given_per_round_request_and_byte() -> None:
     """The shares are of all that was spent."""
     profiled = {**row("server", 0.0125), "profile_s": {"hash": 0.3, "fold": 0.1}}
-    with open(os.devnull, "w") as nowhere:
-        console = Console(width=120, record=True, file=nowhere)
-        console.print(profile_table(FIGURES | {"rows": [{**row("flower", 1.0), "profile_s": None}, profiled]}))
-    text = console.export_text()
+    text = shown(profile_table(FIGURES | {"rows": [{**row("flower", 1.0), "profile_s": None}, profiled]}), width=120)
     (line,) = [line for line in text.splitlines() if "hash" in line]
     assert [cell.strip() for cell in line.split("│")[2:6]] == ["300", "75", "417", "75%"]
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-from rich.console import Console
+from terminal import shown
 
 from lifl.bench.planning import cluster_of, timed_plan
 from lifl.cli.plan_view import plan_tree
-
-
-def shown(what: object) -> str:
-    """What a user sees of it."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(width=160, record=True, file=nowhere)
-        console.print(what)
-    return console.export_text()
 
 
 def test_the_tree_is_drawn() -> None:

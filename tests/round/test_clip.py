@@ -14,6 +14,7 @@ import pytest
 from flwr.supercore.differential_privacy import compute_clip_model_update
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from offering import offer
 
 import lifl
 from lifl.errors import AdmissionError
@@ -249,17 +250,6 @@ WAIT_S = 60.0
 def model(value: float, count: int = 0) -> Model:
     """A model whose floats are all `value`."""
     return {"w": np.full((2, 3), value, np.float32), "n": np.array(count)}
-
-
-def offer(round_: lifl.Round, how: str, arrays: Model, weight: float, client: str) -> None:
-    """Sends an update into a round: submitted, or written in place."""
-    if how != "loan":
-        round_.submit(arrays, weight, client)
-        return
-    with round_.loan(client) as loan:
-        for name, array in arrays.items():
-            loan.arrays[name][...] = array
-        loan.send(weight)
 
 
 @pytest.mark.parametrize("how", ["submit", "strided", "loan"])

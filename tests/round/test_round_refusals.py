@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from offering import offer
 
 import lifl
 from lifl.errors import AdmissionError, RoundError
@@ -205,14 +206,3 @@ def test_nobody_good_is_a_loud_end_with_the_reasons(node: lifl.Node) -> None:
         round_.close_early()
         with pytest.raises(RoundError, match=r"x \(weight: the weight is -5\.0.*; y \(weight"):
             round_.result(WAIT_S)
-
-
-def offer(round_: lifl.Round, how: str, arrays: dict[str, Any], weight: Any, client: str) -> None:
-    """Sends an update into a round: submitted, or written in place."""
-    if how == "submit":
-        round_.submit(arrays, weight, client)
-        return
-    with round_.loan(client) as loan:
-        for name, array in arrays.items():
-            loan.arrays[name][...] = array
-        loan.send(weight)
