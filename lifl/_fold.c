@@ -141,7 +141,7 @@ INLINE int64_t pair_round(struct pair s, double weight, double low) {
   if (q < -0x1p63) return INT64_MIN;
   double f = floor(q), part = (q - f) + rest;
   int64_t whole = f == 0x1p63 ? INT64_MAX : (int64_t)f;
-  if (f == 0x1p63) part += 1; /* 2^63 is no int64: counts from the one below */
+  if (f == 0x1p63) part += 1; /* 2^63 is no int64: `whole` is the number below, and `part` counts from there */
   double under = floor(part), step = rint(part);
   if (part - under == 0.5) step = under + (double)(((uint64_t)whole + (uint64_t)(int64_t)under) & 1);
   if (step > 0 && whole > INT64_MAX - (int64_t)step) return INT64_MAX;

@@ -58,7 +58,7 @@ typedef struct {
 
 /* Facts about a block beside its bytes. */
 typedef struct {
-  double weight;           /* of an update, > 0; of a mean, the sum of the weights of its updates */
+  double weight;           /* of an update, > 0; of a mean, the weight by which its sum was divided */
   uint64_t num_updates;    /* of a mean */
   uint64_t begin_ns;       /* the begin of the fold, by CLOCK_MONOTONIC */
   uint64_t end_ns;         /* the commit */

@@ -238,7 +238,7 @@ def _nearest(value: Fraction, dtype: str) -> float:
 
 
 def tolerance(updates: Sequence[Mapping[str, Array]], weights: Sequence[float], spec: TensorSpec) -> dict[str, Array]:
-    """The largest distance from :func:`mean_reference`, for each element, of any tree over any order.
+    """A bound on the distance from :func:`mean_reference`, for each element, of any tree over any order.
 
     With n updates, u = 2^-53 and S = sum(w_k |x_k|) / W: each product, addition and the final division
     and the sum of the weights W rounds once, at most 2n + 2 roundings of relative size u, so the float64

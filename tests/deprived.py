@@ -1,7 +1,7 @@
 """Runs a command with less than this process has: ``python deprived.py WAY COMMAND ...``, as root.
 
-Nothing but the standard library, which every user can read. What is taken away is gone for the command and all that it
-starts, and comes back to nobody.
+It imports the standard library alone, which every user can read. The command and all that it starts never get back
+what is taken away.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def become_nobody(*kept: int) -> None:
 
 
 def nobody() -> None:
-    """Another user. What it may read is another question: not every checkout is open to everybody."""
+    """Another user, who may read every file all the same: not every checkout is open to everybody."""
     become_nobody(CAP_DAC_READ_SEARCH)
 
 

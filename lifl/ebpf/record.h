@@ -41,7 +41,7 @@ struct lifl_metrics {
   __u64 last_ns;  /* time of the last record */
   __u64 folded;   /* updates that it has reported as folded */
   __u64 busy_ns;  /* execution time that it has reported */
-  __u64 missed;   /* redirected to the launcher for want of its socket; at the launcher's key: of a route */
+  __u64 missed;   /* went to the launcher, because it had no socket; at the launcher's key: because there was no route */
 };
 
 #endif

@@ -14,7 +14,7 @@ import pytest
 def own_folder() -> Iterator[Path]:
     """A folder for temporary files of this module and of what it starts, where nothing of lifl's is left.
 
-    Of its own, because other tests beside have theirs in the usual one.
+    The usual folder has the files of the tests beside this one.
     """
     before, usual = os.environ.get("TMPDIR"), tempfile.tempdir
     with tempfile.TemporaryDirectory() as folder:

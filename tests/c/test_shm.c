@@ -406,7 +406,7 @@ static void test_ring_is_full_at_its_capacity(void) {
     d.block = lap;
     CHECK(lifl_ring_pop(a, 0, 1, &d) == LIFL_OK && lifl_ring_pop(a, 0, 1, &d) == LIFL_EMPTY);
   }
-  /* Who attaches later goes on where the shared counters stand. */
+  /* A process that attaches later goes on where the shared counters stand. */
   d.block = 77;
   CHECK(lifl_ring_push(a, 0, 1, &d) == LIFL_OK);
   CHECK(lifl_arena_attach(lifl_arena_fd(a), &heir) == LIFL_OK);
@@ -464,7 +464,7 @@ static void test_credits_of_the_dead_come_back(void) {
   counts(a, 1, capacity + 1, capacity + 1);
   counts(a, 2, 1, 0);
   for (uint32_t i = 0; i < capacity; i++) take(a, 0, 1, capacity + i);
-  /* Who attaches later goes on where the shared words stand. */
+  /* A process that attaches later goes on where the shared words stand. */
   CHECK(lifl_arena_attach(lifl_arena_fd(a), &heir) == LIFL_OK);
   CHECK(lifl_credit_take(heir, 0, 1, &number) == LIFL_FULL);
   CHECK(lifl_credit_give(heir, 0, 1, capacity) == LIFL_OK);

@@ -1,7 +1,7 @@
-/* The core under ThreadSanitizer: an agent and three workers as threads over one handle and one mapping, for
- * TSan does not see across processes. What moves: updates (agent -> worker -> agent), sums (worker -> worker 1 ->
- * back), and updates that the agent tries to take back while a worker tries to take them. The payload is plain
- * memory, so whatever the ownership words and rings do not order is a data race.
+/* The core under ThreadSanitizer: an owner and three workers as threads over one handle and one mapping, for TSan
+ * does not see across processes. They hand over updates (owner -> worker -> owner), sums (worker -> worker 1 -> back),
+ * and updates that the owner tries to take back while a worker tries to take them. The payload is plain memory, so
+ * whatever the ownership words and rings do not order is a data race.
  *
  * TSan does not model atomic_thread_fence. The core's two fences order only the word `parked` against the tails,
  * atomics both: no plain memory depends on them, so nothing is reported falsely, and what they promise (no lost

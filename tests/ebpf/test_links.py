@@ -285,7 +285,7 @@ def test_participants_outside_the_arena_are_refused(arena: Arena, sidecar: Sidec
 def test_wait_ends_when_something_comes_and_at_its_time(sidecar: Sidecar) -> None:
     """Nothing came: false, with and without spinning. Something is there: true at once, and it stays there.
 
-    Who waits for long is woken by what comes, also a good while later.
+    A receiver that waits for long is woken by a message, also a good while later.
     """
     inbox, outbox = sidecar.inbox(1), sidecar.outbox()
     timer = threading.Timer(5 * WAIT_CAP_S, outbox.push, (1, numbered(1)))

@@ -34,7 +34,7 @@
 #define atomic_compare_exchange_strong_explicit(p, e, v, s, f) ((*(p))($).compare_exchange_strong(*(e), v, s, f))
 #define atomic_thread_fence(o) rl::atomic_thread_fence(o, $)
 
-// What the kernel does for a sleeper, for one consumer: a futex, and an eventfd.
+// The kernel's part of a sleep, for one consumer: a futex, and an eventfd.
 struct Kernel {
   rl::mutex lock;
   rl::condition_variable wake;

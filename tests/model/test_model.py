@@ -1,6 +1,6 @@
 """Rung 2 of the ladder: the rings, the wake-ups and the ownership words, model checked with relacy.
 
-What is checked is lifl/_shm.c itself (see translate.py), and each check is shown to fail when the source is wrong.
+The source that is checked is lifl/_shm.c itself (see translate.py); each check is shown to fail when it is wrong.
 Not every interleaving is tried: these are many random ones and a bounded search.
 """
 

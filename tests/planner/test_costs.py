@@ -122,7 +122,7 @@ def test_second_leaf_comes_when_the_first_has_work_waiting() -> None:
 def test_a_cold_runtime_starts_first() -> None:
     """Its start is on the way to the result if nobody is warm, and behind the arrivals if they are slow.
 
-    What it touches for the first time is on the way too: the update, the sum, the mean.
+    Memory touched for the first time is on the way too: the update, the sum, the mean.
     """
     cold, warm = (played(Shape(1, 0), "lazy", [0.0], warm=n, workers=1) for n in (0, 1))
     touched = WORK.update_touch_s + WORK.sum_made_s + WORK.touched_mean_s(0, 0)

@@ -1,6 +1,6 @@
 """lifl-superlink with a database, killed at each moment of a round and started again: the run goes on, nothing is lost.
 
-What docs/howto-superlink.md says, moment by moment. The ServerApp is started by a SuperExec of its own, so that it
+It holds docs/howto-superlink.md, moment by moment. The ServerApp is started by a SuperExec of its own, so that it
 outlives the server; with the server's own it ends with it, see test_lifl_superlink.py.
 """
 

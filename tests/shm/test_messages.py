@@ -14,7 +14,7 @@ MAX = 255
 
 
 def test_each_kind_names_its_round_and_its_block() -> None:
-    """What is packed without an argument is the kind, the round and the block."""
+    """A message without an argument is its kind, the round and the block."""
     for packed, kind in (
         (messages.open_round(3, BLOCK), Kind.OPEN),
         (messages.folded(3, BLOCK), Kind.FOLDED),

@@ -224,7 +224,7 @@ class Desk:
         push.content = content
 
     def end(self, client: Client, push: Push) -> None:
-        """All of an object has come. What has another hash is not stored."""
+        """All of an object has come; it is stored if its hash is right."""
         client.pushes.remove(push)
         landed = push.target.landed(hashlib.sha256(push.content).hexdigest())
         try:

@@ -117,7 +117,7 @@ def test_the_newest_round_has_a_message_that_is_in_two(desk: Desk) -> None:
 
 
 def test_of_two_replies_the_first_counts(desk: Desk) -> None:
-    """Whether it is whole or not."""
+    """The first is taken even if the second is whole sooner."""
     asked = desk.ask("m", 7)
     desk.announce("r", "m", "a")
     desk.announce("s", "m")

@@ -159,7 +159,7 @@ def test_an_open_round_keeps_only_who_works_for_it() -> None:
         assert (round_.result(WAIT_S).arrays["w"] == 0.5).all()
 
 
-def test_dismissed_at_any_moment() -> None:
+def test_ended_at_any_moment() -> None:
     """Rounds that come just when workers are told to stop are right, and lose nothing."""
     with lifl.Node("8MiB", workers=2, idle_timeout=0.004) as node:
         free = node.arena.free_bytes

@@ -83,7 +83,7 @@ def test_rest_forgives_silence(supervisor: Supervisor) -> None:
     assert all(is_alive(pid) for pid in supervisor.pids)
 
 
-def test_a_dead_one_is_buried_and_has_a_successor(supervisor: Supervisor) -> None:
+def test_a_dead_worker_has_a_successor(supervisor: Supervisor) -> None:
     """A pidfd tells the death; the successor has the same number and another process."""
     pid = supervisor.pids[0]
     os.kill(pid, signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_a_dead_one_is_buried_and_has_a_successor(supervisor: Supervisor) -> Non
     assert pid not in supervisor.pids
 
 
-def test_who_rests_is_dismissed(supervisor: Supervisor) -> None:
+def test_a_worker_at_rest_is_ended(supervisor: Supervisor) -> None:
     """A worker that has had nothing to do for so long is asked to stop, once; work in between restarts the time."""
     assert supervisor.retire(0.0, set(), 10.0) == ([], 10.0)
     assert supervisor.retire(6.0, {2}, 10.0) == ([], 4.0)

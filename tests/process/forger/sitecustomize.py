@@ -1,7 +1,7 @@
 """Read by every program of the hostile deployment: SuperNodes 3 to 7 push more than they were asked for.
 
 After each reply they push, over their own authenticated connection, replies that Flower's own client code would never
-send. What was answered is a line of JSON in the file $LIFL_FORGED.
+send. Each answer is a line of JSON in the file $LIFL_FORGED.
 """
 
 import json
