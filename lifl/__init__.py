@@ -1,7 +1,7 @@
 """lifl: federated learning servers that aggregate in shared memory.
 
-``lifl.Node`` works alone, ``lifl.strategy`` inside Flower. This package imports neither flwr nor torch. A public name
-is imported when it is asked for, so that a worker, which needs ``lifl.shm``, does not import a Node.
+``lifl.Node`` works alone, ``lifl.strategy`` inside Flower. ``import lifl`` imports neither flwr nor torch: a public
+name is imported when it is asked for. So a worker, which needs ``lifl.shm``, does not import a Node.
 """
 
 from importlib import import_module
@@ -56,14 +56,15 @@ _PACKAGES = {"errors", "fold", "planner", "shm", "strategy"}
 """Public modules: ``lifl.fold`` works after ``import lifl``."""
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-        return value
-    if name in _PACKAGES:
-        return import_module(f"lifl.{name}")
-    raise AttributeError(f"module 'lifl' has no attribute {name!r}")
+if not TYPE_CHECKING:  # else a wrong name would be of type Any, and no error
 
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+            return value
+        if name in _PACKAGES:
+            return import_module(f"lifl.{name}")
+        raise AttributeError(f"module 'lifl' has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_PACKAGES})
