@@ -138,11 +138,13 @@ class Aggregation:
     ) -> None:
         self._site, self._work = site, work
         self._shape, self._timing, self._expected = shape, timing, expected
-        self._max_workers, self._is_reusing, self._rate = max(1, workers), is_reusing, rate
+        self._max_workers = max(1, workers)
+        self._is_reusing = is_reusing
+        self._rate = rate
         self._is_changing_roles = is_reusing or is_changing_roles
         self._on_done = on_done
         self._free = deque(range(min(warm, self._max_workers))) if is_reusing else deque()
-        self._num_workers = self._warm = len(self._free)
+        self.num_workers = self._warm = len(self._free)
         self._queue: deque[Callable[[int], object]] = deque()
         self._leaves: list[_Leaf] = []
         self._is_eager = timing == "eager" and shape.leaves > 0
@@ -247,6 +249,7 @@ class Aggregation:
                 self._held += leaf.waiting
                 leaf.waiting = 0
         elif self._timing == "lazy":
+            # All updates are there: each leaf of the shape gets its part at once, and none has to join later.
             held, self._held = self._held, 0
             for part in _even_parts(held, self._shape.leaves):
                 self._open_leaf(part)
@@ -323,15 +326,15 @@ class Aggregation:
             self._site.work(worker, role, "touch", touch_s, begin, CPU)
 
     def _has_worker(self) -> bool:
-        return bool(self._free) or self._num_workers < self._max_workers or not self._is_reusing
+        return bool(self._free) or self.num_workers < self._max_workers or not self._is_reusing
 
     def _with_worker(self, role: str, then: Callable[[int], object]) -> None:
         """Calls `then` with a worker: a free one at once, a new one when it has started, or the next to be free."""
         if self._free:
             then(self._free.popleft())
         elif self._has_worker():
-            worker = self._num_workers
-            self._num_workers += 1
+            worker = self.num_workers
+            self.num_workers += 1
             self.started += 1
             self._site.work(worker, role, "start", self._work.cold_s, partial(then, worker), CPU)
         else:
@@ -349,11 +352,6 @@ class Aggregation:
         self._bytes += nbytes
         if self._bytes > self.peak_bytes:
             self.peak_bytes = self._bytes
-
-    @property
-    def workers(self) -> int:
-        """Workers that it has had, warm and started."""
-        return self._num_workers
 
 
 def _load(leaf: _Leaf) -> tuple[int, int]:

@@ -245,6 +245,6 @@ def predict(
         last_to_result_s=node.done_s - (arrivals[-1] - first),
         cpu_s=machine.cpu_s,
         peak_bytes=node.peak_bytes,
-        runtimes=node.workers,
+        runtimes=node.num_workers,
         started=node.started,
     )

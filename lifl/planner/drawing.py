@@ -14,7 +14,7 @@ import attrs
 from lifl.planner.hierarchy import Role, Task
 
 COLUMNS = 12
-"""About so many columns of leaves are drawn at least of subtrees that are alike; the others are counted."""
+"""Width of the picture in columns of leaves, roughly, from which on subtrees that are alike are counted, not drawn."""
 BOXES = 4
 """At most so many leaves of a node are drawn one by one."""
 

@@ -12,7 +12,7 @@ from lifl.planner.hierarchy import FAN_IN, Task, build_tree, depth
 from lifl.planner.load import REPLAN_THRESHOLD, ServerNode, has_changed
 from lifl.planner.placement import Placement, Rule, place
 from lifl.planner.reuse import Reuse, assign_processes
-from lifl.planner.timing import Timing
+from lifl.planner.timing import Timing, check_timing
 
 
 @attrs.frozen(repr=False)
@@ -173,8 +173,9 @@ def make_plan(
     See :func:`~lifl.planner.placement.place`, :func:`~lifl.planner.hierarchy.build_tree` and
     :func:`~lifl.planner.reuse.assign_processes` for the arguments and the rules.
 
-    Raises ``PlanError`` when there is no plan, naming the constraint.
+    Raises ``PlanError`` when there is no plan, naming the constraint, or for an unknown timing.
     """
+    check_timing(timing)
     placement = place(clients, nodes, rule, at)
     tasks = build_tree(placement, nodes, fan_in, arity)
     reuse = assign_processes(tasks, nodes, is_reusing)

@@ -12,6 +12,9 @@ from typing import Literal, get_args
 from lifl.errors import PlanError
 from lifl.planner.hierarchy import FAN_IN
 
+MAX_RATE = 1e9
+"""Updates per second; a higher rate counts as all at once."""
+
 Timing = Literal["eager", "lazy", "jit"]
 """The moment at which updates are folded.
 
@@ -65,7 +68,7 @@ def begins_just_in_time(held: int, fold_s: float, arrived: int, expected: int, r
 
     That is ``held * fold_s >= (expected - arrived - 1) / rate``: the work that is there takes as long as the updates
     that follow the next one. So leaves begin with the update before the last at the latest. With a rate that is not
-    known, or with all at once (inf), false: one batch of all the updates writes the fewest sums.
+    known, or with all at once (above ``MAX_RATE``), false: one batch of all the updates writes the fewest sums.
 
     Parameters
     ----------
@@ -78,6 +81,6 @@ def begins_just_in_time(held: int, fold_s: float, arrived: int, expected: int, r
     rate : float or None
         Updates per second: the rate that was seen, or before there is one the rate that is expected.
     """
-    if rate is None or math.isinf(rate):
+    if rate is None or rate > MAX_RATE:
         return False
     return held * fold_s * rate >= expected - arrived - 1
