@@ -127,7 +127,7 @@ class Receiver:
 
 
 def sent_on(own: socket.socket) -> Callable[[Record], None]:
-    """A worker's way with a record for another aggregator: it sends it again, and the kernel routes it anew."""
+    """The function with which a worker sends on a record for another worker: the kernel routes the record anew."""
 
     def send(record: Record) -> None:
         # If the kernel cannot take the record now, its receiver is dying, and the successor gets its messages anew.

@@ -53,7 +53,7 @@ class Forecast:
 
         shape = terms.shape
         most = min(self._workers, self.costs.cores)
-        if shape is None and terms.order == "flower":
+        if shape is None and terms.is_flower:
             shape = Shape(0, most)
         elif shape is None and terms.commit_every is not None:
             shape = Shape(most, 0)  # shards would hold updates without a bound

@@ -276,8 +276,6 @@ class Node:
 
     def next_number(self) -> int:
         """The number of a round that is being opened. The caller holds the lock."""
-        if not self._rounds:
-            self.traffic.begin()
         self._number += 1
         return self._number
 
@@ -340,7 +338,10 @@ class Node:
         with self.changed:
             self.check_workers()
             core = RoundCore(self, terms)  # waits for memory, and lets go of the lock meanwhile
+            if not self._rounds:
+                self.traffic.begin()
             self._rounds[core.number] = core
+            core.engage_leaves()
         return Round(core)
 
     # ------------------------------------------------------------ the end

@@ -17,7 +17,8 @@ import numpy as np
 from lifl.errors import AdmissionError
 from lifl.tensor import TensorSpec, dtype_name
 
-NO_WEIGHTS = (bool, complex, str, np.bool_, np.complexfloating)  # float() takes some values of each of them
+NO_WEIGHTS = (bool, complex, str, np.bool_, np.complexfloating)
+"""Types that are no weights, although ``float`` takes some values of most of them."""
 
 
 MIN_WEIGHT, MAX_WEIGHT = 2.0**-100, 2.0**100

@@ -18,8 +18,7 @@ from lifl.round.host import WAIT_CAP_S, Host, wait_for_block
 from lifl.round.record import Update
 from lifl.round.recovery import Remains
 from lifl.round.settings import Terms
-from lifl.shm import control_block as order
-from lifl.shm import messages
+from lifl.shm import control_block, messages
 from lifl.shm.arena import OWNER, Block, State
 from lifl.shm.messages import Descriptor, Flush
 from lifl.shm.sizes import sum_bytes_of, units_of
@@ -47,7 +46,7 @@ class Assignment:
         host.arena.buffer(self.control)[: len(encoded)] = encoded
         self.mean = wait_for_block(host, self.layout.mean_bytes, 0, "a round's mean")
         self._pair: list[Block] = []  # room for the sums of the first leaf; Flower's order has no leaves
-        self._has_leaves = terms.order != "flower"
+        self._has_leaves = not terms.is_flower
         if self._has_leaves:
             nbytes = sum_bytes_of(self.layout)
             self._pair = [wait_for_block(host, nbytes, 0, "a leaf's sum", apart=True) for _ in range(2)]
@@ -65,7 +64,7 @@ class Assignment:
     def control_bytes(host: Host, layout: Layout, expected: int) -> int:
         """Bytes of the control block, with room for a sum of each worker and as many updates as the arena can hold."""
         room = host.arena.block_bytes // units_of(layout.update_bytes)
-        return order.control_bytes(layout, min(expected, room) + host.pool.most)
+        return control_block.control_bytes(layout, min(expected, room) + host.pool.most)
 
     @classmethod
     def wait_for_room(cls, host: Host, terms: Terms) -> None:
@@ -76,7 +75,7 @@ class Assignment:
         layout, arena = terms.layout, host.arena
         needed = units_of(cls.control_bytes(host, layout, terms.expected))
         needed += units_of(layout.mean_bytes) + units_of(max(layout.update_bytes, host.largest_update_bytes))
-        needed += 0 if terms.order == "flower" else 2 * units_of(sum_bytes_of(layout))
+        needed += 0 if terms.is_flower else 2 * units_of(sum_bytes_of(layout))
         while arena.free_bytes < needed:
             if not host.relieve():
                 raise ShmError(
@@ -95,7 +94,7 @@ class Assignment:
     # ------------------------------------------------------------ to the leaves
 
     def enlist(self) -> bool:
-        """Makes one more worker a leaf; false if all are leaves, or there is no room for the new leaf's sums.
+        """Makes one more worker a leaf; false if no other worker can be had, or there is no room for its sums.
 
         Raises :class:`PeerGoneError` if there is no leaf yet and no worker can be had.
         """
@@ -150,14 +149,14 @@ class Assignment:
             update.worker = leaf
             self._outstanding[leaf] += 1
             self._host.arena.move(update.block, (OWNER, State.READY), (leaf, State.READY))
-            self._host.outbox.push(leaf, self._told(update))
+            self._host.outbox.push(leaf, self._update_message(update))
 
     def press(self) -> None:
         """Gives the held updates to leaves, because memory is short; does nothing in Flower's order, without leaves."""
         if self._has_leaves and self._flushed is None:
             self.give()
 
-    def _told(self, update: Update) -> Descriptor:
+    def _update_message(self, update: Update) -> Descriptor:
         # An update that a worker died of is folded alone, so that a second death points at the culprit only.
         return messages.update(self._number, update.block, is_alone=update.deaths > 0)
 
@@ -291,7 +290,7 @@ class Assignment:
         if remains.sum is not None:
             told.append(messages.grant(self._number, remains.sum, holds_sum=True))
         told += [messages.grant(self._number, block) for block in remains.spare]
-        told += map(self._told, again)
+        told += map(self._update_message, again)
         if self._flushed is not None:
             told += self._sums_for_top() if worker == self.top else ()
             told.append(self._flushed)
@@ -313,6 +312,6 @@ class Assignment:
                 continue  # this leaf still has a block: it sends its own SUM, and until then the round may not end
             for block in self._sums[leaf]:
                 self._host.arena.move(block, (self.top, State.READING), (self.top, State.COMMITTED))
-            said = self._sum_of(leaf)
-            if messages.sum_of(said) is not None or not self._given[leaf]:
-                yield said
+            message = self._sum_of(leaf)
+            if messages.sum_of(message) is not None or not self._given[leaf]:
+                yield message

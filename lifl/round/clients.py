@@ -17,7 +17,7 @@ class _Loan:
 
 
 class Clients:
-    """The clients of one round. The caller holds the Node's lock; :meth:`drop` and :meth:`tidy` need no lock."""
+    """The clients of one round. The caller holds the Node's lock, but for :meth:`drop`."""
 
     def __init__(self) -> None:
         self._clients: set[str] = set()  # with an accepted update, or a loan
@@ -59,11 +59,7 @@ class Clients:
     def tidy(self) -> None:
         """Takes dropped loans off."""
         while self._dropped:
-            try:
-                client_id = self._dropped.popleft()
-            except IndexError:  # another thread has taken the last one
-                return
-            self.leave(client_id)
+            self.leave(self._dropped.popleft())
 
     def has_loan(self, client_id: str) -> bool:
         """True while the client has a loan."""

@@ -27,7 +27,7 @@ class Clip:
     Parameters
     ----------
     spec : TensorSpec
-        What updates look like.
+        The form of an update.
     base : mapping of str to numpy.ndarray
         The base model, of exactly that form (bfloat16 as its bits). Kept, not copied: it must not change.
     norm : float

@@ -6,9 +6,9 @@ round between the two is the business of ``lifl.round.lifecycle``.
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lifl.errors import AdmissionError, LeaseError, RoundError
@@ -34,8 +34,9 @@ CLOSE_TIMEOUT_S = 30.0
 class RoundCore:
     """An open round. Safe to use from several threads; the Node's lock guards all that is mutable in it.
 
-    The constructor opens the round: it waits until memory is free for the round's sums and its mean, takes that memory,
-    and engages the leaves that the terms ask for. The caller holds ``host.changed``.
+    The constructor opens the round: it waits until memory is free for the round's sums and its mean, and takes that
+    memory. The caller holds ``host.changed``, enters the round into the host's books, and then calls
+    :meth:`engage_leaves`: a leaf that dies at once is then a death in this round.
 
     Attributes
     ----------
@@ -54,12 +55,17 @@ class RoundCore:
     def __init__(self, host: Host, terms: Terms) -> None:
         Assignment.wait_for_room(host, terms)
         # The wait lets go of the lock, so the number is taken after it.
-        self._host, self.terms, self.number = host, terms, host.next_number()
+        self._host = host
+        self.terms = terms
+        self.number = host.next_number()
         self._clients = Clients()
         blocks = Assignment(host, self.number, terms)
         self.quota = Quota(host, terms.limits, terms.layout.update_bytes, self._clients, blocks)
         self.lifecycle = Lifecycle(host, self.number, terms, blocks, self._clients)
-        self.lifecycle.enlist(0 if terms.shape is None else terms.shape.leaves)
+
+    def engage_leaves(self) -> None:
+        """Engages the leaves that the terms ask for. The caller holds ``host.changed``."""
+        self.lifecycle.enlist(0 if self.terms.shape is None else self.terms.shape.leaves)
 
     @property
     def spec(self) -> TensorSpec:
@@ -75,7 +81,7 @@ class RoundCore:
             weight = admission.check_weight(name, weight, self.terms.limits.max_weight)
             admission.check_arrays(name, self.spec, arrays)
         except AdmissionError as error:
-            self.reject(error)
+            self._reject(error)
             raise
         with self._lend(name, timeout, is_copy=True) as loan:
             begin = time.monotonic()
@@ -84,7 +90,7 @@ class RoundCore:
                 clipped = self._clipped(loan)
                 self._count(loan, weight, clipped, begin)
             except AdmissionError as refusal:
-                self.reject(refusal)
+                self._reject(refusal)
                 raise
 
     def loan(self, client_id: object, timeout: float | None) -> Loan:
@@ -96,7 +102,7 @@ class RoundCore:
             try:
                 block = self.quota.take_block(client_id, timeout, lambda: self._check_open(client_id))
             except AdmissionError as error:
-                self.reject(error)
+                self._reject(error)
                 raise
             self._clients.enter(client_id, is_copy)
         return Loan(self, client_id, Lease(self._host.arena, block))
@@ -107,7 +113,7 @@ class RoundCore:
             raise admission.refuse_norm(loan.client_id)
         return factor
 
-    def reject(self, error: AdmissionError) -> None:
+    def _reject(self, error: AdmissionError) -> None:
         """Puts a refusal into the report."""
         with self._locked():
             self.lifecycle.books.reject(Rejection(error.client_id, error.rule, error.reason))
@@ -118,15 +124,17 @@ class RoundCore:
         with self._locked():
             return self._clients.next_name()
 
-    def _locked(self) -> threading.Condition:
-        """The host's lock, to be entered.
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the host's lock.
 
         In a fork a thread that does not exist there may hold it for ever, so a fork is refused first.
         """
         if self._host.is_foreign:
             self._host.check_workers()
-        self._clients.tidy()
-        return self._host.changed
+        with self._host.changed:
+            self._clients.tidy()
+            yield
 
     def dropped(self, client_id: str) -> None:
         """Notes that a loan was collected unsent. The garbage collector may call this at any moment: no lock."""
@@ -141,7 +149,7 @@ class RoundCore:
     def _check_phase(self, client_id: str) -> None:
         self._host.check_workers()
         if (phase := self.lifecycle.phase) is not Phase.OPEN:
-            state = "complete" if phase in (Phase.FOLDING, Phase.MADE, Phase.DONE) else phase
+            state = "complete" if phase.is_ending or phase is Phase.DONE else phase
             raise AdmissionError(client_id, "closed", f"round {self.number} is {state}: open another one")
 
     def returned(self, loan: Loan) -> None:
@@ -160,7 +168,7 @@ class RoundCore:
             weight = admission.check_weight(loan.client_id, weight, self.terms.limits.max_weight)
             self._count(loan, weight, self._clipped(loan), begin)
         except AdmissionError as refusal:
-            self.reject(refusal)
+            self._reject(refusal)
             loan.abandon()
             raise
 
@@ -240,13 +248,13 @@ class RoundCore:
                 self.lifecycle.abort()
         if not is_done:
             host.pump()
-            self._take_back()
+            self._reclaim_all()
         with self._locked():
             self.lifecycle.close()
             host.forget(self.number)
             host.changed.notify_all()
 
-    def _take_back(self) -> None:
+    def _reclaim_all(self) -> None:
         """Waits until no worker touches the round any more, then reclaims what it had."""
         host, deadline = self._host, time.monotonic() + CLOSE_TIMEOUT_S
         with self._locked():

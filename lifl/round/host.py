@@ -125,7 +125,7 @@ class Host(Protocol):
 
 
 def wait_for_block(host: Host, nbytes: int, timeout: float | None, purpose: str, *, apart: bool = False) -> Block:
-    """Waits for a block of `nbytes`, in state WRITING, of the owner's. The caller holds ``host.changed``.
+    """Waits for a block of `nbytes`; it is the owner's, in state WRITING. The caller holds ``host.changed``.
 
     Raises :class:`ShmError` (ENOSPC) at the time-out, or at once if nothing will come free by itself.
     """

@@ -49,7 +49,12 @@ class Phase(StrEnum):
     @property
     def is_running(self) -> bool:
         """True while there is neither a result nor an error."""
-        return self in (Phase.OPEN, Phase.FOLDING, Phase.MADE)
+        return self is Phase.OPEN or self.is_ending
+
+    @property
+    def is_ending(self) -> bool:
+        """True while all updates are in, and there is neither a result nor an error."""
+        return self in (Phase.FOLDING, Phase.MADE)
 
     @property
     def shown(self) -> str:
@@ -79,10 +84,13 @@ class Lifecycle:
     """
 
     def __init__(self, host: Host, number: int, terms: Terms, assignment: Assignment, clients: Clients) -> None:
-        self._host, self.number, self._assignment = host, number, assignment
-        self._terms, self._clients = terms, clients
+        self._host = host
+        self.number = number
+        self._terms = terms
+        self._assignment = assignment
+        self._clients = clients
         self._pace = host.forecast.pace(terms)
-        self._finish = Finish(host, number, assignment, terms.order == "flower")
+        self._finish = Finish(host, number, assignment, terms.is_flower)
         self.books = Books(host.tally, terms.spec.nbytes, cold_starts=host.pool.cold_starts)
         self._phase = Phase.OPEN
         self.error: Exception | None = None
@@ -115,7 +123,7 @@ class Lifecycle:
         is_last = len(self.books.updates) == self._terms.expected
         self._host.pool.prepare(work.shape.shards)
         with self._ended_without_workers():
-            if is_folding and self._terms.order == "any" and not (is_last and work.shape.shards):
+            if is_folding and not self._terms.is_flower and not (is_last and work.shape.shards):
                 work.give()
             if is_last:
                 self.flush()
@@ -140,7 +148,7 @@ class Lifecycle:
     @property
     def is_moving(self) -> bool:
         """True if blocks of this round will come free while this thread waits. The host holds the lock."""
-        is_ending = self._phase in (Phase.FOLDING, Phase.MADE)
+        is_ending = self._phase.is_ending
         return is_ending or self._assignment.is_busy or self._clients.others_hold_loans
 
     def enlist(self, leaves: int) -> None:
@@ -170,7 +178,7 @@ class Lifecycle:
     @property
     def waits_for_workers(self) -> bool:
         """True while a worker has work of this round, or has to let go of it. The host holds the lock."""
-        return self._phase in (Phase.FOLDING, Phase.MADE, Phase.FAILED) or self._assignment.is_busy
+        return self._phase.is_ending or self._phase is Phase.FAILED or self._assignment.is_busy
 
     def flush(self) -> None:
         """Ends the round's intake: the leaves commit, then the mean is made."""
@@ -283,7 +291,7 @@ class Lifecycle:
         self._move(Phase.DONE)
         self.books.tally.done += 1
         buffer = self._host.arena.buffer(self._assignment.mean)
-        views = self._terms.spec.flower_views if self._terms.order == "flower" else self._terms.spec.views
+        views = self._terms.spec.flower_views if self._terms.is_flower else self._terms.spec.views
         report = self.report()
         weight = sum(u.weight for u in self.books.updates)
         self.result = RoundResult(
@@ -339,7 +347,7 @@ class Lifecycle:
             self._settle(update)
         for update in [update for update in work.held_by(worker) if update.deaths >= MAX_DEATHS]:
             self._refuse_poison(update)
-        if not self.books.updates and self._phase in (Phase.FOLDING, Phase.MADE):
+        if not self.books.updates and self._phase.is_ending:
             self.fail(RoundError(f"round {self.number}: no update is left{self.books.refusals()}"))
             work.free(worker)
             return []

@@ -49,7 +49,7 @@ class Loan:
 
     @property
     def arrays(self) -> Mapping[str, Array]:
-        """Writable NumPy views of the block by name. What they hold before they are written is undefined.
+        """Writable NumPy views of the block by name. Their values are undefined until they are written.
 
         Raises :class:`LeaseError` after ``send`` or ``release``.
         """

@@ -14,8 +14,7 @@ from lifl import fold
 from lifl.round.blocks import Assignment
 from lifl.round.host import Host
 from lifl.round.record import Update
-from lifl.shm import control_block as order
-from lifl.shm import messages
+from lifl.shm import control_block, messages
 from lifl.shm.arena import Block
 from lifl.shm.control_block import MeanRecipe, Source
 from lifl.shm.messages import Descriptor
@@ -24,14 +23,17 @@ from lifl.shm.messages import Descriptor
 class Finish:
     """Makes the mean of the leaves' sums and of what no leaf has folded.
 
-    If a worker dies of an order that has updates, the updates are suspects: when no worker reads them any more, each is
-    read alone. An update that a worker dies of again has to be refused (:meth:`drop_suspect`); the others are cleared.
-    Then the order is given again.
+    In a pass the workers make the shards of one recipe side by side. If a worker dies in a pass that reads updates, the
+    updates are suspects: when no worker reads them any more, each is read alone. An update that a worker dies of again
+    has to be refused (:meth:`drop_suspect`); the others are cleared. Then the pass is repeated.
     """
 
     def __init__(self, host: Host, number: int, work: Assignment, is_flower: bool) -> None:
-        self._host, self._number, self._work, self._is_flower = host, number, work, is_flower
-        self._makers: list[int] = []  # range of the order -> its worker
+        self._host = host
+        self._number = number
+        self._work = work
+        self._is_flower = is_flower
+        self._makers: list[int] = []  # shard -> its worker
         self._open: set[int] = set()  # ranges that are not made yet
         self._is_finite = True
         self._is_spoilt = False
@@ -50,7 +52,7 @@ class Finish:
         return {self._makers[shard] for shard in self._open}
 
     def begin(self) -> None:
-        """Orders the mean of all sums and held updates, at least one of them; or first lets a suspect be read alone.
+        """Begins a pass over all sums and held updates, at least one of them; or first lets a suspect be read alone.
 
         The mean of a suspect alone is written over later.
         """
@@ -72,14 +74,14 @@ class Finish:
             tuple(Source(u.block.index, u.block.generation, f) for u, f in zip(updates, factors, strict=True)),
             fold.add_weights((0.0, 0.0), [*factors, *(w for block in sums for w in self._contents(block)[:2])]),
         )
-        order.write(arena.buffer(work.control), work.layout, what)
+        control_block.write(arena.buffer(work.control), work.layout, what)
         arena.note(work.mean.index).weight = what.weight[0]
         workers = self._host.pool.choose(shards)
         self._makers = [workers[shard % len(workers)] for shard in range(shards)]
         self._open = set(range(shards))
         self.workers |= set(workers)
         for shard, worker in enumerate(self._makers):
-            self._host.outbox.push(worker, self._told(shard))
+            self._host.outbox.push(worker, self._shard_message(shard))
 
     def _contents(self, block: Block) -> tuple[float, float, int]:
         """A partial sum's weight, as a pair, and the number of its updates."""
@@ -89,7 +91,7 @@ class Finish:
         mapping.close()
         return contents
 
-    def _told(self, shard: int) -> Descriptor:
+    def _shard_message(self, shard: int) -> Descriptor:
         return messages.shard(self._number, self._work.control, (shard, len(self._makers)))
 
     # ------------------------------------------------------------ back from the workers
@@ -103,7 +105,7 @@ class Finish:
         return not self._open
 
     def is_done(self) -> bool:
-        """Ends an order whose ranges are all made or given up: true if the mean is there, else call :meth:`begin`."""
+        """Ends a pass whose shards are all made or given up: true if the mean is there, else call :meth:`begin`."""
         if self._suspects:
             self._suspects.popleft().deaths = 0  # it was read alone, and no worker died
             return False
@@ -121,7 +123,8 @@ class Finish:
         """The worker, the begin and the end of each range, in nanoseconds of the monotonic clock."""
         buffer = self._host.arena.buffer(self._work.control)
         return [
-            (worker, *order.read_times(buffer, self._work.layout, shard)) for shard, worker in enumerate(self._makers)
+            (worker, *control_block.read_times(buffer, self._work.layout, shard))
+            for shard, worker in enumerate(self._makers)
         ]
 
     # ------------------------------------------------------------ when a worker is dead
@@ -139,7 +142,7 @@ class Finish:
 
     def tell_again(self, worker: int) -> list[Descriptor]:
         """The descriptors of the ranges that `worker` has been asked for and has not made."""
-        return [self._told(shard) for shard in sorted(self._open) if self._makers[shard] == worker]
+        return [self._shard_message(shard) for shard in sorted(self._open) if self._makers[shard] == worker]
 
     @property
     def suspect(self) -> Update | None:

@@ -9,10 +9,8 @@ from collections.abc import Callable
 
 from lifl.planner.load import Load, has_changed
 from lifl.planner.shape import Shape
-from lifl.planner.timing import Timing, begins_just_in_time, seen_rate
+from lifl.planner.timing import MAX_RATE, Timing, begins_just_in_time, seen_rate
 
-MAX_RATE = 1e9
-"""Updates per second; a higher rate counts as all at once."""
 MAX_REPLANS = 8
 """A round is planned anew at most so often, each time because its load has changed again."""
 
@@ -44,8 +42,12 @@ class Pace:
         rate: float | None,
         fold_s: float,
     ) -> None:
-        self._timing, self._choose, self._expected, self._is_planned = timing, choose, expected, shape is None
-        self._rate, self._fold_s = rate, fold_s
+        self._timing = timing
+        self._choose = choose
+        self._is_planned = shape is None
+        self._expected = expected
+        self._rate = rate
+        self._fold_s = fold_s
         self.shape = choose(rate) if shape is None else shape
         self._first_s = 0.0
         self._arrived = 0

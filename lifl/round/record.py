@@ -1,4 +1,4 @@
-"""The books: of a round, which updates were accepted or refused, and when; of a Node, its counters since its start.
+"""The books of a round: its accepted and refused updates, with their times. The tally of a Node: its counters.
 
 A round's books add to its Node's tally. Called with the Node's lock held.
 """
@@ -31,7 +31,7 @@ class Update:
     clipped : float
         The factor that clipping moved it by; 1 if not at all.
     worker : int
-        The leaf that it was given to; 0: none yet.
+        The leaf that it was given to, or the worker that made the first shard; 0: none yet.
     deaths : int
         Workers that died while they read it.
     """

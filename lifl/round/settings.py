@@ -48,7 +48,7 @@ class Terms:
     ) -> Terms:
         """Checks the arguments of ``Node.open_round``, which explains them; raises its ``ValueError``."""
         if timing not in TIMINGS:
-            raise ValueError(f"timing={timing!r}: use 'eager', 'lazy' or 'jit'")
+            raise ValueError(f"timing={timing!r}: use {', '.join(map(repr, TIMINGS[:-1]))} or {TIMINGS[-1]!r}")
         if order not in ("any", "flower"):
             raise ValueError(f"order={order!r}: use 'any' or 'flower'")
         if not isinstance(expected, Integral) or expected < 1:
@@ -70,11 +70,16 @@ class Terms:
         return cls(spec, int(expected), timing, order, commit_every, limits, clip, shape)
 
     @property
+    def is_flower(self) -> bool:
+        """True if the mean is made in Flower's order and arithmetic."""
+        return self.order == "flower"
+
+    @property
     def layout(self) -> Layout:
         """The layout of the round's blocks."""
-        return self.spec.flower_layout if self.order == "flower" else self.spec.layout
+        return self.spec.flower_layout if self.is_flower else self.spec.layout
 
     @property
     def flags(self) -> int:
         """The terms that a worker needs, as bits of the control block."""
-        return (FLOWER if self.order == "flower" else 0) | (self.commit_every or 0) << BATCH_SHIFT
+        return (FLOWER if self.is_flower else 0) | (self.commit_every or 0) << BATCH_SHIFT

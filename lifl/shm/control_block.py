@@ -1,7 +1,7 @@
-"""The control block of a round: the layout of its blocks, and the order for its mean. Values and bytes, no arena.
+"""The control block of a round: the layout of its blocks, and the recipe of its mean. Values and bytes, no arena.
 
 The owner writes it, workers read it. The first part, the layout, is there when the round opens. The owner writes the
-order when every sum and update lies where it will be read, and before it sends the first SHARD. Each worker writes the
+recipe when every sum and update lies where it will be read, and before it sends the first SHARD. Each worker writes the
 times of its own shard.
 """
 
@@ -56,7 +56,7 @@ class MeanRecipe:
 
 def control_bytes(layout: Layout, most_sources: int) -> int:
     """Bytes of the control block of a round whose mean has at most so many sums and updates."""
-    return _order_offset(len(layout.encode(0))) + _HEAD.size + most_sources * _ROW.size
+    return _recipe_offset(len(layout.encode(0))) + _HEAD.size + most_sources * _ROW.size
 
 
 def times_offset(layout: Layout, shard: int) -> int:
@@ -68,23 +68,23 @@ def _times_start(layout_bytes: int) -> int:
     return -(-layout_bytes // 16) * 16
 
 
-def _order_offset(layout_bytes: int) -> int:
+def _recipe_offset(layout_bytes: int) -> int:
     return _times_start(layout_bytes) + MAX_SHARDS * _TIMES.size
 
 
-def write(buffer: Any, layout: Layout, order: MeanRecipe) -> None:
-    """Writes an order behind the layout; `buffer` is the control block, at least ``control_bytes`` long."""
-    at = _order_offset(len(layout.encode(0)))
-    head = (order.mean.index, order.mean.generation, len(order.sums), len(order.updates), *order.weight)
-    rows = b"".join(_ROW.pack(s.index, s.generation, s.weight) for s in (*order.sums, *order.updates))
+def write(buffer: Any, layout: Layout, recipe: MeanRecipe) -> None:
+    """Writes a recipe behind the layout; `buffer` is the control block, at least ``control_bytes`` long."""
+    at = _recipe_offset(len(layout.encode(0)))
+    head = (recipe.mean.index, recipe.mean.generation, len(recipe.sums), len(recipe.updates), *recipe.weight)
+    rows = b"".join(_ROW.pack(s.index, s.generation, s.weight) for s in (*recipe.sums, *recipe.updates))
     data = _HEAD.pack(*head) + rows
     buffer[at : at + len(data)] = data
 
 
 def read(data: bytes) -> tuple[Layout, int, MeanRecipe]:
-    """The layout, the flags and the order in a control block; raises ``ValueError`` if they reach beyond it."""
+    """The layout, the flags and the recipe in a control block; raises ``ValueError`` if they reach beyond it."""
     layout, flags = Layout.decode(data)
-    at = _order_offset(len(layout.encode(0)))
+    at = _recipe_offset(len(layout.encode(0)))
     if len(data) < at + _HEAD.size:
         raise ValueError(f"control block of {len(data)} bytes: the head of its order ends at {at + _HEAD.size}")
     index, generation, num_sums, num_updates, weight, low = _HEAD.unpack_from(data, at)

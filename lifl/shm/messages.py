@@ -1,4 +1,4 @@
-"""The kinds of message between the owner and its workers; each is packed and unpacked here and nowhere else.
+"""The kinds of message between the owner and its workers, and the one place where their arguments are packed and read.
 
 A message is a :class:`Descriptor`. For each kind there is one function that packs it, and beside it the function that
 reads its argument, if it has one. Pure: a ring or a socket carries the descriptor, see :mod:`lifl.shm.ring`.
@@ -70,6 +70,7 @@ def _about(kind: Kind, number: int, block: Block | None, arg: int = 0) -> Descri
 
 
 def _pair(high: int, low: int) -> int:
+    # Both fit into 8 bits: there are at most 255 workers, and as many shards.
     return high << 8 | low
 
 
@@ -112,9 +113,9 @@ class Flush(NamedTuple):
     leaves: int
 
 
-def flush(number: int, mean: Block | None, order: Flush) -> Descriptor:
+def flush(number: int, mean: Block | None, argument: Flush) -> Descriptor:
     """FLUSH, to a leaf: no update follows; the top writes the mean to `mean`. None: the mean is made in shards."""
-    return _about(Kind.FLUSH, number, mean, _pair(*order))
+    return _about(Kind.FLUSH, number, mean, _pair(*argument))
 
 
 def flush_of(d: Descriptor) -> Flush:

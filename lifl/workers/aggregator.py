@@ -27,8 +27,7 @@ import attrs
 
 from lifl import fold
 from lifl.errors import PeerGoneError
-from lifl.shm import control_block as order
-from lifl.shm import messages
+from lifl.shm import control_block, messages
 from lifl.shm.arena import OWNER, Arena, Block, Mapping, State, lib
 from lifl.shm.control_block import BATCH_SHIFT, FLOWER
 from lifl.shm.messages import Descriptor, Kind
@@ -348,7 +347,7 @@ class Aggregator:
         begin = lib.lifl_now_ns()
         self._shards.remove(work)
         control = self._arena.map(d.block, d.generation)
-        layout, flags, what = order.read(ctypes.string_at(control.address, control.nbytes))
+        layout, flags, what = control_block.read(ctypes.string_at(control.address, control.nbytes))
         sums = [self._arena.map(s.index, s.generation) for s in what.sums]
         updates = [self._arena.map(s.index, s.generation) for s in what.updates]
         mean = self._arena.map(what.mean.index, what.mean.generation)
@@ -362,8 +361,8 @@ class Aggregator:
             finite = fold.finish_at(layout, mean.address, totals, what.weight, inputs, weights, part)
         end = lib.lifl_now_ns()
         self._outbox.spent.ns += end - begin
-        times = order.times_of(begin, end)
-        ctypes.memmove(control.address + order.times_offset(layout, part[0]), times, len(times))
+        times = control_block.times_of(begin, end)
+        ctypes.memmove(control.address + control_block.times_offset(layout, part[0]), times, len(times))
         for mapping in (*sums, *updates, mean, control):
             mapping.close()
         self._outbox.push(OWNER, messages.sharded(d, finite))

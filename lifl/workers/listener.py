@@ -25,7 +25,7 @@ RETRY_S = 0.002
 """The wait before a descriptor that did not fit into a full ring is tried again: the consumer rings no bell."""
 
 
-class Owner(Protocol):
+class Listened(Protocol):
     """The Node, as the thread uses it. All but :meth:`replace` is called with the Node's lock held."""
 
     outbox: Outbox
@@ -54,14 +54,14 @@ class Owner(Protocol):
         """Replaces a worker that is proven dead."""
 
     def lose(self, error: PeerGoneError) -> None:
-        """Ends the Node, which cannot go on, with an error."""
+        """Ends every round with this error: the Node cannot go on."""
 
 
 class Listener:
     """The thread of one Node. It starts at once, and ends at a ring of the bell when ``is_closed`` is true."""
 
     def __init__(
-        self, node: Owner, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
+        self, node: Listened, supervisor: Supervisor, inbox: Receiver, bell: Bell, idle_timeout: float | None
     ) -> None:
         self._node = node
         self._supervisor = supervisor

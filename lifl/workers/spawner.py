@@ -262,7 +262,7 @@ class _Workers:
             worker.join()
 
 
-def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: int) -> None:
+def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, owner_pid: int) -> None:
     """Forks workers as asked, until the owner is gone or closes its end of the socket; then ends them."""
     # The owner may have been started with SIGCHLD ignored: the kernel would reap the workers, and a wait would fail.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -277,17 +277,17 @@ def main(socket_fd: int, arena_fd: int, bell_fd: int, spin_ns: int, agent_pid: i
         aggregator.main(arena_fd, bell_fd, participant, spin_ns / 1e9, parent, *given)
 
     try:
-        agent = os.pidfd_open(agent_pid)
+        owner = os.pidfd_open(owner_pid)
     except ProcessLookupError:
         return
     with selectors.DefaultSelector() as selector:
         workers = _Workers(selector, begin)
         selector.register(control, selectors.EVENT_READ)
         # The socket alone does not show the owner's death: a fork of the owner may hold a copy of its end.
-        selector.register(agent, selectors.EVENT_READ)
+        selector.register(owner, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj == agent:
+                if key.fileobj == owner:
                     workers.end()
                     return
                 if key.fileobj is not control:

@@ -366,7 +366,7 @@ class Rounds:
         """Refuses a reply that is too large, whatever it may say."""
         refusal = Rejection(reception.client, "format", f"more than {TOO_LARGE}")
         settled = Settled(reception.message, {}, refusal)
-        # The reply is given up at once, so that no more of it is taken. What has come of it is deleted in a thread: the
+        # The reply is given up at once, so that no more of it is taken. Its objects are deleted in a thread: the
         # server's loop may be here, and must not wait for a database.
         if self.registry.give_up(asked) is not None:
             self._assemblers.submit(self._discard, asked, settled, reception)
