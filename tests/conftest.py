@@ -14,6 +14,7 @@ import pytest
 
 import lifl
 from lifl.shm.arena import Arena
+from tests.forkserver import RUNNING
 
 MARK = "LIFL_TESTS"
 SETTLE_S = 15.0
@@ -48,7 +49,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def processes() -> dict[int, str]:
-    """Descendants of this process, and those that were re-parented but carry its mark; zombies too."""
+    """Descendants of this process but the fork server, and those re-parented that carry its mark; zombies too."""
     mark = f"{MARK}={os.getpid()}".encode()
     parents, names, found = {}, {}, set()
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
@@ -68,7 +69,7 @@ def processes() -> dict[int, str]:
             line.append(parents[line[-1]])
         if os.getpid() in line[1:]:
             found.add(pid)
-    return {pid: names[pid] for pid in found - {os.getpid()} if pid in names}
+    return {pid: names[pid] for pid in found - RUNNING - {os.getpid()} if pid in names}
 
 
 def descriptors() -> dict[int, str]:

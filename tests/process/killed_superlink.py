@@ -1,7 +1,7 @@
 """A SuperLink, lifl's or Flower's by the first argument, that kills itself at a moment which a file names.
 
 The file $LIFL_KILL has a moment's name and a number: at the moment that comes as this number since the file was there,
-the file goes and the process with it, by SIGKILL.
+the file goes and the process with it, by SIGKILL. The fork server runs it: ``killed-superlink KIND ...``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
-TOLD = Path(os.environ["LIFL_KILL"])
 LARGE_BYTES = 2**20
 counts: dict[str, int] = {}
 
 
 def reached(moment: str) -> None:
     """Ends this process, if this is the moment."""
+    told = Path(os.environ["LIFL_KILL"])
     try:
-        name, number = TOLD.read_text().rsplit(" ", 1)
+        name, number = told.read_text().rsplit(" ", 1)
     except (FileNotFoundError, ValueError):
         counts.clear()
         return
@@ -35,7 +35,7 @@ def reached(moment: str) -> None:
         return
     counts[moment] = counts.get(moment, 0) + 1
     if counts[moment] == int(number):
-        TOLD.unlink()
+        told.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -59,8 +59,9 @@ def watch(owner: Any, name: str, moment: str, counts_if: Callable[[Any], bool] =
     setattr(owner, name, called)
 
 
-def main(kind: str) -> None:
-    """Runs the server; the rest of the command line is its own."""
+def main() -> None:
+    """Runs the server of the kind that comes first; the rest of the command line is its own."""
+    kind = sys.argv.pop(1)
     watch(SqlObjectStore, "get", "large", lambda content: content is not None and len(content) > LARGE_BYTES)
     watch(fleet_handlers, "pull_messages", "pull", lambda answer: bool(answer.messages_list))
     for name in ("push_messages", "push_object", "confirm_message_received"):
@@ -88,7 +89,3 @@ def main(kind: str) -> None:
     for name in ("open", "bound", "finish", "close"):
         watch(app_socket.Connection, f"_on_{name}", name)
     command.main()
-
-
-if __name__ == "__main__":
-    main(sys.argv.pop(1))

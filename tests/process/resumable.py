@@ -1,6 +1,6 @@
 """A run with a checkpoint that kills its own process, for real, at a moment that is named on the command line.
 
-python resumable.py CHECKPOINT OUT [MOMENT [TENSORBOARD]]
+python resumable.py CHECKPOINT OUT [MOMENT [TENSORBOARD]], or ``resumable ...`` by the fork server
 """
 
 from __future__ import annotations
@@ -116,7 +116,12 @@ def central(server_round: int, arrays: ArrayRecord) -> MetricRecord:
     return MetricRecord({"luck": random.random() + float(np.random.rand())})
 
 
-def main(path: str, out: str, moment: str = "", board: str | None = None) -> None:
+def start() -> None:
+    """Runs what the command line says."""
+    part(*sys.argv[1:])
+
+
+def part(path: str, out: str, moment: str = "", board: str | None = None) -> None:
     """A process's part of the run; writes the final model, with the measurements in its metadata."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     if not os.path.exists(path):
@@ -149,4 +154,4 @@ def main(path: str, out: str, moment: str = "", board: str | None = None) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    start()

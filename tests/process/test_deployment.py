@@ -13,6 +13,8 @@ import pytest
 
 from lifl.deploy.deployment import Deployment
 
+pytestmark = pytest.mark.usefixtures("own_programs")
+
 APP = Path(__file__).parents[2] / "examples" / "quickstart-digits"
 
 OWNER = """

@@ -6,10 +6,11 @@ In Flower's order, in which the same replies give the same bits each time (see d
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fedavg_runs
@@ -20,18 +21,25 @@ from safetensors import safe_open
 from scalar_files import scalars, untimed
 
 from lifl.deploy.deployment import Deployment
+from tests.forkserver import ForkServer
 
 pytestmark = pytest.mark.ladder
 
-PROGRAM = Path(__file__).with_name("resumable.py")
+Part = Callable[..., int]
 
 
-def part(checkpoint: Path, out: Path, moment: str = "") -> int:
-    """A process that begins or resumes the run; its exit status."""
-    command = [sys.executable, str(PROGRAM), str(checkpoint), str(out), moment, str(checkpoint.with_name("board"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+@pytest.fixture(scope="module")
+def part(fork_server: ForkServer) -> Part:
+    """Starts a process that begins or resumes the run; its exit status."""
+    environment = fork_server.environment(dict(os.environ))
+
+    def run(checkpoint: Path, out: Path, moment: str = "") -> int:
+        command = ["resumable", str(checkpoint), str(out), moment, str(checkpoint.with_name("board"))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode
+
+    return run
 
 
 def end_of(out: Path) -> tuple[dict[str, tuple[str, bytes]], dict[str, str]]:
@@ -42,7 +50,7 @@ def end_of(out: Path) -> tuple[dict[str, tuple[str, bytes]], dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(part: Part, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     assert part(folder / "run", folder / "out") == 0
@@ -50,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
-def test_killed_and_resumed(moment: str, whole: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(moment: str, part: Part, whole: Path, tmp_path: Path) -> None:
     """Killed once: the same model, the same nodes in each round, the same random numbers."""
     path, out = tmp_path / "run", tmp_path / "out"
     assert part(path, out, moment) == -signal.SIGKILL
@@ -60,7 +68,7 @@ def test_killed_and_resumed(moment: str, whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_killed_at_every_moment_of_one_run(whole: Path, tmp_path: Path) -> None:
+def test_killed_at_every_moment_of_one_run(part: Part, whole: Path, tmp_path: Path) -> None:
     """Killed a dozen times, each time a little further on: the same end, and the same scalars for TensorBoard."""
     path, out = tmp_path / "run", tmp_path / "out"
     assert [part(path, out, moment) for moment in MOMENTS.values()] == [-signal.SIGKILL] * len(MOMENTS)

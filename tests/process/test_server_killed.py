@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ import pytest
 from fedavg_runs import Runs
 from servers import Servers
 
-PROGRAM = Path(__file__).with_name("killed_superlink.py")
 ARGUMENTS = ("--database", "{database}", "--isolation", "process", "--lifl-memory", "256MiB", "--lifl-workers", "1")
 WAIT_S = 150.0
 DEADLINE_S = 100
@@ -143,7 +141,7 @@ class Deployed:
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """Shared by all, with lifl's server."""
     folder = tmp_path_factory.mktemp("killed")
-    command = (sys.executable, str(PROGRAM), "lifl")
+    command = ("killed-superlink", "lifl")
     with Servers(command, ARGUMENTS, env={"LIFL_KILL": str(folder / "moment")}) as servers:
         servers.start_superexec()
         servers.start_node(0)

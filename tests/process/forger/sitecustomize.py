@@ -61,5 +61,8 @@ def forge() -> None:
     FleetHttpClient.PushMessages, FleetHttpClient.PullMessages = remember, pull_after
 
 
+# A SuperNode alone is concerned; the programs that it starts may be forked.
+paths = [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if path != os.path.dirname(__file__)]
+os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 if "LIFL_FORGED" in os.environ and any(part in argument for argument in sys.argv for part in HOSTILE):
     forge()
