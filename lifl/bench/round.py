@@ -187,8 +187,9 @@ def measure_round(
 def run_side(side: Side, work: Work) -> Run:
     """Runs the rounds on a server of their own; raises the same errors as :func:`measure_round`."""
     memory = ("--lifl-memory", work.memory) if side.takes_memory and work.memory is not None else ()
-    profile = Path(tempfile.mkdtemp(prefix="lifl-profile-")) / "profile.json" if work.has_profile else None
-    flags = ("--lifl-profile", str(profile)) if profile is not None and side.takes_memory else ()
+    is_profiled = work.has_profile and side.takes_memory
+    profile = Path(tempfile.mkdtemp(prefix="lifl-profile-")) / "profile.json" if is_profiled else None
+    flags = () if profile is None else ("--lifl-profile", str(profile))
     with Deployment(0, (*side.command, *memory, *flags), start_timeout=START_TIMEOUT_S) as deployment:
         answers, server = _start_load(deployment, work), deployment.pid("superlink")
         files = {name: deployment.folder / name for name in ("tensors.json", "out.json", "model.npz")}

@@ -43,7 +43,7 @@ FIGURES = {
 def measured(own_folder: Path) -> dict[str, Any]:
     """Two rounds with two nodes, Flower's strategy and lifl's on Flower's SuperLink, measured once."""
     assert own_folder.is_dir()
-    return measure_round("tiny", NODES, ROUNDS, ("flower", "strategy"), spec=SPEC)
+    return measure_round("tiny", NODES, ROUNDS, ("flower", "strategy"), spec=SPEC, has_profile=True)
 
 
 def test_every_side_has_its_figures(measured: dict[str, Any]) -> None:
@@ -80,6 +80,11 @@ def test_every_round_is_there(measured: dict[str, Any]) -> None:
             assert one["sent_bytes"] > NODES * SPEC.nbytes
             assert one["received_bytes"] > NODES * SPEC.nbytes
             assert one["repeated"] == 0
+
+
+def test_only_lifl_superlink_has_a_profile(measured: dict[str, Any]) -> None:
+    """The table of the profile shows the first side that has one, so Flower's SuperLink must have none."""
+    assert [row["profile_s"] for row in measured["rows"]] == [None, None]
 
 
 def test_every_model_is_the_mean(measured: dict[str, Any]) -> None:
