@@ -30,7 +30,7 @@ class Peer(StrEnum):
     NVFLARE = "nvflare"
 
 
-class Fold(StrEnum):
+class Timing(StrEnum):
     """The values of ``lifl.planner.timing.Timing``."""
 
     EAGER = "eager"
@@ -253,7 +253,9 @@ def round(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of one run.")] = 2,
     sides: Annotated[str, typer.Option(help="The sides that take turns.")] = "flower,strategy,server",
     peer: Annotated[Peer | None, typer.Option(metavar="NAME", help="One more side: nvflare.")] = None,
-    timing: Annotated[Fold, typer.Option(metavar="WHEN", help="lifl folds updates eager, lazy or jit.")] = Fold.EAGER,
+    timing: Annotated[
+        Timing, typer.Option(metavar="WHEN", help="lifl folds updates eager, lazy or jit.")
+    ] = Timing.EAGER,
     memory: Annotated[
         str | None, typer.Option(help="Size of lifl-superlink's arena, such as 2GiB.", show_default="its own default")
     ] = None,
