@@ -38,6 +38,11 @@ class Timing(StrEnum):
     JIT = "jit"
 
 
+Picture = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, writable=True, help="Draw the figures into this file: .svg, .png or .pdf."),
+]
+
 bench = typer.Typer(
     help="Measure this machine, the fold, the hand-off, the recovery, the planning, the workers.",
     no_args_is_help=True,
@@ -220,7 +225,7 @@ def ablation(
     real_updates: Annotated[str, typer.Option(help="Updates for the 5 real Nodes; 40 take 12 GB.")] = "20,30,40",
     repetitions: Annotated[int, typer.Option(min=1, help="Each real figure is the median of this many.")] = 3,
     simulate_only: Annotated[bool, typer.Option("--simulate-only", help="No real rounds.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the figures into this file: .svg, .png or .pdf.")] = None,
+    picture: Picture = None,
     as_json: AsJson = False,
 ) -> None:
     """The ideas of lifl, added one at a time, for real and simulated.
@@ -238,9 +243,9 @@ def ablation(
         check_picture(picture)
     with progress() as say:
         figures = measure_ablation(counts, real, repetitions, is_simulated_only=simulate_only, on_progress=say)
+    show(figures, ablation_tables, as_json)  # first, so that no file that cannot be written loses the figures
     if picture is not None:
         save_picture(figures, picture)
-    show(figures, ablation_tables, as_json)
 
 
 @bench.command()
@@ -262,8 +267,10 @@ def round(
     profile: Annotated[bool, typer.Option(help="Show lifl-superlink's CPU time by activity.")] = False,
     patient: Annotated[bool, typer.Option(help="The nodes wait as long as SuperNodes do.")] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures into this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the figures into this file: .svg, .png or .pdf.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, writable=True, help="Write the figures into this file.")
+    ] = None,
+    picture: Picture = None,
 ) -> None:
     """Whole Flower rounds, end to end, on real servers.
 
@@ -289,13 +296,13 @@ def round(
             figures = measure_round(model.value, nodes, rounds, chosen, on_progress=say, **options)
     except (FileNotFoundError, RuntimeError, TimeoutError) as error:  # a program could not start, failed or hung
         end(str(error), 1)
+    show(figures, round_table, as_json=False)  # first, so that no file that cannot be written loses the figures
+    if any(row.get("profile_s") for row in figures["rows"]):
+        show(figures, profile_table, as_json=False)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2))
     if picture is not None:
         save_picture(figures, picture)
-    show(figures, round_table, as_json=False)
-    if any(row.get("profile_s") for row in figures["rows"]):
-        show(figures, profile_table, as_json=False)
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:

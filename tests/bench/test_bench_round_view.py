@@ -95,6 +95,17 @@ def test_the_command_writes_what_it_is_told_to(monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "f.svg").exists()
 
 
+def test_a_path_that_cannot_be_written_loses_no_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder is refused before anything is measured; the table is shown before a file is written."""
+    monkeypatch.setattr(bench, "measure_round", lambda *_, **__: FIGURES)
+    for option in ("--json", "--picture"):
+        result = CliRunner().invoke(cli.main, ["bench", "round", option, str(tmp_path)])
+        assert (result.exit_code, result.stdout) == (2, "")
+    result = CliRunner().invoke(cli.main, ["bench", "round", "--json", "/dev/full"])
+    assert isinstance(result.exception, OSError)
+    assert "Whole rounds" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [(TimeoutError("the run did not end"), "the run did not end"), (RuntimeError("load ended"), "load ended")],
