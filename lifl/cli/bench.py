@@ -280,7 +280,7 @@ def round(
     minute with the defaults, and three minutes with small2000 and 2 nodes. NVFLARE needs lifl's extra "peers".
     """
     from lifl.bench.ablation_view import check_picture
-    from lifl.bench.round import measure_round
+    from lifl.bench.round import SIDES, measure_round
     from lifl.bench.round_view import profile_table, round_table, save_picture
 
     if picture is not None:
@@ -289,6 +289,13 @@ def round(
         raise ValueError(f"{json_file}: there is no such folder")
     chosen = [side.strip() for side in sides.split(",") if side.strip()]
     chosen += [peer.value] if peer is not None else []
+    for option, is_given, users in (
+        ("--memory", memory is not None, [name for name, side in SIDES.items() if side.takes_memory]),
+        ("--profile", profile, [name for name, side in SIDES.items() if side.takes_memory]),
+        ("--timing", timing is not Timing.EAGER, [name for name, side in SIDES.items() if side.strategy == "lifl"]),
+    ):
+        if is_given and not set(users) & set(chosen):
+            raise ValueError(f"{option} has no effect on {', '.join(chosen)}: add one of {', '.join(users)} to --sides")
     options: dict[str, Any] = {"timing": timing.value, "memory": memory, "repetitions": repetitions}
     options |= {"is_patient": patient, "has_profile": profile}
     try:
