@@ -184,7 +184,7 @@ def idle_table(figures: dict[str, Any]) -> Table:
     table = Table(title=f"{title} ({figures['transport']}, {figures['cores']} cores)")
     table.add_column("the Node")
     for heading in ("processes", "owner", "spawner", "workers", "all", "goal"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["rows"]:
         parts = (row[f"{part}ms_per_s"] for part in ("agent_", "spawner_", "workers_", ""))
         numbers = (f"{value:.4f}" for value in parts)

@@ -201,7 +201,7 @@ def limits_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`measure_limits` as a table."""
     table = Table(title=f"The limits of this machine ({figures['cores']} cores, {figures['vector_width']})")
     table.add_column("limit")
-    table.add_column("at most", justify="right")
+    table.add_column("median", justify="right", no_wrap=True)
     for title, name in (
         ("read memory, one core", "read_one_core_gb_per_s"),
         ("read memory, all cores", "read_all_cores_gb_per_s"),

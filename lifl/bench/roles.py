@@ -150,7 +150,7 @@ def roles_table(figures: dict[str, Any]) -> Table:
     )
     table.add_column("time of")
     for heading in ("median\nus", "least\nus", "against\nrole change", "goal"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["rows"]:
         goal = f"over {figures['goal_times']:g} x" if row["way"] in ("cold", "first") else ""
         numbers = (f"{row['median_us']:,.0f}", f"{row['min_us']:,.0f}", f"{row['times_change']:,.1f} x")

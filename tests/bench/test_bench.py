@@ -179,7 +179,9 @@ def test_fold_refuses_wrong_arguments(wrong: dict[str, object]) -> None:
 
 def test_fold_table_shows_every_row() -> None:
     """The table names each side and its ratio to Flower."""
-    text = shown(fold_table(measure_fold("small", 3, 1, 1, spec=SMALL)))
+    table = fold_table(measure_fold("small", 3, 1, 1, spec=SMALL))
+    assert "…" not in shown(table, width=80)
+    text = shown(table)
     assert "The mean of 3 updates of small" in text
     assert all(title in text for title in fold.TITLES.values())
     assert "as planned (1 shard)" in text

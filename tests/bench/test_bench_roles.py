@@ -92,8 +92,9 @@ def test_trickle_notices_a_wrong_mean() -> None:
 
 
 def test_trickle_table_shows_every_timing(trickled: dict[str, Any]) -> None:
-    """The goal stands beside eager, which it is of."""
-    text = shown(trickle_table(trickled))
+    """The goal stands below, and no number is cut off in a pipe."""
+    text = shown(trickle_table(trickled), width=80)
+    assert "…" not in text
     assert "5 updates of small, 0.1 MB each, evenly over 0.2 s" in text
     assert all(timing in text for timing in TIMINGS)
     assert text.count("under 1") == 1
