@@ -56,6 +56,8 @@ def cluster_of(
 
     Raises ``ValueError`` for a number that is negative or not finite.
     """
+    if not (math.isfinite(rate) and rate >= 0):  # Load would name the rate of one node
+        raise ValueError(f"rate={rate!r}: give a finite number from 0 up")
     load = Load(rate / max(1, nodes), execution_s)
     if capacity is None:
         capacity = math.ceil(SPARE * clients / max(1, nodes)) + math.ceil(load.queue)

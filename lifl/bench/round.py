@@ -148,7 +148,7 @@ def measure_round(
     """
     spec = model_spec(model) if spec is None else spec
     if unknown := [side for side in sides if side not in TITLES]:
-        raise ValueError(f"side {unknown[0]!r} is not known: choose of {', '.join(TITLES)}")
+        raise ValueError(f"side {unknown[0]!r} is not known: choose one of {', '.join(TITLES)}")
     if PEER in sides and importlib.util.find_spec(PEER) is None:
         raise ModuleNotFoundError(f"{PEER} is not installed", name=PEER)
     if min(nodes, rounds, repetitions, len(sides)) < 1:

@@ -220,9 +220,11 @@ def idle(
 @reporting_errors
 def ablation(
     updates: Annotated[
-        str, typer.Option(help="Updates for 5 simulated nodes; 20 times as many for 100.")
+        str, typer.Option(help="Updates for 5 simulated nodes, at most 100; 20 times as many for 100 nodes.")
     ] = "20,60,100",
-    real_updates: Annotated[str, typer.Option(help="Updates for the 5 real Nodes; 40 take 12 GB.")] = "20,30,40",
+    real_updates: Annotated[
+        str, typer.Option(help="Updates for the 5 real Nodes, at most 100; 40 take 12 GB.")
+    ] = "20,30,40",
     repetitions: Annotated[int, typer.Option(min=1, help="Each real figure is the median of this many.")] = 3,
     simulate_only: Annotated[bool, typer.Option("--simulate-only", help="No real rounds.")] = False,
     picture: Picture = None,

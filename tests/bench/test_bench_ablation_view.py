@@ -67,3 +67,6 @@ def test_simulation_alone_starts_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     wrong = CliRunner().invoke(cli.main, ["bench", "ablation", "--updates", "1,x"])
     assert (wrong.exit_code, wrong.stdout) == (1, "")
     assert wrong.stderr == "lifl: --updates 1,x: give numbers with commas between them, such as 20,60,100\n"
+    many = CliRunner().invoke(cli.main, ["bench", "ablation", "--simulate-only", "--updates", "101"])
+    assert many.exit_code == 1
+    assert many.stderr == "lifl: updates=(101,), real_updates=(20, 30, 40): 5 nodes have room for 100\n"

@@ -49,7 +49,7 @@ def test_all_clients_fit_without_a_capacity(clients: int, nodes: int, rate: floa
 
 def test_nonsense_is_refused() -> None:
     """As an error in one line."""
-    with pytest.raises(ValueError, match="arrival_rate"):
+    with pytest.raises(ValueError, match="rate=-1: give"):
         cluster_of(1, 1, rate=-1)
     with pytest.raises(PlanError, match="0 clients on 0 nodes"):
         timed_plan(*cluster_of(0, 0))

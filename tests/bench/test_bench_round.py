@@ -95,7 +95,7 @@ def test_every_model_is_the_mean(measured: dict[str, Any]) -> None:
 def test_wrong_arguments_are_told_before_anything_is_started() -> None:
     """A name or a number that cannot be."""
     with pytest.raises(
-        ValueError, match="side 'mine' is not known: choose of flower, strategy, server, unheld, nvflare"
+        ValueError, match="side 'mine' is not known: choose one of flower, strategy, server, unheld, nvflare"
     ):
         measure_round(sides=("mine",))
     with pytest.raises(ValueError, match="nodes=0"):
