@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+import attrs
+
 from lifl.report.scene import (
     COLOURS,
     Scene,
@@ -35,6 +37,8 @@ def draw(report: Shown, ax: Axes | None = None) -> Axes:
             from matplotlib import pyplot
 
             return _draw_all(report, scene, pyplot.figure(figsize=_size(scene), layout="constrained"))
+    # A mark's label is in the last window that has the mark, and these axes show only the first window.
+    scene = attrs.evolve(scene, windows=scene.windows[:1])
     _draw(scene, scene.windows[0], ax)
     ax.set_title(plain(headline(report)), loc="left", fontsize="medium", parse_math=False)
     return ax
