@@ -17,8 +17,8 @@ from lifl.report.scene import (
     plain,
     remarks,
     row_name,
+    scene_of,
     shorten,
-    show_scene,
 )
 from lifl.report.shapes import ENLARGED, LEGEND, Block, Shape, Sign, Stroke, enlarged_part, shapes_in
 
@@ -31,7 +31,7 @@ MARKERS = {"tick": "|", "diamond": "D", "triangle": "v"}
 
 def draw(report: Shown, ax: Axes | None = None) -> Axes:
     """Draws a report: see :meth:`lifl.RoundReport.plot`."""
-    scene = show_scene(report)
+    scene = scene_of(report)
     if ax is None:
         with _naming_the_extra():
             from matplotlib import pyplot
@@ -46,7 +46,7 @@ def draw(report: Shown, ax: Axes | None = None) -> Axes:
 
 def make_figure(report: Shown) -> Figure:
     """A figure for a file. pyplot does not make it: it would keep the figure, and choose a window system."""
-    scene = show_scene(report)
+    scene = scene_of(report)
     with _naming_the_extra():
         from matplotlib.figure import Figure
 
