@@ -147,7 +147,7 @@ def test_idle_returns_every_node(idled: dict[str, Any]) -> None:
     assert set(idled) == {"cores", "workers", "transport", "seconds", "goal_ms_per_s", "rows"}
     assert [(row["way"], row["processes"]) for row in idled["rows"]] == [("warm", 3), ("open", 3), ("zero", 1)]
     for row in idled["rows"]:
-        parts = [row[f"{part}_ms_per_s"] for part in ("agent", "spawner", "workers")]
+        parts = [row[f"{part}_ms_per_s"] for part in ("owner", "spawner", "workers")]
         assert row["ms_per_s"] == pytest.approx(sum(parts))
         assert min(parts) >= 0
     text = shown(idle_table(idled))
