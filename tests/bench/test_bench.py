@@ -318,7 +318,7 @@ def _num_descendants(pid: int) -> int:
 def test_limits_returns_what_it_documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every documented figure is there and above 0; the costs are those that a Node plans with from now on."""
     monkeypatch.setenv("LIFL_CACHE", str(tmp_path))
-    figures = measure_limits(memory_bytes=2**20, repetitions=1, messages=20)
+    figures = measure_limits(memory_bytes=2**20, repetitions=1, round_trips=20)
     assert json.loads(json.dumps(figures)) == figures
     assert set(figures) == {
         "cores",
@@ -358,7 +358,7 @@ def test_medians_runs_all_ways_in_turn() -> None:
     assert calls == ["a", "b"] * 3
 
 
-@pytest.mark.parametrize("wrong", [{"memory_bytes": 1}, {"repetitions": 0}, {"messages": 0}])
+@pytest.mark.parametrize("wrong", [{"memory_bytes": 1}, {"repetitions": 0}, {"round_trips": 0}])
 def test_limits_refuses_wrong_arguments(wrong: dict[str, int]) -> None:
     """Nothing is started for arguments that make no sense."""
     with pytest.raises(ValueError, match="at least"):
