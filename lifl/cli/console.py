@@ -1,7 +1,7 @@
 """The output of the ``lifl`` commands: progress, figures, and errors in one line.
 
-Owns output and exit statuses. Status 1: the command failed, and the line has the reason; 2: wrong arguments; 130:
-Ctrl-C.
+Owns output and exit statuses. Status 1: the command failed or refused a value, and the line has the reason; 2: typer
+refused the arguments; 130: Ctrl-C.
 """
 
 from __future__ import annotations
