@@ -87,8 +87,9 @@ def measure_round(
         A name in ``lifl.bench.shapes.MODELS``.
     sides : sequence of str
         Names in ``TITLES``. ``"flower"``: Flower's SuperLink and Flower's FedAvg. ``"strategy"``: Flower's SuperLink
-        and ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``. ``"nvflare"``, if
-        it is installed: NVFLARE's server and FedAvg, and its clients, which return their arrays at once too.
+        and ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``. ``"unheld"``: the
+        same, but the server does not hold requests for work open. ``"nvflare"``, if it is installed: NVFLARE's server
+        and FedAvg, and its clients, which return their arrays at once too.
     timing : {"eager", "lazy", "jit"}
         Timing of lifl's strategy.
     memory : str, optional
@@ -104,12 +105,14 @@ def measure_round(
     -------
     dict
         ``model``, ``arrays``, ``update_bytes``, ``nodes``, ``rounds``, ``repetitions``, ``timing``, ``memory``,
-        ``cores``, and ``rows``, one for each side, with medians over all its rounds, or runs:
+        ``is_patient``, ``cores``, and ``rows``, one for each side, with medians over all its rounds, or runs:
 
         ``side``, ``title``
             The side.
         ``wall_s``
             Seconds from one model to the next, by Flower's calls of ``evaluate_fn`` with them.
+        ``model_out_s``
+            Seconds from one model until the last node has pulled it; None for NVFLARE.
         ``last_to_model_s``
             Seconds from the acknowledgement of the last update's last byte, at its node, to the new model; for NVFLARE
             from the time when its controller receives the last update.
@@ -127,6 +130,9 @@ def measure_round(
             None for NVFLARE.
         ``load_cpu_s``
             CPU seconds, per round, of the process that stands for the nodes; it runs on the same cores.
+        ``profile_s``, ``gateway_bytes``
+            With `has_profile`, for lifl-superlink, otherwise None: CPU seconds of a round by activity; and the bytes of
+            the run that were ``received``, ``copied`` once more, and ``sent``.
         ``error_over_tolerance``
             The largest difference between the last model and the mean, divided by the difference that rounding allows.
         ``runs``
