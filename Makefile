@@ -1,5 +1,5 @@
-# Two commands do all: `make demo` and `make test`. Both work from a clean clone with Python 3.11+ (venv,
-# headers), a C compiler and make.
+# `make demo` shows lifl, `make test` tests it, `make check` tests all of it. Each works from a clean clone with
+# Python 3.11+ (venv, headers), a C compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
 BUILT_FROM := pyproject.toml setup.py lifl/_shm_build.py lifl/_shm.h lifl/_steps.h lifl/_shm.c lifl/_link.c lifl/_fold.c lifl/ebpf/record.h
@@ -28,7 +28,7 @@ ladder: .venv/dev
 	$(PYTEST) -m ladder
 	$(BIN)/python -m pytest tests/seeded
 
-# The ladder (docs/reliability.md). `make check` has 1 to 5 in minutes; here they are one by one, and longer.
+# The ladder (docs/reliability.md). `make check` has all seven, in part or short; here they are one by one, and longer.
 crash: .venv/dev
 	LIFL_CRASH=all $(BIN)/python -m pytest -s tests/crash tests/process/test_many_deaths.py tests/process/test_hostile.py
 

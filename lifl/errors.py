@@ -6,7 +6,7 @@ Each message has the event, the value that caused it, and the remedy. Wrong argu
 
 
 class LiflError(Exception):
-    """The root of the hierarchy; never raised itself."""
+    """The root of the hierarchy: ``except LiflError`` catches all of lifl's errors."""
 
 
 class ShmError(LiflError, OSError):

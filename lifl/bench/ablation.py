@@ -97,12 +97,15 @@ def measure_ablation(
     Raises
     ------
     LiflError
-        If a model is wrong; ``PlanError`` if the nodes have not room for all updates.
+        If a model is wrong.
     ValueError
-        For counts below 1.
+        For counts below 1, or more updates than 5 nodes have room for, ``ABLATION_NODES * ABLATION_CAPACITY``.
     """
     if not (updates and real_updates) or min(*updates, *real_updates, repetitions) < 1:
         raise ValueError(f"updates={updates}, real_updates={real_updates}, repetitions={repetitions}: at least 1 each")
+    most = ABLATION_NODES * ABLATION_CAPACITY
+    if max(*updates, *real_updates) > most:
+        raise ValueError(f"updates={updates}, real_updates={real_updates}: {ABLATION_NODES} nodes have room for {most}")
     say = on_progress or (lambda _: None)
     spec = model_spec(MODEL) if spec is None else spec
     sizes = Sizes(spec.layout.update_bytes, spec.layout.sum_bytes, spec.layout.mean_bytes, len(spec))

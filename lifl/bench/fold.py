@@ -307,9 +307,9 @@ def fold_table(figures: dict[str, Any]) -> Table:
         f"lifl's and Flower's means differ by {figures['error_over_tolerance']:.2f} of the difference that rounding "
         "allows.",
     ]
-    table.add_column("way", no_wrap=True)
+    table.add_column("way")
     for heading in ("workers", "ms", "GB/s", "against\nFlower", "of the\nread rate"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["rows"]:
         if "skipped" in row:
             table.add_row(row["title"], "", "-", "-", "-", "-")

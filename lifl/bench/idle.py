@@ -70,9 +70,9 @@ class IdleNode:
     spawner_pid: int
 
     def spent_ns(self) -> dict[str, int]:
-        """CPU nanoseconds so far, by part: ``agent`` (the Node's thread in its owner), ``spawner``, ``workers``."""
+        """CPU nanoseconds so far, by part: ``owner`` (the Node's thread in its owner), ``spawner``, ``workers``."""
         return {
-            "agent": thread_ns(self.owner_tid),
+            "owner": thread_ns(self.owner_tid),
             "spawner": process_ns(self.spawner_pid),
             "workers": sum(map(process_ns, self.node.pids())),
         }
@@ -134,7 +134,7 @@ def measure_idle(
     dict
         ``cores``, ``workers``, ``transport`` (the one that was used), ``seconds`` (as measured), ``goal_ms_per_s``, and
         ``rows``: dicts with ``way``, ``title``, ``processes`` (the number of the spawner and the living workers),
-        ``ms_per_s`` (all), ``agent_ms_per_s``, ``spawner_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time
+        ``ms_per_s`` (all), ``owner_ms_per_s``, ``spawner_ms_per_s`` and ``workers_ms_per_s``: milliseconds of CPU time
         per second.
 
     Raises
@@ -184,9 +184,9 @@ def idle_table(figures: dict[str, Any]) -> Table:
     table = Table(title=f"{title} ({figures['transport']}, {figures['cores']} cores)")
     table.add_column("the Node")
     for heading in ("processes", "owner", "spawner", "workers", "all", "goal"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["rows"]:
-        parts = (row[f"{part}ms_per_s"] for part in ("agent_", "spawner_", "workers_", ""))
+        parts = (row[f"{part}ms_per_s"] for part in ("owner_", "spawner_", "workers_", ""))
         numbers = (f"{value:.4f}" for value in parts)
         table.add_row(row["title"], str(row["processes"]), *numbers, f"under {figures['goal_ms_per_s']:g}")
     return table

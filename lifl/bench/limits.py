@@ -59,11 +59,11 @@ COST_TITLES = {
 def measure_limits(
     memory_bytes: int = MEMORY_BYTES,
     repetitions: int = 5,
-    messages: int = 5_000,
+    round_trips: int = 5_000,
     *,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures the limits; every figure is a median of `repetitions`, or of `messages` round trips.
+    """Measures the limits; every figure is a median of `repetitions`, or of `round_trips`.
 
     Takes twice `memory_bytes` of memory. All processes that the call starts have ended on return.
 
@@ -81,8 +81,8 @@ def measure_limits(
         ``costs``: the costs that the planner uses (``lifl.planner.costs.Costs``), measured anew and cached.
     """
     say = on_progress or (lambda _: None)
-    if memory_bytes < 4096 or repetitions < 1 or messages < 1:
-        raise ValueError("give at least 4096 bytes of memory, 1 repetition and 1 message")
+    if memory_bytes < 4096 or repetitions < 1 or round_trips < 1:
+        raise ValueError("give at least 4096 bytes of memory, 1 repetition and 1 round trip")
     figures: dict[str, Any] = {
         "cores": cores(),
         "vector_width": kernels.vector_width(),
@@ -92,7 +92,7 @@ def measure_limits(
     figures |= _memory(memory_bytes, repetitions)
     for name, way in WAYS.items():
         say(f"wake-up: {name}")
-        figures[f"wake_{name}_us"] = one_way(pair.run(way, messages))["median_us"]
+        figures[f"wake_{name}_us"] = one_way(pair.run(way, round_trips))["median_us"]
     say("starting processes")
     figures |= medians({"node_cold_s": _node_cold_s}, repetitions)
     starts = [start_workers() for _ in range(repetitions)]
@@ -201,7 +201,7 @@ def limits_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`measure_limits` as a table."""
     table = Table(title=f"The limits of this machine ({figures['cores']} cores, {figures['vector_width']})")
     table.add_column("limit")
-    table.add_column("at most", justify="right")
+    table.add_column("median", justify="right", no_wrap=True)
     for title, name in (
         ("read memory, one core", "read_one_core_gb_per_s"),
         ("read memory, all cores", "read_all_cores_gb_per_s"),

@@ -39,7 +39,7 @@ def run_nvflare(work: Work) -> Run:
         server = programs.pid("server")
         job, out, model = _write_job(programs.folder, server, work)
         command = [sys.executable, "-m", JOB, str(kits / "admin@nvidia.com"), str(job), str(work.nodes)]
-        programs.launch("submit", command, is_passing=True)
+        programs.launch("submit", command, may_end=True)
         with MemoryLog(server) as memory:
             status = programs.finish("submit", RUN_TIMEOUT_S + work.rounds * ROUND_TIMEOUT_S, title="NVFLARE's job")
         if status or not out.exists():
@@ -63,7 +63,7 @@ def _provision(programs: Programs, work: Work) -> Path:
     """Makes the start folders of the server, the clients and the administrator; returns the folder that holds them."""
     home = {"HOME": str(programs.folder), "NVFLARE_POC_WORKSPACE": str(programs.folder / "poc")}
     command = ["nvflare", "poc", "prepare", "-n", str(work.nodes)]
-    programs.launch("prepare", command, home, is_passing=True)
+    programs.launch("prepare", command, home, may_end=True)
     kits = programs.folder / "poc" / "example_project" / "prod_00"
     if programs.finish("prepare", PREPARE_TIMEOUT_S) or not kits.is_dir():
         raise RuntimeError(f"`{' '.join(command)}` failed.\n{programs.tail('prepare')}")

@@ -258,7 +258,7 @@ def recovery_table(figures: dict[str, Any]) -> Table:
     table = Table(title=f"A killed worker, of {figures['workers']}, that has {each} ({figures['cores']} cores)")
     table.add_column("from, to")
     for heading in ("deaths", "median\nms", "99 % within\nms", "worst\nms", "goal\nms"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["rows"]:
         goal = f"under {figures['goal_ms']:g}" if row["span"] == "kill_to_reclaimed" else ""
         numbers = (f"{row[key]:.2f}" for key in ("median_ms", "p99_ms", "worst_ms"))

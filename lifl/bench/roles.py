@@ -20,7 +20,7 @@ from lifl.tensor import TensorSpec
 
 TITLES = {
     "change": "role change, leaf to top",
-    "told": "the same by the owner",
+    "told": "role change, ordered by the owner",
     "warm": "a sleeping worker's answer",
     "cold": "one more worker's first answer",
     "first": "the first answer of a Node's first worker",
@@ -142,7 +142,7 @@ def roles_table(figures: dict[str, Any]) -> Table:
     table = Table(
         title=f"A warm worker's next role against a cold start ({figures['cores']} cores)",
         caption=(
-            f"Medians of {figures['repetitions']}, of role changes of {figures['repetitions'] * CHANGES}.\n"
+            f"Medians of {figures['repetitions']} starts, and of {figures['repetitions'] * CHANGES} role changes.\n"
             f"A Node of {reuse['workers']} workers that began with none:\nthe first round started {first}, the second "
             f"{second}; the processes were {same}."
         ),
@@ -150,7 +150,7 @@ def roles_table(figures: dict[str, Any]) -> Table:
     )
     table.add_column("time of")
     for heading in ("median\nus", "least\nus", "against\nrole change", "goal"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in figures["rows"]:
         goal = f"over {figures['goal_times']:g} x" if row["way"] in ("cold", "first") else ""
         numbers = (f"{row['median_us']:,.0f}", f"{row['min_us']:,.0f}", f"{row['times_change']:,.1f} x")

@@ -87,8 +87,9 @@ def measure_round(
         A name in ``lifl.bench.shapes.MODELS``.
     sides : sequence of str
         Names in ``TITLES``. ``"flower"``: Flower's SuperLink and Flower's FedAvg. ``"strategy"``: Flower's SuperLink
-        and ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``. ``"nvflare"``, if
-        it is installed: NVFLARE's server and FedAvg, and its clients, which return their arrays at once too.
+        and ``lifl.strategy.FedAvg``. ``"server"``: ``lifl-superlink`` and ``lifl.strategy.FedAvg``. ``"unheld"``: the
+        same, but the server does not hold requests for work open. ``"nvflare"``, if it is installed: NVFLARE's server
+        and FedAvg, and its clients, which return their arrays at once too.
     timing : {"eager", "lazy", "jit"}
         Timing of lifl's strategy.
     memory : str, optional
@@ -104,12 +105,14 @@ def measure_round(
     -------
     dict
         ``model``, ``arrays``, ``update_bytes``, ``nodes``, ``rounds``, ``repetitions``, ``timing``, ``memory``,
-        ``cores``, and ``rows``, one for each side, with medians over all its rounds, or runs:
+        ``is_patient``, ``cores``, and ``rows``, one for each side, with medians over all its rounds, or runs:
 
         ``side``, ``title``
             The side.
         ``wall_s``
             Seconds from one model to the next, by Flower's calls of ``evaluate_fn`` with them.
+        ``model_out_s``
+            Seconds from one model until the last node has pulled it; None for NVFLARE.
         ``last_to_model_s``
             Seconds from the acknowledgement of the last update's last byte, at its node, to the new model; for NVFLARE
             from the time when its controller receives the last update.
@@ -127,6 +130,9 @@ def measure_round(
             None for NVFLARE.
         ``load_cpu_s``
             CPU seconds, per round, of the process that stands for the nodes; it runs on the same cores.
+        ``profile_s``, ``gateway_bytes``
+            With `has_profile`, for lifl-superlink, otherwise None: CPU seconds of a round by activity; and the bytes of
+            the run that were ``received``, ``copied`` once more, and ``sent``.
         ``error_over_tolerance``
             The largest difference between the last model and the mean, divided by the difference that rounding allows.
         ``runs``
@@ -148,7 +154,7 @@ def measure_round(
     """
     spec = model_spec(model) if spec is None else spec
     if unknown := [side for side in sides if side not in TITLES]:
-        raise ValueError(f"side {unknown[0]!r} is not known: choose of {', '.join(TITLES)}")
+        raise ValueError(f"side {unknown[0]!r} is not known: choose one of {', '.join(TITLES)}")
     if PEER in sides and importlib.util.find_spec(PEER) is None:
         raise ModuleNotFoundError(f"{PEER} is not installed", name=PEER)
     if min(nodes, rounds, repetitions, len(sides)) < 1:
@@ -187,8 +193,9 @@ def measure_round(
 def run_side(side: Side, work: Work) -> Run:
     """Runs the rounds on a server of their own; raises the same errors as :func:`measure_round`."""
     memory = ("--lifl-memory", work.memory) if side.takes_memory and work.memory is not None else ()
-    profile = Path(tempfile.mkdtemp(prefix="lifl-profile-")) / "profile.json" if work.has_profile else None
-    flags = ("--lifl-profile", str(profile)) if profile is not None and side.takes_memory else ()
+    is_profiled = work.has_profile and side.takes_memory
+    profile = Path(tempfile.mkdtemp(prefix="lifl-profile-")) / "profile.json" if is_profiled else None
+    flags = () if profile is None else ("--lifl-profile", str(profile))
     with Deployment(0, (*side.command, *memory, *flags), start_timeout=START_TIMEOUT_S) as deployment:
         answers, server = _start_load(deployment, work), deployment.pid("superlink")
         files = {name: deployment.folder / name for name in ("tensors.json", "out.json", "model.npz")}

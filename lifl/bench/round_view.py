@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from lifl.bench.ablation_view import check_picture
+from lifl.planner.drawing import count
 
 COLOURS = {"unheld": "#4f7f4f", "flower": "#9a9a9a", "nvflare": "#c9a227", "strategy": "#7fb0e0", "server": "#1b4f8f"}
 WIDTH_INCHES, HEIGHT_INCHES, ROW_INCHES = 12.0, 1.1, 0.4
@@ -23,19 +24,21 @@ def round_table(figures: dict[str, Any]) -> Table:
     """The figures of :func:`lifl.bench.round.measure_round` as a table."""
     each = f"{figures['nodes']} nodes, {figures['model']}"
     model = f"{figures['arrays']:,} arrays, {figures['update_bytes'] / 1e6:.1f} MB"
+    rows = figures["rows"]
+    is_compared = any("over_flower" in row for row in rows if row["side"] != "flower")
+    below = "; below each, how many times as much Flower takes" if is_compared else ""
     patience = "between two requests as long as" if figures.get("is_patient") else "less between two requests than"
     table = Table(
         title=f"Whole rounds: {each} ({model}), {figures['timing']}, {figures['cores']} cores",
         title_justify="left",
         caption=(
-            f"Medians of {figures['repetitions']} runs of {figures['rounds']} rounds; below each, how many times as "
-            "much Flower takes. lifl's strategy: on Flower's SuperLink. lifl-superlink: with lifl's strategy. The "
-            f"nodes are virtual and return at once; they wait {patience} SuperNodes do. Every model is checked."
+            f"Medians of {count(figures['repetitions'], 'run')} of {count(figures['rounds'], 'round')}{below}. lifl's "
+            "strategy: on Flower's SuperLink. lifl-superlink: with lifl's strategy. The nodes are virtual and return "
+            f"at once; they wait {patience} SuperNodes do. Every model is checked."
         ),
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    rows = figures["rows"]
     for row in rows:
         table.add_column(row["title"], justify="right")
     lines: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -105,11 +105,6 @@ def spec_of(tensors: Sequence[Sequence[Any]]) -> TensorSpec:
     return TensorSpec(tuple(Tensor(name, dtype, tuple(shape)) for name, dtype, shape in tensors))
 
 
-def num_parameters(spec: TensorSpec) -> int:
-    """Number of weights and biases, without running statistics and counters."""
-    return sum(t.size for t in spec.tensors if not t.name.endswith(RUNNING))
-
-
 def _block(name: str, channels: int, width: int, out: int, stage: int, block: int) -> list[Tensor]:
     lengths: tuple[tuple[int, int, int], ...]
     if out == width:

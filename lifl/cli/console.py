@@ -1,7 +1,7 @@
 """The output of the ``lifl`` commands: progress, figures, and errors in one line.
 
-Owns output and exit statuses. Status 1: the command failed, and the line has the reason; 2: wrong arguments; 130:
-Ctrl-C.
+Owns output and exit statuses. Status 1: the command failed or refused a value, and the line has the reason; 2: typer
+refused the arguments; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -52,10 +52,15 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
             name = (error.name or "").partition(".")[0]
             end(f"{name} is not installed: {REMEDIES.get(name, f'pip install {name}')}", 1)
         except (LiflError, ValueError) as error:
-            # The text of an OSError begins with errno, which a user does not need; strerror is the text without it.
-            end(getattr(error, "strerror", None) or str(error), 1)
+            end(text_of(error), 1)
 
     return run
+
+
+def text_of(error: Exception) -> str:
+    """The text of an error for a user; its class if it has none."""
+    # The text of an OSError begins with errno, which a user does not need; strerror is the text without it.
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def end(message: str, status: int) -> NoReturn:

@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 
+from lifl.cli.console import text_of
 from lifl.errors import EbpfUnavailableError, LiflError, RoundError, ShmError
 
 # Each part imports the other modules of lifl itself, so that a failing import ends only that part.
@@ -92,12 +93,7 @@ def _found(parts: tuple[Callable[[], Iterator[Line]], ...]) -> Iterator[Line]:
         except Exception as error:  # on an unknown machine any error is possible
             is_ours = isinstance(error, LiflError)
             remedy = "the message says what to do" if is_ours else "please report this to lifl's developers"
-            yield Line(part.__name__.strip("_"), None, f"cannot be found out: {_text(error)}", remedy)
-
-
-def _text(error: Exception) -> str:
-    # The text of an OSError begins with errno, which a user does not need; strerror is the text without it.
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+            yield Line(part.__name__.strip("_"), None, f"cannot be found out: {text_of(error)}", remedy)
 
 
 def _gib(nbytes: int) -> str:
@@ -115,7 +111,7 @@ def _lifl() -> Iterator[Line]:
         _do_a_round()
     except Exception as error:
         advice = "lifl cannot run a round here before this is mended; the message says what to do"
-        yield Line("runs", False, f"no: {_text(error)}", advice)
+        yield Line("runs", False, f"no: {text_of(error)}", advice)
     else:
         yield Line("runs", True, "yes: a worker was started and has computed the mean of a round")
 
@@ -229,7 +225,7 @@ def _memfd() -> Iterator[Line]:
         shm.Arena.create(1, 2).close()
     except ShmError as error:
         remedy = "Linux 4.14 or newer, and a seccomp profile that allows memfd_create"
-        yield Line("memfd", False, f"no: {_text(error)}", remedy)
+        yield Line("memfd", False, f"no: {text_of(error)}", remedy)
     else:
         yield Line("memfd", True, "shared memory without a name can be created, and sealed")
 
@@ -248,7 +244,10 @@ def _huge_pages() -> Iterator[Line]:
     try:
         pages.collapse()
     except OSError as error:
-        text, remedy = f"MADV_COLLAPSE does not work on a memfd ({_text(error)})", "Linux 6.1 or newer, and free memory"
+        text, remedy = (
+            f"MADV_COLLAPSE does not work on a memfd ({text_of(error)})",
+            "Linux 6.1 or newer, and free memory",
+        )
         yield Line("madv_collapse", False, text, remedy)
     else:
         yield Line("madv_collapse", True, "MADV_COLLAPSE works on a memfd; lifl does not need it")
@@ -268,7 +267,7 @@ def _ebpf() -> Iterator[Line]:
         auto = "ebpf" if found.available else "rings"
     except Exception as error:  # unknown loader, or not Linux
         loader = None
-        reason = _text(error)
+        reason = text_of(error)
         remedy = f"on Linux: unset {EBPF_LOADER}"
         auto = None
     yield Line("available", loader is not None, f"{'no' if loader is None else 'yes'}: {reason}", remedy)
@@ -337,7 +336,7 @@ def _missing_name(part: str) -> str | None:
     try:
         flower.part(part)
     except Exception as error:  # Flower's own modules are imported here, and may raise any error
-        return _text(error)
+        return text_of(error)
     return None
 
 

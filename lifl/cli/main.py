@@ -52,15 +52,15 @@ def options(
 @main.command()
 @reporting_errors
 def demo(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training with each strategy.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training in each way.")] = 3,
     supernodes: Annotated[int, typer.Option(min=2, help="Clients: processes that train on this machine.")] = 4,
     keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Keep the logs and print their folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small model here, with lifl and then with Flower.
+    """Train a small model here three ways: with Flower, lifl's strategy, lifl's server.
 
-    Starts a real SuperLink and SuperNodes, runs the same rounds with both strategies, compares them and
-    ends all processes. Takes about a minute and a half. Needs scikit-learn.
+    Starts a real flower-superlink and then a lifl-superlink, each with SuperNodes, runs the same rounds in all three
+    ways, compares them and ends all processes. Takes about three minutes. Needs scikit-learn.
     """
     from lifl.deploy.demo import run_demo
 

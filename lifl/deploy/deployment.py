@@ -75,7 +75,7 @@ class Deployment(Programs):
         pairs = [f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in (run_config or {}).items()]
         config.write_text("".join(pairs))
         command = ["flwr", "run", str(app_dir), "--stream", "--run-config", str(config)]
-        self.launch(name, command, self._home("cli"), is_passing=True)
+        self.launch(name, command, self._home("cli"), may_end=True)
         try:
             status = self.finish(name, timeout, on_line, "the run")
         except Exception:

@@ -67,11 +67,11 @@ class Programs:
         self.close()
 
     def launch(
-        self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, *, is_passing: bool = False
+        self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, *, may_end: bool = False
     ) -> subprocess.Popen[bytes]:
         """Starts a program; its output goes to `name`.log.
 
-        Its end before the close is an error, unless it `is_passing`.
+        Its end before the close is an error, unless `may_end`.
         """
         environment = self._environment() | dict(env or {})
         with open(self.log_dir / f"{name}.log", "wb") as log:
@@ -83,7 +83,7 @@ class Programs:
                 start_new_session=True,
                 env=environment,
             )
-        if is_passing:
+        if may_end:
             self._passing.add(name)
         return self._programs[name]
 

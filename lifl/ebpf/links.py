@@ -96,7 +96,7 @@ class Receiver:
 
     def _is_there(self, status: int) -> bool:
         if status == lib.LIFL_GONE:
-            raise PeerGoneError("the agent is gone: it has closed its end of the socket")
+            raise PeerGoneError("the owner is gone: it has closed its end of the socket")
         if status == lib.LIFL_ESYS:
             raise PeerGoneError(f"the socket of participant {self._participant} is broken: {os.strerror(ffi.errno)}")
         return bool(status == lib.LIFL_OK)

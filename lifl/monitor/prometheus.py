@@ -286,11 +286,13 @@ def _of_workers(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
     arrivals = CounterMetricFamily(
         "lifl_worker_arrivals", "Descriptors that were sent to the worker.", labels=["worker"]
     )
-    queue = GaugeMetricFamily("lifl_worker_queue", "Descriptors that it has not taken.", labels=["worker"])
-    folded = CounterMetricFamily("lifl_worker_updates_folded", "Updates that it folded as a leaf.", labels=["worker"])
+    queue = GaugeMetricFamily("lifl_worker_queue", "Descriptors that the worker has not taken.", labels=["worker"])
+    folded = CounterMetricFamily(
+        "lifl_worker_updates_folded", "Updates that the worker folded as a leaf.", labels=["worker"]
+    )
     busy = CounterMetricFamily("lifl_worker_busy_seconds", "Execution time of the worker.", labels=["worker"])
     deaths = CounterMetricFamily(
-        "lifl_worker_deaths", "Deaths of its process without an order to stop.", labels=["worker"]
+        "lifl_worker_deaths", "Deaths of the worker without an order to stop.", labels=["worker"]
     )
     for one in workers:
         name = [str(one.id)]

@@ -83,7 +83,8 @@ def ask(place: Place, timeout_s: float = TIMEOUT_S) -> NodeStats:
             raise LiflError(f"{who} has no figures: {answer['error']}")
         return NodeStats.from_dict(answer)
     except (ValueError, RecursionError) as error:
-        raise LiflError(f"{who} says what is not understood, it may be of another version of lifl: {error}") from None
+        advice = "it may run another version of lifl"
+        raise LiflError(f"{who} gave an answer that is no snapshot; {advice}: {error}") from None
 
 
 def _connect(asking: socket.socket, name: str, timeout_s: float) -> None:
@@ -216,4 +217,7 @@ def ask_all(pid: int | None = None) -> list[NodeStats]:
 
 def nothing_of(pid: int) -> str:
     """The message for a process without a Node."""
-    return f"process {pid} has no Node with workers that this user could ask"
+    return (
+        f"process {pid} has no Node with workers that this user could ask: leave out --pid to see the Nodes that "
+        "there are, or run the command as the user of that process"
+    )

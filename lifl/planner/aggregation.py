@@ -156,7 +156,7 @@ class Aggregation:
         self._is_finishing = self._is_making = False
         self.arrived = self.folded = self.started = 0
         self.peak_bytes = self._bytes
-        self.last_s = self.done_s = 0.0
+        self.done_s = 0.0
 
     # ------------------------------------------------------------ updates come in
 
@@ -175,7 +175,6 @@ class Aggregation:
         else:
             self._held += 1
         if self.arrived == self._expected:
-            self.last_s = self._site.engine.now
             self._all_in()
         elif self._timing == "jit" and self._shape.leaves and self._begins():
             self._give_held()

@@ -309,9 +309,7 @@ class _Picture:
                 f'<rect x="{left + shift:.1f}" y="{y - PAD + shift:.1f}" width="{MORE - 8}"'
                 f' height="{bottom - y + PAD - 8:.1f}" rx="9" fill="{CARD}" stroke="#b6bfcc" stroke-dasharray="4 3"/>'
             )
-        head, _, like = branch.label.partition(":")[0].partition(" like it")
-        where = like.strip() or "like it"
-        lines = (head + " like it" * bool(like), where, f"of {each(branch.sizes).removesuffix(' each')} updates")
+        lines = _more_lines(branch)
         middle = (y - PAD + bottom - 8) / 2 - 14
         for i, line in enumerate(lines):
             line = _clipped(line, MORE - 14, 12)
@@ -328,6 +326,17 @@ class _Picture:
         self.edges.append(
             f'<path d="M{x:.1f} {y:.1f}V{start:.1f}C{bend}" fill="none" stroke="{LINE}" stroke-width="1.4"{style}/>'
         )
+
+
+def _more_lines(branch: Branch) -> tuple[str, str, str]:
+    """The text of a card for subtrees that are not drawn: their number, their nodes, and the updates of each."""
+    if len(branch.nodes) == len(branch.sizes) > 1:
+        head, where = f"{len(branch.sizes):,} more nodes", "like it"
+    else:
+        head = f"{len(branch.sizes):,} more like it"
+        where = f"on {branch.node if len(branch.nodes) == 1 else count(len(branch.nodes), 'node')}"
+    is_one = max(branch.sizes) == 1
+    return head, where, f"of {each(branch.sizes).removesuffix(' each')} {'update' if is_one else 'updates'}"
 
 
 def _node_line(branch: Branch) -> str:

@@ -40,8 +40,8 @@ class Span:
     """A stretch of one worker's work; times are seconds since the round was opened.
 
     ``runtime`` is the worker's number (0: the calling process, which lands updates, and folds them if there are no
-    workers). ``role`` is "gateway" (landing), "leaf", "middle", "top" or "shard" (one coordinate range of the
-    mean). ``step`` is "receive", "aggregate" or "send". ``updates`` is the number of updates (or sums) in the work.
+    workers). ``role`` is "gateway" (landing), "leaf", "top" or "shard" (one coordinate range of the mean).
+    ``step`` is "receive", "aggregate" or "send". ``updates`` is the number of updates (or sums) in the work.
     """
 
     runtime: int

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+import attrs
+
 from lifl.report.scene import (
     COLOURS,
     Scene,
@@ -15,8 +17,8 @@ from lifl.report.scene import (
     plain,
     remarks,
     row_name,
+    scene_of,
     shorten,
-    show_scene,
 )
 from lifl.report.shapes import ENLARGED, LEGEND, Block, Shape, Sign, Stroke, enlarged_part, shapes_in
 
@@ -29,12 +31,14 @@ MARKERS = {"tick": "|", "diamond": "D", "triangle": "v"}
 
 def draw(report: Shown, ax: Axes | None = None) -> Axes:
     """Draws a report: see :meth:`lifl.RoundReport.plot`."""
-    scene = show_scene(report)
+    scene = scene_of(report)
     if ax is None:
         with _naming_the_extra():
             from matplotlib import pyplot
 
             return _draw_all(report, scene, pyplot.figure(figsize=_size(scene), layout="constrained"))
+    # A mark's label is in the last window that has the mark, and these axes show only the first window.
+    scene = attrs.evolve(scene, windows=scene.windows[:1])
     _draw(scene, scene.windows[0], ax)
     ax.set_title(plain(headline(report)), loc="left", fontsize="medium", parse_math=False)
     return ax
@@ -42,7 +46,7 @@ def draw(report: Shown, ax: Axes | None = None) -> Axes:
 
 def make_figure(report: Shown) -> Figure:
     """A figure for a file. pyplot does not make it: it would keep the figure, and choose a window system."""
-    scene = show_scene(report)
+    scene = scene_of(report)
     with _naming_the_extra():
         from matplotlib.figure import Figure
 

@@ -171,7 +171,7 @@ class Scene:
     windows: tuple[Window, ...]
 
 
-def show_scene(report: Shown) -> Scene:
+def scene_of(report: Shown) -> Scene:
     """The scene of a report. If it has no spans, arrivals and commits are shown."""
     spans: Iterable[Span | Bar] = report.spans or (
         Bar(c.runtime, "leaf", "aggregate", c.folded_s, c.folded_s, 1) for c in report.accepted if c.folded_s

@@ -28,9 +28,9 @@ from lifl.report.scene import (
     plain,
     remarks,
     row_name,
+    scene_of,
     short_time,
     shorten,
-    show_scene,
 )
 from lifl.report.shapes import ENLARGED, LEGEND, TOP, TRACK, Block, Label, Shape, Sign, enlarged_part, shapes_in
 
@@ -69,7 +69,7 @@ def gantt_svg(report: Shown) -> str:
 
 
 def _svg(report: Shown, how: str, behind: str) -> str:
-    scene = show_scene(report)
+    scene = scene_of(report)
     pitch = 40.0 if len(scene.workers) <= 12 else 32.0
 
     def y(row: float) -> float:

@@ -15,7 +15,7 @@ from lifl.bench import ablation as bench
 from lifl.bench import cluster as real
 from lifl.bench.ablation import COUNTS, STEPS, measure_ablation
 from lifl.bench.cluster import Cluster
-from lifl.errors import LiflError, PlanError
+from lifl.errors import LiflError
 from lifl.node import calibration
 from lifl.planner.costs import Sizes
 from lifl.planner.simulate import LIFL, POLICIES, Policy, cluster, divide
@@ -127,5 +127,6 @@ def test_nonsense_is_refused() -> None:
     for wrong in ({"updates": ()}, {"updates": (0,)}, {"real_updates": (0,)}, {"repetitions": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             measure_ablation(**wrong)
-    with pytest.raises(PlanError, match="101 updates"):
-        measure_ablation((101,), spec=SPEC, costs=calibration.default_costs())
+    for wrong in ({"updates": (101,)}, {"real_updates": (20, 101)}):
+        with pytest.raises(ValueError, match="5 nodes have room for 100"):
+            measure_ablation(**wrong)

@@ -31,10 +31,15 @@ def figures() -> dict[str, Any]:
 
 def test_tables_have_every_row(figures: dict[str, Any]) -> None:
     """Each setting has a table, with the simulation's error below the last."""
-    text = shown(ablation_tables(figures))
-    assert text.count("+ hierarchy") == 6
+    text = " ".join(shown(ablation_tables(figures)).split())  # titles and captions are as wide as their tables
+    assert text.count("+ hierarchy") == 8
     assert "5 updates over 2 s" in text
     assert "off by 10% of the completion time (goal: under 20 %), and by 20%" in text
+
+
+def test_no_number_is_cut_off_in_a_pipe(figures: dict[str, Any]) -> None:
+    """There rich's tables are 80 characters wide."""
+    assert "…" not in shown(ablation_tables(figures), width=80)
 
 
 def test_picture_is_written(figures: dict[str, Any], tmp_path: Path) -> None:
@@ -62,3 +67,6 @@ def test_simulation_alone_starts_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     wrong = CliRunner().invoke(cli.main, ["bench", "ablation", "--updates", "1,x"])
     assert (wrong.exit_code, wrong.stdout) == (1, "")
     assert wrong.stderr == "lifl: --updates 1,x: give numbers with commas between them, such as 20,60,100\n"
+    many = CliRunner().invoke(cli.main, ["bench", "ablation", "--simulate-only", "--updates", "101"])
+    assert many.exit_code == 1
+    assert many.stderr == "lifl: updates=(101,), real_updates=(20, 30, 40): 5 nodes have room for 100\n"

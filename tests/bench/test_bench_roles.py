@@ -92,8 +92,9 @@ def test_trickle_notices_a_wrong_mean() -> None:
 
 
 def test_trickle_table_shows_every_timing(trickled: dict[str, Any]) -> None:
-    """The goal stands beside eager, which it is of."""
-    text = shown(trickle_table(trickled))
+    """The goal stands below, and no number is cut off in a pipe."""
+    text = shown(trickle_table(trickled), width=80)
+    assert "…" not in text
     assert "5 updates of small, 0.1 MB each, evenly over 0.2 s" in text
     assert all(timing in text for timing in TIMINGS)
     assert text.count("under 1") == 1
@@ -146,7 +147,7 @@ def test_idle_returns_every_node(idled: dict[str, Any]) -> None:
     assert set(idled) == {"cores", "workers", "transport", "seconds", "goal_ms_per_s", "rows"}
     assert [(row["way"], row["processes"]) for row in idled["rows"]] == [("warm", 3), ("open", 3), ("zero", 1)]
     for row in idled["rows"]:
-        parts = [row[f"{part}_ms_per_s"] for part in ("agent", "spawner", "workers")]
+        parts = [row[f"{part}_ms_per_s"] for part in ("owner", "spawner", "workers")]
         assert row["ms_per_s"] == pytest.approx(sum(parts))
         assert min(parts) >= 0
     text = shown(idle_table(idled))

@@ -43,7 +43,7 @@ FIGURES = {
 def measured(own_folder: Path) -> dict[str, Any]:
     """Two rounds with two nodes, Flower's strategy and lifl's on Flower's SuperLink, measured once."""
     assert own_folder.is_dir()
-    return measure_round("tiny", NODES, ROUNDS, ("flower", "strategy"), spec=SPEC)
+    return measure_round("tiny", NODES, ROUNDS, ("flower", "strategy"), spec=SPEC, has_profile=True)
 
 
 def test_every_side_has_its_figures(measured: dict[str, Any]) -> None:
@@ -82,6 +82,11 @@ def test_every_round_is_there(measured: dict[str, Any]) -> None:
             assert one["repeated"] == 0
 
 
+def test_only_lifl_superlink_has_a_profile(measured: dict[str, Any]) -> None:
+    """The table of the profile shows the first side that has one, so Flower's SuperLink must have none."""
+    assert [row["profile_s"] for row in measured["rows"]] == [None, None]
+
+
 def test_every_model_is_the_mean(measured: dict[str, Any]) -> None:
     """Flower's and lifl's, both as near to it as their roundings allow."""
     assert all(row["error_over_tolerance"] <= 1 for row in measured["rows"])
@@ -90,7 +95,7 @@ def test_every_model_is_the_mean(measured: dict[str, Any]) -> None:
 def test_wrong_arguments_are_told_before_anything_is_started() -> None:
     """A name or a number that cannot be."""
     with pytest.raises(
-        ValueError, match="side 'mine' is not known: choose of flower, strategy, server, unheld, nvflare"
+        ValueError, match="side 'mine' is not known: choose one of flower, strategy, server, unheld, nvflare"
     ):
         measure_round(sides=("mine",))
     with pytest.raises(ValueError, match="nodes=0"):

@@ -51,6 +51,15 @@ def test_the_table_shows_every_side() -> None:
     assert "1,300" in text
 
 
+def test_the_caption_compares_only_with_a_flower_that_ran() -> None:
+    """And counts a single run as one."""
+    text = " ".join(shown(round_table(FIGURES), width=80).split())
+    assert "Medians of 1 run of 2 rounds; below each, how many times as much Flower takes." in text
+    alone = {name: value for name, value in row("server", 0.0125).items() if name != "over_flower"}
+    text = " ".join(shown(round_table(FIGURES | {"rows": [alone]}), width=80).split())
+    assert "Medians of 1 run of 2 rounds. lifl's strategy" in text
+
+
 def test_the_profile_is_given_per_round_request_and_byte() -> None:
     """The shares are of all that was spent."""
     profiled = {**row("server", 0.0125), "profile_s": {"hash": 0.3, "fold": 0.1}}
@@ -93,6 +102,32 @@ def test_the_command_writes_what_it_is_told_to(monkeypatch: pytest.MonkeyPatch, 
     assert "Flower" in result.stdout
     assert json.loads((tmp_path / "f.json").read_text()) == FIGURES
     assert (tmp_path / "f.svg").exists()
+
+
+def test_a_path_that_cannot_be_written_loses_no_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder is refused before anything is measured; the table is shown before a file is written."""
+    monkeypatch.setattr(bench, "measure_round", lambda *_, **__: FIGURES)
+    for option in ("--json", "--picture"):
+        result = CliRunner().invoke(cli.main, ["bench", "round", option, str(tmp_path)])
+        assert (result.exit_code, result.stdout) == (2, "")
+    result = CliRunner().invoke(cli.main, ["bench", "round", "--json", "/dev/full"])
+    assert isinstance(result.exception, OSError)
+    assert "Whole rounds" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--sides flower,strategy --profile", "--profile has no effect on flower, strategy: add one of server, unheld"),
+        ("--sides strategy --memory 1GiB", "--memory has no effect on strategy: add one of server, unheld to --sides"),
+        ("--sides flower --timing jit", "--timing has no effect on flower: add one of strategy, server, unheld"),
+    ],
+)
+def test_an_option_that_no_side_uses_is_refused(arguments: str, said: str) -> None:
+    """Before anything is measured, with status 1 and the sides that use it."""
+    result = CliRunner().invoke(cli.main, ["bench", "round", *arguments.split()])
+    assert result.exit_code == 1
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,8 @@ def test_plan_writes_its_picture(tmp_path: Path) -> None:
     ("arguments", "line"),
     [
         (["--arity", "1"], "lifl: fan_in=2, arity=1: give a fan_in of 1 at least and an arity of 2 at least\n"),
-        (["--rate", "nan"], "lifl: arrival_rate=nan: give a finite number from 0 up\n"),
+        (["--rate", "nan"], "lifl: rate=nan: give a finite number from 0 up\n"),
+        (["--rate", "-1"], "lifl: rate=-1.0: give a finite number from 0 up\n"),
         (
             ["--nodes", "2", "--capacity", "3", "--rate", "1000"],
             "lifl: none of the 2 nodes has room for an update: they can aggregate 6 at once and have 10 in work;"

@@ -248,7 +248,7 @@ def test_rule_6_the_launcher_holds_the_anchors(sidecar: Sidecar) -> None:
     assert inbox.wait(0.0, HANG_S)
     assert inbox.try_pop() == (1, Descriptor(Kind.PING, 5))
     assert select.select([inbox.fd], [], [], HANG_S)[0]
-    with pytest.raises(PeerGoneError, match="the agent is gone"):
+    with pytest.raises(PeerGoneError, match="the owner is gone"):
         inbox.wait(0.0, HANG_S)
 
 

@@ -189,7 +189,7 @@ class Server:
         command = [*self._case.prefix, sys.executable, "-m", "lifl.superlink", "--insecure", *port, *flags]
         environment |= {"FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_TELEMETRY_ENABLED": "0"}
         environment |= {**self._case.environment, "FLWR_HOME": str(self._case.folder)}
-        self._programs.launch("server", command, environment, is_passing=True)
+        self._programs.launch("server", command, environment, may_end=True)
 
     def end(self) -> tuple[int, str]:
         """Its status, once it has ended by itself, and what it said."""

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 
-from lifl.planner.drawing import BOXES, COLOURS, COLUMNS, GAP, Branch, count, each, outline
+from lifl.planner.drawing import BOXES, COLOURS, COLUMNS, GAP, Branch, _more_lines, count, each, outline
 from lifl.planner.hierarchy import Role
 from lifl.planner.load import ServerNode
 from lifl.planner.plan import Plan, make_plan
@@ -177,6 +177,17 @@ def test_names_cannot_get_out() -> None:
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", html)
     assert max(map(len, texts)) < 150
     assert not [text for text in texts if "n" * 40 in text]
+
+
+def test_a_card_has_the_whole_name_of_its_node() -> None:
+    """Colons and all; and one update is no plural."""
+    address = "10.0.0.1:90"
+    alone = Branch(None, address, (address,), (1, 1, 1), 1)
+    assert _more_lines(alone) == ("3 more like it", f"on {address}", "of 1 update")
+    several = Branch(None, "a", ("a", "b"), (4, 5, 6), 1)
+    assert _more_lines(several) == ("3 more like it", "on 2 nodes", "of 4 to 6 updates")
+    whole = Branch(None, "a", ("a", "b"), (4, 5), 1)
+    assert _more_lines(whole) == ("2 more nodes", "like it", "of 4 or 5 updates")
 
 
 def test_the_picture_refers_to_nothing_outside() -> None:

@@ -222,7 +222,7 @@ def test_a_stranger_is_not_let_in(secure: Servers) -> None:
     make_key(secure.folder / "stranger")
     command = ["flower-supernode", "--superlink", secure.address, "--port", str(free_ports(1)[0])]
     command += ["--root-certificates", str(secure.folder / "ca.pem"), "--auth-supernode-private-key"]
-    secure.launch("stranger", [*command, str(secure.folder / "stranger")], secure._home("stranger"), is_passing=True)
+    secure.launch("stranger", [*command, str(secure.folder / "stranger")], secure._home("stranger"), may_end=True)
     assert secure.finish("stranger", WAIT_S) != 0
     assert "Failed to initialize the connection to the SuperLink" in secure.log("stranger")
 
@@ -312,7 +312,7 @@ def start(tmp_path: Path) -> Callable[..., tuple[int, str]]:
         with Programs() as programs:
             command = [sys.executable, "-m", "lifl.superlink", "--insecure", *arguments]
             environment = {"FLWR_HOME": str(tmp_path), "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_TELEMETRY_ENABLED": "0"}
-            programs.launch("server", command, environment, is_passing=True)
+            programs.launch("server", command, environment, may_end=True)
             return programs.finish("server", WAIT_S), programs.log("server")
 
     return run

@@ -60,6 +60,7 @@ def test_plot_draws_into_given_axes() -> None:
     assert TRICKLED.plot(left) is left
     assert figure.axes == [left, right]
     assert not right.patches
+    assert {"last update", "model ready", "predicted"} <= {text.get_text() for text in left.texts}  # the end is short
 
 
 def test_save_leaves_no_figure_open(tmp_path: Path) -> None:

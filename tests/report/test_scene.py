@@ -17,9 +17,9 @@ from lifl.report.scene import (
     remarks,
     role_labels,
     roles_of,
+    scene_of,
     short_time,
     shorten,
-    show_scene,
 )
 
 STAGES = {"receive": 1.0, "finish": 0.001, "last_to_result": 0.01, "total": 10.01}
@@ -73,15 +73,15 @@ def test_place_and_moment_are_inverse() -> None:
 
 def test_short_end_is_enlarged() -> None:
     """The time after the last update is shown once more if it is short; without a result there is no such window."""
-    assert len(show_scene(TRICKLED).windows) == 2
-    assert len(show_scene(attrs.evolve(TRICKLED, error="closed")).windows) == 1
-    assert len(show_scene(attrs.evolve(TRICKLED, stages={**STAGES, "total": 15.0})).windows) == 1
+    assert len(scene_of(TRICKLED).windows) == 2
+    assert len(scene_of(attrs.evolve(TRICKLED, error="closed")).windows) == 1
+    assert len(scene_of(attrs.evolve(TRICKLED, stages={**STAGES, "total": 15.0})).windows) == 1
 
 
 def test_close_spans_become_one_bar() -> None:
     """A thousand spans in a second of a long round are one bar, which knows how many and how much they were."""
     spans = tuple(Span(1, "leaf", "aggregate", i / 1000, (i + 0.5) / 1000, 2) for i in range(1000))
-    scene = show_scene(RoundReport(1, 1, "eager", "any", stages={"total": 1000.0}, spans=spans))
+    scene = scene_of(RoundReport(1, 1, "eager", "any", stages={"total": 1000.0}, spans=spans))
     (bar,) = bars_in(scene, scene.windows[0])
     assert (bar.spans, bar.updates, bar.begin_s) == (1000, 2000, 0.0)
     assert "1000 times" in str(bar)
@@ -90,14 +90,14 @@ def test_close_spans_become_one_bar() -> None:
 def test_bars_that_can_be_told_apart_are_not_joined() -> None:
     """Back to back, but wide, they stay two."""
     spans = (Span(1, "leaf", "aggregate", 0.0, 1.0, 1), Span(1, "leaf", "aggregate", 1.0, 2.0, 1))
-    scene = show_scene(RoundReport(1, 1, "eager", "any", stages={"total": 2.0}, spans=spans))
+    scene = scene_of(RoundReport(1, 1, "eager", "any", stages={"total": 2.0}, spans=spans))
     assert len(bars_in(scene, scene.windows[0])) == 2
 
 
 def test_close_arrivals_become_one() -> None:
     """Ticks that would touch are one tick that says how many they are."""
     accepted = tuple(Contribution(str(i), 1, 1, 1 + i * 1e-6, 1.1) for i in range(50))
-    scene = show_scene(RoundReport(1, 50, "eager", "any", accepted, stages={"total": 100.0}))
+    scene = scene_of(RoundReport(1, 50, "eager", "any", accepted, stages={"total": 100.0}))
     assert [text for _, text in arrivals_in(scene, scene.windows[0])] == ["50 updates around 1 s"]
 
 
@@ -105,7 +105,7 @@ def test_roles_are_stretches() -> None:
     """A role lasts until another begins; landing is none, or it would alternate with folding in one process."""
     spans = [Span(0, "gateway" if i % 2 else "leaf", "receive", i, i + 1, 1) for i in range(10)]
     spans.append(Span(0, "top", "aggregate", 10, 11))
-    scene = show_scene(RoundReport(1, 1, "eager", "any", spans=tuple(spans)))
+    scene = scene_of(RoundReport(1, 1, "eager", "any", spans=tuple(spans)))
     assert roles_of(scene, 0) == [(0, 9, "leaf"), (10, 11, "top")]
 
 
@@ -128,21 +128,21 @@ def test_labels_of_roles_do_not_touch() -> None:
 )
 def test_end_is_what_it_is(changes: dict[str, object], what: str) -> None:
     """A round ends with a model, without one, or has not ended."""
-    scene = show_scene(attrs.evolve(TRICKLED, **changes))
+    scene = scene_of(attrs.evolve(TRICKLED, **changes))
     assert scene.marks[1][1] == what
 
 
 def test_mark_is_said_once() -> None:
     """In the enlarged end if it is there, else in the whole round."""
     predicted = {"completion_s": 12.0, "last_to_result_s": 2.0, "cpu_s": 1.0, "peak_bytes": 1.0}
-    scene = show_scene(attrs.evolve(TRICKLED, predicted=predicted))
+    scene = scene_of(attrs.evolve(TRICKLED, predicted=predicted))
     said = [[what for _, what, is_told in marks_in(scene, window) if is_told] for window in scene.windows]
     assert said == [["predicted"], ["last update", "model ready"]]
 
 
 def test_report_without_spans_shows_commits() -> None:
     """Reports of earlier versions show when updates arrived and when they were in a sum."""
-    scene = show_scene(attrs.evolve(TRICKLED, spans=()))
+    scene = scene_of(attrs.evolve(TRICKLED, spans=()))
     assert scene.workers == (0, 1)
     assert [bar.begin_s for bar in bars_in(scene, scene.windows[0])] == [1.1, 10.004]
 
@@ -150,7 +150,7 @@ def test_report_without_spans_shows_commits() -> None:
 def test_times_that_are_none_are_left_out() -> None:
     """A span that is not finite is not drawn; one that ends before it begins is drawn where it begins."""
     spans = (Span(1, "leaf", "send", float("nan"), 1.0), Span(2, "leaf", "send", 1.0, float("inf")))
-    scene = show_scene(attrs.evolve(TRICKLED, spans=(*spans, Span(3, "leaf", "send", 5.0, 4.0))))
+    scene = scene_of(attrs.evolve(TRICKLED, spans=(*spans, Span(3, "leaf", "send", 5.0, 4.0))))
     (bar,) = bars_in(scene, scene.windows[0])
     assert (bar.runtime, bar.begin_s, bar.end_s) == (3, 5.0, 5.0)
 

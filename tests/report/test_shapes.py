@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from lifl.report.report import RoundReport
-from lifl.report.scene import plain, show_scene
+from lifl.report.scene import plain, scene_of
 from lifl.report.shapes import Block, Label, Sign, Stroke, enlarged_part, shapes_in
 from lifl.report.svg import gantt_svg
 from tests.report.test_svg import EVIL, PLAIN, SVG, report_of, reports
@@ -21,7 +21,7 @@ TRICKLED = attrs.evolve(TRICKLED, stages={**TRICKLED.stages, "total": 8.1}, pred
 @given(reports)
 def test_every_shape_is_in_its_window(report: RoundReport) -> None:
     """No block is outside or narrower than the least bar, and no line is outside."""
-    scene = show_scene(report)
+    scene = scene_of(report)
     for window in scene.windows:
         slack = 1e-6 * (window.end_s - window.begin_s)
         for shape in shapes_in(scene, window):
@@ -35,7 +35,7 @@ def test_every_shape_is_in_its_window(report: RoundReport) -> None:
 
 def test_later_shapes_are_in_front() -> None:
     """Tracks, then lines of the axis, then bars, then the marks."""
-    scene = show_scene(PLAIN)
+    scene = scene_of(PLAIN)
     shapes = list(shapes_in(scene, scene.windows[0]))
     bars = [number for number, shape in enumerate(shapes) if isinstance(shape, Block) and shape.title]
     assert {type(shape) for shape in shapes[: bars[0]]} == {Block, Stroke}
@@ -44,10 +44,10 @@ def test_later_shapes_are_in_front() -> None:
 
 def test_enlarged_part_is_marked_where_there_is_one() -> None:
     """A second window shows the part of the first that is marked."""
-    scene = show_scene(TRICKLED)
+    scene = scene_of(TRICKLED)
     (block,) = enlarged_part(scene)
     assert block.begin_s < scene.windows[1].begin_s < scene.windows[1].end_s < block.end_s
-    assert not list(enlarged_part(show_scene(PLAIN)))
+    assert not list(enlarged_part(scene_of(PLAIN)))
 
 
 @pytest.mark.parametrize("report", [PLAIN, EVIL, TRICKLED, report_of(200, 20, 3.0)])
@@ -57,7 +57,7 @@ def test_both_painters_paint_all_of_them(report: RoundReport) -> None:
     matplotlib.use("agg")
     from lifl.report.mpl import make_figure
 
-    scene = show_scene(report)
+    scene = scene_of(report)
     figure = make_figure(report)
     root = ElementTree.fromstring(gantt_svg(report))
     titles = [title.text for title in root.iter(f"{SVG}title")]

@@ -172,7 +172,7 @@ def test_a_fleet_joins_asks_and_leaves() -> None:
     """Each node registers, is activated, beats, polls, and says good-bye; the first asks most."""
     with server(quiet) as there:
         with Fleet(there.address, [REPLY, REPLY]) as fleet:
-            assert fleet.node_ids == [3, 3]
+            assert [node.node_id for node in fleet._nodes] == [3, 3]
             fleet.wait(1.0)
         paths = [path.rpartition("/")[2] for path, *_ in there.requests]
     assert paths[:2] == ["register-node", "activate-node"]

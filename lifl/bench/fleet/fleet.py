@@ -89,11 +89,6 @@ class Fleet:
             raise self._failures[0]
 
     @property
-    def node_ids(self) -> list[int]:
-        """The server's ids of the nodes, in the order of the replies."""
-        return [node.node_id for node in self._nodes]
-
-    @property
     def traffic(self) -> Traffic:
         """Traffic of all nodes together, so far."""
         return sum((node.traffic for node in self._nodes), Traffic())
