@@ -90,7 +90,9 @@ class Mean(FlowerFedAvg):
         self.reports, self.tensorboard_run = {}, None
         with kept(self, num_rounds) as journal, noted(self, journal) as scalars:
             if journal is not None:
-                initial_arrays = journal.arrays or initial_arrays
+                initial_arrays, train_config, evaluate_config = journal.begin(
+                    initial_arrays, train_config, evaluate_config
+                )
                 evaluate_fn = evaluate_fn and journal.noted(evaluate_fn)
             if scalars is not None:
                 evaluate_fn = evaluate_fn and scalars.noted(evaluate_fn)

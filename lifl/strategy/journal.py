@@ -3,11 +3,13 @@
 A Journal stands between Flower's loop and the strategy. It records the return values of the strategy's hooks, and
 writes the checkpoint before the first hook of each round, when the previous round is over. In a resumed run the loop
 also passes through the finished rounds, and the Journal returns the recorded values for them, so that the Result and
-the log cover the whole run.
+the log cover the whole run. Metrics and reports of earlier rounds are in the run's history, so that a checkpoint has
+the same size after each round.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from flwr.supercore import log
 from lifl.errors import CheckpointError
 from lifl.report.report import RoundReport
 from lifl.strategy import checkpoint
+from lifl.strategy.history import History
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
@@ -96,11 +99,23 @@ class Journal:
         self._train: dict[int, MetricRecord | None] = {}
         self._evaluate: dict[int, MetricRecord | None] = {}
         self._central: dict[int, MetricRecord | None] = {}
+        self._fresh: set[int] = set()  # rounds of which something is not in the file yet
+        self._recent: list[str] = []  # the lines in the last checkpoint: the next one has them in the history
+        self._history = History(self._path)
+        self._configs: dict[str, dict[str, Any]] = {}  # by name, as they stood after the last round
+        self._given: dict[str, ConfigRecord] = {}  # those that the loop hands to the hooks
+        self._begun_with: dict[str, dict[str, Any]] = {}  # their values at the start of this process's part
+        self._is_of: dict[str, list[Any]] | None = None  # dtype and shape of each array of the run's first model
         if resume:
             self._load()
         elif self._path.exists():
             raise CheckpointError(
                 f"there is a checkpoint at {self._path}: set resume=True to go on from it, or move it away"
+            )
+        if self.arrays is None and self._history.path.exists():
+            raise CheckpointError(
+                f"the history {self._history.path} is there, and its checkpoint {self._path} is not: move it to where "
+                "the checkpoint is, or remove it"
             )
         if self.last > num_rounds:
             raise CheckpointError(
@@ -108,6 +123,42 @@ class Journal:
                 "the number of rounds of the whole run"
             )
         self._resumed = self.last
+
+    def begin(
+        self, arrays: ArrayRecord, train_config: ConfigRecord | None, evaluate_config: ConfigRecord | None
+    ) -> tuple[ArrayRecord, ConfigRecord, ConfigRecord]:
+        """The model and the configurations that the loop begins with: as they stood after the last round, or as given.
+
+        A value of a configuration that hooks have changed is as it stood. The given configurations are changed in
+        place, as Flower's hooks change them.
+
+        Raises
+        ------
+        CheckpointError
+            If the given model has other arrays than the one that the run began with.
+        """
+        given = {name: [array.dtype, list(array.shape)] for name, array in arrays.items()}
+        if self.arrays is not None:
+            # An older file has only the last model, whose counters may have become floats.
+            had = self._is_of or {
+                name: [given.get(name, [array.dtype])[0], list(array.shape)] for name, array in self.arrays.items()
+            }
+            if difference := _first_difference(had, given):
+                raise CheckpointError(
+                    f"the checkpoint {self._path} is of another model: {difference}; give initial_arrays of the run's "
+                    "model, or another checkpoint="
+                )
+        self._is_of = given
+        self._given = {}
+        for name, config in (("train", train_config), ("evaluate", evaluate_config)):
+            self._given[name] = ConfigRecord() if config is None else config
+            self._begun_with[name] = dict(self._given[name])
+            for key, value in self._configs.get(name, {}).items():
+                if value is None:
+                    self._given[name].pop(key, None)
+                else:
+                    self._given[name][key] = value
+        return self.arrays or arrays, self._given["train"], self._given["evaluate"]
 
     @property
     def _name(self) -> str:
@@ -146,9 +197,10 @@ class Journal:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Calls the strategy and records its metrics; returns recorded ones for a round that is over."""
         if server_round <= self._resumed:
-            return None, self._train[server_round]
+            return None, self._train.get(server_round)
         arrays, metrics = self._strategy.aggregate_train(server_round, replies)
         self._train[server_round] = metrics
+        self._fresh.add(server_round)
         return arrays, metrics
 
     def configure_evaluate(
@@ -164,7 +216,8 @@ class Journal:
         """Calls the strategy and records its metrics; returns recorded ones for a round that is over."""
         if server_round > self._resumed:
             self._evaluate[server_round] = self._strategy.aggregate_evaluate(server_round, replies)
-        return self._evaluate[server_round]
+            self._fresh.add(server_round)
+        return self._evaluate.get(server_round)
 
     def noted(self, evaluate_fn: EvaluateFn) -> EvaluateFn:
         """The user's central evaluation, with its metrics recorded; rounds that are over are not evaluated again."""
@@ -173,6 +226,7 @@ class Journal:
             # A checkpoint has only the last model, so earlier rounds without a recorded value stay without one.
             if server_round not in self._central and server_round >= self._resumed:
                 self._central[server_round] = evaluate_fn(server_round, arrays)
+                self._fresh.add(server_round)
             return self._central.get(server_round)
 
         return central
@@ -190,15 +244,37 @@ class Journal:
         try:
             try:
                 packed = self._state(server_round, arrays, tensors)
+                lines = [self._line(one) for one in sorted(self._fresh)]
             except TypeError as error:
                 raise CheckpointError(f"the run cannot be saved: {error}, which no checkpoint can hold") from error
-            checkpoint.save(self._path, packed, tensors)
+            mark = self._history.append(self._recent)
+            checkpoint.save(self._path, packed | {"history": mark, "recent": lines}, tensors)
         except CheckpointError as error:
             if self.arrays is None:
                 raise
             log(ERROR, "%s; the one after round %s is still there", error, self.last)
             return
+        self._history.commit()
+        self._recent = lines
+        self._fresh.clear()
         self.arrays, self.last = arrays, server_round
+
+    def _line(self, server_round: int) -> str:
+        """A round's metrics and report, for the history."""
+        entry: dict[str, Any] = {"round": server_round}
+        for kind, metrics in self._metrics().items():
+            if server_round in metrics:
+                entry[kind] = metrics[server_round]
+        if server_round in self._strategy.reports:
+            entry["report"] = self._strategy.reports[server_round].to_dict()
+        arrays: checkpoint.Tensors = {}
+        packed = checkpoint.pack(entry, f"round {server_round}", arrays, convert)
+        if arrays:
+            raise TypeError(f"{next(iter(arrays))} is an array")
+        return json.dumps(packed)
+
+    def _metrics(self) -> dict[str, dict[int, MetricRecord | None]]:
+        return {"train": self._train, "evaluate": self._evaluate, "central": self._central}
 
     def _state(self, server_round: int, arrays: ArrayRecord, tensors: checkpoint.Tensors) -> Any:
         strategy = self._strategy
@@ -222,12 +298,17 @@ class Journal:
             "state": changed,
             "random": checkpoint.pack(random.getstate(), "random", tensors),
             "numpy": checkpoint.pack(np.random.get_state(), "numpy", tensors),
-            "reports": checkpoint.pack({n: r.to_dict() for n, r in strategy.reports.items()}, "reports", tensors),
-            "metrics": [
-                checkpoint.pack(part, f"metrics/{i}", tensors, convert)
-                for i, part in enumerate((self._train, self._evaluate, self._central))
-            ],
+            "configs": {
+                name: checkpoint.pack(self._changed(name), f"configs/{name}", tensors, convert) for name in self._given
+            },
+            "is_of": self._is_of,
         }
+
+    def _changed(self, name: str) -> dict[str, Any]:
+        """The values of a configuration that are not those that were given; None for one that was taken away."""
+        now, given = dict(self._given[name]), self._begun_with[name]
+        changed = {key: value for key, value in now.items() if key not in given or given[key] != value}
+        return changed | {key: None for key in given if key not in now}
 
     def _packed(self, name: str) -> tuple[Any, checkpoint.Tensors] | None:
         """An attribute as it is at the start of the run; None if it cannot be saved."""
@@ -264,8 +345,30 @@ class Journal:
         self.last, self.arrays = packed["round"], unpacked(packed["model"])
         for name, value in packed["state"].items():
             setattr(self._strategy, name, unpacked(value))
-        self._strategy.reports = {n: RoundReport.from_dict(fields) for n, fields in unpacked(packed["reports"]).items()}
-        self._train, self._evaluate, self._central = map(unpacked, packed["metrics"])
+        if "history" in packed:
+            lines = self._history.read(packed["history"])
+            if lines is None:
+                log(
+                    WARNING,
+                    "There is no history %s: metrics and reports of the rounds up to %s are missing in the result",
+                    self._history.path,
+                    self.last,
+                )
+            self._recent = packed["recent"]
+            self._configs, self._is_of = {n: unpacked(c) for n, c in packed["configs"].items()}, packed["is_of"]
+            entries = [unpacked(json.loads(line)) for line in (*(lines or ()), *self._recent)]
+        else:  # lifl before the history: all rounds are in the checkpoint
+            reports = unpacked(packed["reports"])
+            old = dict(zip(self._metrics(), map(unpacked, packed["metrics"]), strict=True)) | {"report": reports}
+            self._fresh = {number for values in old.values() for number in values}
+            entries = [{"round": n} | {kind: v[n] for kind, v in old.items() if n in v} for n in sorted(self._fresh)]
+        for entry in entries:
+            number = entry["round"]
+            for kind, metrics in self._metrics().items():
+                if kind in entry:
+                    metrics[number] = entry[kind]
+            if "report" in entry:
+                self._strategy.reports[number] = RoundReport.from_dict(entry["report"])
         random.setstate(unpacked(packed["random"]))
         np.random.set_state(unpacked(packed["numpy"]))
         log(INFO, "Resumed from %s, written after round %s", self._path, self.last)
@@ -278,3 +381,14 @@ def _same(now: tuple[Any, checkpoint.Tensors], begin: tuple[Any, checkpoint.Tens
     return all(
         array.dtype == begin[1][name].dtype and np.array_equal(array, begin[1][name]) for name, array in now[1].items()
     )
+
+
+def _first_difference(had: dict[str, list[Any]], given: dict[str, list[Any]]) -> str:
+    """The first array of two models that differs, in words; empty if none does."""
+    for name in (*had, *given):
+        if had.get(name) != given.get(name):
+            there, here = (
+                "not there" if one is None else f"{one[0]} {tuple(one[1])}" for one in (had.get(name), given.get(name))
+            )
+            return f"{name!r} is {there} in the checkpoint and {here} in initial_arrays"
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from lifl.strategy import checkpoint
+from lifl.strategy.history import History
 
 TRACEME, KILL, SYSCALL, SETOPTIONS = 0, 8, 24, 0x4200
 EXITKILL = 0x100000
@@ -75,6 +77,38 @@ def test_killed_at_every_system_call(tmp_path: Path) -> None:
     assert seen.count(1) > 10
     assert seen.count(2) >= 2  # the folder's sync comes after the rename
     print(f"\ncheckpoint: killed at {len(seen)} entries to and exits from system calls")
+
+
+@pytest.mark.timeout(120)
+def test_killed_between_history_and_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint and the lines that it counts are there together, and a line that no checkpoint counts goes."""
+    path = tmp_path / "run"
+
+    def write(number: int) -> None:
+        history = History(path)
+        if number > 1:
+            history.read(checkpoint.load(path)[0])
+        checkpoint.save(path, history.append([f"line {number}" * 1000]), {})
+        history.commit()
+
+    def lines() -> list[str]:
+        return History(path).read(checkpoint.load(path)[0]) or []
+
+    write(1)
+    stops, seen = 0, set()
+    while True:
+        stops += 1
+        for file in (path, path.with_name("run.history")):
+            shutil.copy(file, tmp_path / f"{file.name}.old")
+        if not killed_after(stops, lambda: write(2)):
+            break
+        seen.add(len(lines()))
+        assert lines() == [f"line {number}" * 1000 for number in (1, 2)[: len(lines())]]
+        for file in (path, path.with_name("run.history")):
+            os.replace(tmp_path / f"{file.name}.old", file)
+    assert seen == {1, 2}
+    write(3)
+    assert lines() == [f"line {number}" * 1000 for number in (1, 2, 3)]
 
 
 @pytest.mark.timeout(120)

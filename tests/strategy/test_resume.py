@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from scripted import MODEL, Client, failing, metrics_of, nudge, plain, record, run
 
 import lifl
 from lifl.errors import CheckpointError
 from lifl.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+from lifl.strategy import checkpoint as checkpoints
+from lifl.strategy.journal import convert
 
 CLIENTS: Mapping[int, Client] = {1: nudge(1), 2: nudge(2), 3: nudge(3), 4: failing}
 ROUNDS = 5
@@ -201,6 +205,148 @@ def test_new_arguments_hold(node: lifl.Node, tmp_path: Path) -> None:
     assert (again.server_momentum, again.quorum, again.min_train_nodes) == (0.5, 2, 3)
 
 
+class Decaying(FedAvg):
+    """Halves the learning rate in each round, and takes a value away in the second."""
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Any:
+        """Changes the configuration in place, as Flower's own hook does."""
+        config["lr"] *= 0.5  # type: ignore[operator]
+        if server_round == 2:
+            del config["warm-up"]
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Any:
+        """Adds a value."""
+        config["seen"] = server_round
+        return super().configure_evaluate(server_round, arrays, config, grid)
+
+
+@pytest.mark.usefixtures("clock")
+def test_configurations_as_they_stood(node: lifl.Node, tmp_path: Path) -> None:
+    """Resumed twice: each client gets the values that hooks have changed, and the new ones of those that none has."""
+    path, seen = tmp_path / "run", []
+
+    def client(message: Message) -> Any:
+        seen.append(dict(message.content["config"]))
+        return nudge(1)(message)
+
+    for rounds in (3, 4, 5):
+        train = ConfigRecord({"lr": 1.0, "warm-up": True, "batch": rounds})
+        strategy = Decaying(node=node, checkpoint=path, resume=True, min_available_nodes=1, min_train_nodes=1)
+        run(strategy, {1: client, 2: failing}, rounds, train_config=train, evaluate_config=ConfigRecord({"e": 1}))
+    trained, evaluated = [c for c in seen if "lr" in c], [c for c in seen if "e" in c]
+    assert [(c["lr"], c["batch"], "warm-up" in c) for c in trained] == [
+        *((0.5, 3, True), (0.25, 3, False), (0.125, 3, False)),
+        *((0.0625, 4, False), (0.03125, 5, False)),
+    ]
+    assert [c["seen"] for c in evaluated] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_checkpoint_of_another_model(node: lifl.Node, tmp_path: Path) -> None:
+    """It is refused with the first difference, and stays as it was."""
+    path = tmp_path / "run"
+    run(FedAvg(node=node, checkpoint=path), CLIENTS, 1)
+    before = path.read_bytes()
+    (name, array), *rest = MODEL.items()
+    shape = re.escape(str(array.shape))
+    for other, said in (
+        (
+            {name: array[:-1], **dict(rest)},
+            rf"'{name}' is {array.dtype} {shape} in the checkpoint and {array.dtype} \(",
+        ),
+        (
+            {name: array.astype(np.float16), **dict(rest)},
+            rf"'{name}' is {array.dtype} .* and float16 {shape} in initial",
+        ),
+        (dict(rest), rf"'{name}' is {array.dtype} {shape} in the checkpoint and not there in initial_arrays"),
+        ({**MODEL, "head": array}, "'head' is not there in the checkpoint and .* in initial_arrays"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 2, initial_arrays=record(other))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_checkpoint_does_not_grow(node: lifl.Node, tmp_path: Path) -> None:
+    """Its size after 30 rounds is that after three, but for the digits of the times in the last round's report."""
+    path, sizes = tmp_path / "run", []
+
+    def measure(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        sizes.append(path.stat().st_size if path.exists() else 0)
+        return central(server_round, arrays)
+
+    result, _ = run(FedAvg(node=node, checkpoint=path), CLIENTS, 30, evaluate_fn=measure)
+    assert max(sizes[3:]) - min(sizes[3:]) < 1000
+    assert len(path.with_name("run.history").read_text().splitlines()) == 30  # the 31st is in the checkpoint
+    again, _ = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 30, evaluate_fn=measure)
+    check_same(again, result)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_checkpoint_that_fails_between_its_files(
+    node: lifl.Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines of a checkpoint that was not written are written again, once."""
+    path, real = tmp_path / "run", checkpoints.save
+    whole, _ = run(make(FedAvg, None, node), CLIENTS, 5)
+
+    def save(path: Any, packed: Any, tensors: Any) -> None:
+        if packed["round"] in (2, 3):
+            raise CheckpointError("no room")
+        real(path, packed, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "save", save)
+        result, _ = run(make(FedAvg, path, node), CLIENTS, 4)
+    check_same(run(make(FedAvg, path, node, resume=True), CLIENTS, 5)[0], whole)
+    numbers = [json.loads(line)["dict"][0][1] for line in path.with_name("run.history").read_text().splitlines()]
+    assert numbers == [1, 2, 3, 4]
+    assert len(result.reports) == 4
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_history_that_is_not_its_own(node: lifl.Node, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Damaged: an error. Gone: a warning, and the run goes on. Left alone: not written over."""
+    path, history = tmp_path / "run", tmp_path / "run.history"
+    run(FedAvg(node=node, checkpoint=path), CLIENTS, 3)
+    whole = history.read_bytes()
+    history.write_bytes(whole[:-2] + b"  ")
+    with pytest.raises(CheckpointError, match="move it away to go on without the metrics and reports"):
+        run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 4)
+    history.unlink()
+    result, _ = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 4)
+    assert f"There is no history {history}: metrics and reports of the rounds up to 3 are missing" in caplog.text
+    assert sorted(result.reports) == [3, 4]
+    again, _ = run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 5)
+    assert sorted(again.reports) == [3, 4, 5]
+    path.unlink()
+    with pytest.raises(CheckpointError, match="move it to where the checkpoint is, or remove it"):
+        run(FedAvg(node=node, checkpoint=path, resume=True), CLIENTS, 1)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_checkpoint_with_all_its_rounds(node: lifl.Node, tmp_path: Path) -> None:
+    """Files of before the history go on too, and have one then."""
+    path = tmp_path / "run"
+    seeded()
+    whole, _ = run(make(FedAvg, None, node), CLIENTS, ROUNDS, evaluate_fn=central)
+    seeded()
+    half, _ = run(make(FedAvg, path, node), CLIENTS, 3, evaluate_fn=central)
+    packed, tensors = checkpoints.load(path)
+    for name in ("history", "recent", "configs", "is_of"):
+        del packed[name]
+    packed["reports"] = checkpoints.pack({n: r.to_dict() for n, r in half.reports.items()}, "reports", tensors)
+    metrics = (half.train_metrics_clientapp, half.evaluate_metrics_clientapp, half.evaluate_metrics_serverapp)
+    packed["metrics"] = [
+        checkpoints.pack(dict(part), f"metrics/{i}", tensors, convert) for i, part in enumerate(metrics)
+    ]
+    checkpoints.save(path, packed, tensors)
+    path.with_name("run.history").unlink()
+    check_same(run(make(FedAvg, path, node, resume=True), CLIENTS, ROUNDS, evaluate_fn=central)[0], whole)
+    check_same(run(make(FedAvg, path, node, resume=True), CLIENTS, ROUNDS, evaluate_fn=central)[0], whole)
+
+
 def test_resume_needs_a_file() -> None:
     """Without a path there is nothing to resume from."""
     with pytest.raises(ValueError, match="with checkpoint="):
@@ -251,7 +397,7 @@ def test_two_runs_of_one_checkpoint(node: lifl.Node, tmp_path: Path) -> None:
         assert f"CheckpointError: another run uses the checkpoint {path} (it holds {path}.lock)" in done.stderr
         assert "wait until that one ends, or choose another checkpoint=" in done.stderr
     assert len(said) == 2
-    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "run.history"]
     again, _ = run(make(FedAvg, path, node, resume=True), CLIENTS, 3, evaluate_fn=central)
     check_same(again, whole)
 
