@@ -201,6 +201,7 @@ def test_a_reply_is_given_up_only_while_it_arrives(desk: Desk) -> None:
     desk.announce("r", "m", "a")
     assert desk.registry.may_push("session of r")
     assert desk.registry.give_up(asked) is not None
+    assert asked.state is State.REFUSED
     assert desk.registry.give_up(asked) is None
     assert desk.registry.sender("a", 7) is None
     assert not desk.announce("r", "m", "a")
@@ -211,6 +212,15 @@ def test_a_reply_is_given_up_only_while_it_arrives(desk: Desk) -> None:
     assert desk.registry.forget(asked) == ["session of r"]
     assert desk.registry.settle(asked)
     assert len(desk.registry) == 1, "the round, and nothing in the index"
+
+
+def test_an_object_of_a_whole_reply_may_be_pushed_again(desk: Desk) -> None:
+    """Its node has not had the answer: Flower's state knows whether the object is stored."""
+    asked = desk.ask("m", 7)
+    desk.announce("r", "m", "a")
+    desk.registry.pushed("session of r", "a")
+    assert asked.state is State.TAKEN
+    assert desk.registry.may_push("session of r")
 
 
 def test_objects_that_others_bring_make_a_reply_whole(desk: Desk) -> None:

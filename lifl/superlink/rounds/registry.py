@@ -106,11 +106,11 @@ class Registry:
 
     @contextlib.contextmanager
     def announcing(self, meta: Any) -> Iterator[bool]:
-        """Lasts while Flower stores a reply; false if the reply is taken already, and nothing of it is needed."""
+        """Lasts while Flower stores a reply; false if nothing more of the reply is needed."""
         with self._lock:
             asked = self._find(meta.reply_to_message_id)
             known = None if asked is None else asked.served.replies.get(meta.message_id)
-            is_needed = known is None or known.state not in (State.TAKEN, State.SETTLED)
+            is_needed = known is None or known.state not in (State.TAKEN, State.REFUSED, State.SETTLED)
             if asked is not None:
                 asked.announcing += 1
         try:
@@ -189,14 +189,14 @@ class Registry:
         with self._lock:
             if asked.state is not State.ARRIVING:
                 return None
-            asked.move(State.TAKEN)
+            asked.move(State.REFUSED)
             self._index.came(asked, list(asked.missing))
             return asked.reception
 
     def settle(self, asked: AskedMessage) -> bool:
-        """Ends a reply that was taken; false if the round ended first, and then nobody learns of it."""
+        """Ends a reply that was taken or refused; false if the round ended first, and then nobody learns of it."""
         with self._lock:
-            if asked.state is not State.TAKEN:
+            if asked.state not in (State.TAKEN, State.REFUSED):
                 return False
             asked.move(State.SETTLED)
             return True
@@ -217,10 +217,13 @@ class Registry:
     # ------------------------------------------------------------ questions
 
     def may_push(self, session_id: str) -> bool:
-        """False in a push session of a reply of which nothing more is taken."""
+        """False in a push session of a reply that is refused, whatever Flower would say.
+
+        A whole reply's node may push an object again, because the answer was lost: Flower's state knows the answer.
+        """
         with self._lock:
             asked = self._index.of_session(session_id)
-            return asked is None or asked.state is State.ARRIVING
+            return asked is None or asked.state is not State.REFUSED
 
     def pushing(self, session_id: str, object_id: str) -> list[AskedMessage]:
         """The replies that an object is pushed for, see ``ReplyIndex``."""

@@ -31,7 +31,10 @@ class State(enum.Enum):
     """A reply is announced, and its objects come."""
 
     TAKEN = enum.auto()
-    """Nothing more of the reply is needed: it is read and folded, or it is refused and its objects are deleted."""
+    """Nothing more has to come: the reply is whole, and is read and folded."""
+
+    REFUSED = enum.auto()
+    """Nothing more of the reply is taken: it is refused before it was whole, and its objects are deleted."""
 
     SETTLED = enum.auto()
     """The strategy learns, or has learnt, what became of the message."""
@@ -45,8 +48,9 @@ ALLOWED: dict[State, frozenset[State]] = {
     State.ASKED: frozenset({State.STORED, State.ARRIVING, State.SETTLED, State.CLOSED}),
     # Settled without a reply: Flower makes an error reply for a node that is gone, and a reply may be refused unread.
     State.STORED: frozenset({State.ARRIVING, State.SETTLED, State.CLOSED}),
-    State.ARRIVING: frozenset({State.TAKEN, State.CLOSED}),
+    State.ARRIVING: frozenset({State.TAKEN, State.REFUSED, State.CLOSED}),
     State.TAKEN: frozenset({State.SETTLED, State.CLOSED}),
+    State.REFUSED: frozenset({State.SETTLED, State.CLOSED}),
     State.SETTLED: frozenset({State.CLOSED}),
     State.CLOSED: frozenset(),
 }
@@ -77,7 +81,7 @@ class AskedMessage:
     reply_id : str
         Id of the reply that counts, or that Flower has made for a node that is gone; "" before there is one.
     reception : Reception or None
-        The reply while its state is ARRIVING or TAKEN.
+        The reply while its state is ARRIVING, TAKEN or REFUSED.
     missing : set of str
         Objects of the reply that have not come.
     sessions : list of str
