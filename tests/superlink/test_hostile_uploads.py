@@ -23,7 +23,7 @@ from rig import HOST, UNIT, Node, Rig
 from scripted_clients import Client, check_mean, play, wait_until
 
 from lifl.round import core as round_module
-from lifl.superlink.http import protocol
+from lifl.superlink.http import protocol, upload
 
 PUSH = "/v1/fleet/push-object"
 MIB = 2**20
@@ -376,6 +376,24 @@ def test_one_place_of_an_update_is_written_twice_at_once(here: Here, how: str, m
     round_, _ = play(here.rig, MODEL, HONEST, twice)
     check_mean(round_, [*HONEST, (THEIRS, 1.0)])
     assert not round_.refused
+
+
+@pytest.mark.parametrize("sent", [50, None], ids=["in pieces", "whole"])
+def test_a_body_that_the_server_fails_to_take(here: Here, sent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a fault of its own: the client is told, and the connection goes on."""
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("for the first bytes")
+
+    object_id, content, session_id = here.announce(1000)
+    body = here.body(object_id, content, session_id)
+    with here.line() as line:
+        with monkeypatch.context() as patch:
+            patch.setattr(upload, "cut", fail)
+            line.send(head(PUSH, here.headers, len(body)) + body[:sent])
+            assert line.answer()[0] == 500
+        line.send(b"" if sent is None else body[sent:], head(PUSH, here.headers, len(body)) + body)
+        assert line.answer() == (200, STORED)
 
 
 # ---------------------------------------------------------------- other ways to speak HTTP

@@ -305,6 +305,9 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._turn.exchange.feed(data)
         except ValueError as error:
             self.refuse(400, str(error))
+        except Exception as error:  # raised in the parser, it would become a 400, with which no exchange can end
+            self.logger.error("A body for %s could not be taken", self.path, exc_info=error)
+            self.refuse(500, "the server could not take this body")
 
     def _body_ended(self) -> None:
         turn = self._turn
