@@ -9,6 +9,7 @@ import pytest
 from flwr.proto.message_pb2 import ObjectTree
 from test_served_round import make_round
 
+from lifl.superlink.rounds import registry
 from lifl.superlink.rounds.registry import Registry
 from lifl.superlink.rounds.served_round import AskedMessage, ServedRound, State
 
@@ -47,6 +48,11 @@ class Desk:
             if is_needed:
                 self.registry.announced(message, tree, set(missing), session or f"session of {reply_id}", None)
         return is_needed
+
+
+def raise_memory_error(**_: Any) -> Any:
+    """Takes the place of a class."""
+    raise MemoryError
 
 
 @pytest.fixture
@@ -97,6 +103,36 @@ def test_a_message_that_is_not_stored_is_expected_again(desk: Desk) -> None:
     assert desk.registry.find("m") is None
     assert desk.bind("n", 7) is not None
     assert desk.bind("m", 7) is None
+
+
+def test_a_reply_to_a_message_that_is_not_stored_is_handed_back(desk: Desk) -> None:
+    """Once, by `unbind` or by `close`: nothing waits for its objects then, and it is not settled."""
+    asked, other = desk.ask("m", 7), desk.ask("n", 8)
+    desk.announce("r", "m", "a")
+    desk.announce("s", "n", "b")
+    reception = asked.reception
+    assert reception is not None
+    assert desk.registry.unbind(asked) == (reception, ["session of r"])
+    desk.registry.pushed("session of r", "a")
+    assert (desk.taken, desk.registry.settle(asked), asked.reception) == ([], False, None)
+    left = desk.registry.close(desk.served)
+    assert left is not None
+    assert left[0] != [reception]
+    assert left[1] == ["session of s"]
+    assert desk.registry.unbind(other) == (None, [])
+    assert len(desk.registry) == 0
+
+
+def test_a_reply_that_cannot_be_received_is_no_reply(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its message waits for another, which is the node's first."""
+    asked = desk.ask("m", 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "Reception", raise_memory_error)
+        with pytest.raises(MemoryError):
+            desk.announce("r", "m", "a")
+    assert asked.is_unanswered
+    desk.announce("s", "m", "a")
+    assert (asked.state, asked.client) == (State.ARRIVING, "7")
 
 
 def test_a_message_that_no_round_expects_is_bound_to_none(desk: Desk) -> None:

@@ -90,11 +90,19 @@ class Registry:
                     return asked
         return None
 
-    def unbind(self, asked: AskedMessage) -> None:
-        """Forgets a message that Flower did not store: its round expects it again."""
+    def unbind(self, asked: AskedMessage) -> tuple[Reception | None, list[str]]:
+        """Forgets a message that Flower did not store: its round expects it again.
+
+        Returns its reply if its node has replied nevertheless, and the reply's push sessions.
+        """
         with self._lock:
-            if asked.served.asked.pop(asked.message_id, None) is not None:
-                asked.served.expected[asked.node_id] += 1
+            if asked.state is State.CLOSED:  # `close` has returned the reply
+                return None, []
+            del asked.served.asked[asked.message_id]
+            asked.served.expected[asked.node_id] += 1
+            reception = asked.reception
+            asked.move(State.CLOSED)
+            return reception, self._index.forget(asked)
 
     def stored(self, asked: AskedMessage) -> None:
         """Notes that Flower's state has a message: from now on its node may be found to be gone."""
@@ -136,17 +144,18 @@ class Registry:
             if served.replies.get(meta.message_id, asked) is not asked:
                 return  # a reply of another node has that id
             if asked.is_unanswered:
-                asked.answer(meta.message_id, State.ARRIVING)
-                asked.reception = Reception(
+                reception = Reception(  # before the move: an arriving reply has one
                     round_=served.round,
                     geometry=served.geometry,
                     weight_key=served.announced.weight_key,
-                    client=asked.client,
+                    client=served.next_name(asked.node_id),
                     message=message,
                     tree=tree,
                     missing=missing,
                     form=form,
                 )
+                asked.answer(meta.message_id, State.ARRIVING)
+                asked.reception = reception
             elif asked.state is not State.ARRIVING or asked.reply_id != meta.message_id:
                 return
             self._index.expect(asked, missing, session_id)

@@ -229,7 +229,9 @@ class Rounds:
                     self._outgoing.add(meta.message_id, meta.dst_node_id, set(missing))
         finally:
             if asked is not None and not is_stored:
-                self.registry.unbind(asked)
+                reception, sessions = self.registry.unbind(asked)
+                if reception is not None:
+                    self._forget_reply(reception, sessions)
         return is_stored, missing
 
     def _store_reply(self, store: Callable[..., Any], message: Any, tree: Any, session_id: str) -> Any:
@@ -258,6 +260,12 @@ class Rounds:
                     self.replies += 1
                 self.registry.announced(message, tree, set(missing), session_id, form)
             return is_stored, missing
+
+    def _forget_reply(self, reception: Reception, sessions: Iterable[str]) -> None:
+        """Gives everything back that a reply holds of which nobody learns."""
+        reception.drop()
+        self._end_sessions(sessions)
+        self._delete([], reception.roots)
 
     def _refuse_if_wide(self, message: Any, tree: Any) -> bool:
         """True if a reply does not count for the number of its objects, before anything of it is stored."""

@@ -115,7 +115,7 @@ class AskedMessage:
     def answer(self, reply_id: str, to: State) -> None:
         """Notes the first reply to the message, and moves on."""
         self.move(to)
-        self.client = self.served.name(self.node_id)
+        self.client = self.served.take_name(self.node_id)
         self.reply_id = reply_id
         self.served.replies[reply_id] = self
 
@@ -153,7 +153,13 @@ class ServedRound:
         # Not one that its ServerApp sends again, because an answer was lost: another message to the node is to come.
         return is_announced and meta.message_id not in self.asked
 
-    def name(self, node_id: int) -> str:
+    def next_name(self, node_id: int) -> str:
         """The client's name for a node's next reply: a node that was sent two messages counts twice, as in Flower."""
+        count = self._names[node_id]
+        return f"{node_id}#{count + 1}" if count else str(node_id)
+
+    def take_name(self, node_id: int) -> str:
+        """The same name, which is used by a reply from now on."""
+        name = self.next_name(node_id)
         self._names[node_id] += 1
-        return str(node_id) if self._names[node_id] == 1 else f"{node_id}#{self._names[node_id]}"
+        return name
