@@ -331,7 +331,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         self.flow.hold()
 
     def _let_go(self) -> None:
-        if self._state is not LAST_ANSWER:
+        if self._state < LAST_ANSWER:
             self.flow.let_go()
 
     def handle_websocket_upgrade(self) -> None:
@@ -376,32 +376,47 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     def _refuse_sender(self, body: FlowerBody, error: BaseException) -> None:
         def answer(text: bytes, status: int, headers: Any) -> None:
             if body.cycle in self._bodies:
-                self._cut(body)
-                self.end_with(status, text, headers)
+                self._refuse_body(body, status, text, headers)
 
         self.router.answer_error(error, body.path, body.headers, answer)
 
     def _give_up(self, body: FlowerBody) -> None:
+        self._refuse_body(body, 503, "the server has no memory for this request now: try again")
+
+    def _refuse_body(
+        self, body: FlowerBody, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]] = (_PLAIN,)
+    ) -> None:
+        """Answers a request whose body is not wanted, which is the connection's last: none behind it is answered."""
         self._cut(body)
-        self.end_with(503, "the server has no memory for this request now: try again")
+        if self._state is LAST_ANSWER:  # that of a request behind it, which may have been waiting for this one
+            self._last_answer = self._end_of(status, reason, headers)
+            self._send_last_answer()
+        else:
+            self.end_with(status, reason, headers)
 
     def _cut(self, body: FlowerBody) -> None:
-        """Takes a request from Flower: it is not begun, or Flower learns that the client has gone."""
+        """Takes a request and all behind it from Flower: they are not begun, or Flower learns that the client has gone.
+
+        A cycle that is disconnected reports no end, so that uvicorn would never begin those behind it.
+        """
         cycle = body.cycle
         self._forget(cycle)
-        waiting = [one for one in self.pipeline if one[0] is cycle]
-        if waiting:
-            self.pipeline.remove(waiting[0])
-        else:
-            cycle.disconnected = True
-            cycle.message_event.set()
-            if cycle.response_started:  # an error cannot be sent in the middle of an answer
-                self.transport.close()
+        while self.pipeline:
+            last, _ = self.pipeline.popleft()  # the newest request stands first
+            self._forget(last)
+            if last is cycle:
+                return
+        cycle.disconnected = True
+        cycle.message_event.set()
+        if cycle.response_started:  # an error cannot be sent in the middle of an answer
+            self.transport.close()
 
     def _forget(self, cycle: Any) -> None:
         body = self._bodies.pop(cycle, None)
         if body is not None and body.share is not None:
             body.share.close()
+        # The body may have held reading while it waited for its share. Another body that waits holds it again.
+        self._let_go()
 
     def _cycle_ended(self, cycle: Any) -> None:
         self._forget(cycle)
@@ -519,12 +534,16 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         if self._is_over:
             return
         self._enter(LAST_ANSWER)
-        body = reason if isinstance(reason, bytes) else reason.encode()
-        self._last_answer = self._head(status, len(body), headers, True) + body
+        self._last_answer = self._end_of(status, reason, headers)
         self.flow.hold()
         if self._turn.progress is not OVER:
             self._turn.exchange.hurry()
         self._send_last_answer()
+
+    def _end_of(self, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """An answer with which a connection ends."""
+        body = reason if isinstance(reason, bytes) else reason.encode()
+        return self._head(status, len(body), headers, True) + body
 
     def _send_last_answer(self) -> None:
         if self._state is not LAST_ANSWER or self.transport.is_closing() or self._turn.progress is not OVER:
