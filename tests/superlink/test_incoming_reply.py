@@ -30,6 +30,7 @@ from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
 from lifl.superlink.rounds import reply as reply_module
 from lifl.superlink.rounds import watcher
+from lifl.superlink.rounds.chunk_map import Geometry
 
 
 def model(seed: int = 99, dtype: Any = np.float32) -> dict[str, Any]:
@@ -256,6 +257,19 @@ def test_what_is_unusual_and_right_counts(rig: Rig, names: list[str]) -> None:
     round_, _ = play(rig, model(), HONEST, *(says(TAKEN[name]) for name in names))
     assert not round_.refused, round_.reasons
     check_mean(round_, [*HONEST, *[(THEIRS, 1.0)] * len(names)])
+
+
+def test_a_reply_whose_form_cannot_be_learnt_counts(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its update is in the mean by then."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a fault of the server's")
+
+    monkeypatch.setattr(Geometry, "learn", fail)
+    theirs = update({name: RIGHT[name] for name in reversed(RIGHT)})
+    round_, _ = play(rig, model(), HONEST, says(theirs))
+    assert not round_.refused
+    check_mean(round_, [*HONEST, (THEIRS, 1.0)])
 
 
 def test_replies_in_a_smaller_dtype_are_widened(rig: Rig) -> None:

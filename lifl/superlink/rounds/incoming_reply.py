@@ -17,6 +17,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from logging import ERROR
 from typing import Any
 
 import attrs
@@ -27,10 +28,13 @@ from lifl.report.entries import Rejection
 from lifl.round.loan import Loan
 from lifl.round.round import Round
 from lifl.strategy.reply import widened
+from lifl.superlink import flower
 from lifl.superlink.rounds.chunk_map import Form, Geometry, Piece
 from lifl.superlink.rounds.reply import MAX_BESIDE_BYTES, ArrayDescription, ReplyContent, ReplyReader
 from lifl.superlink.store.content import Landed, PartContent
 from lifl.superlink.store.store import Store
+
+_server = flower.part("server")
 
 LOAN_TIMEOUT_S = 60.0
 """Longest wait for a block of its own, for a reply that is complete and lies beside the arena."""
@@ -351,7 +355,10 @@ class Reception:
             release()
             arrays = widened(views, self._round.spec)
             self._round.submit(arrays, content.weight, self.client, timeout=LOAN_TIMEOUT_S)
-        self._learn(content.arrays)
+        try:
+            self._learn(content.arrays)
+        except Exception as error:  # the update is in the mean: its reply counts, whatever becomes of its form
+            _server.log(ERROR, "the form of a reply of node %s could not be learnt: %r", self.client, error)
 
     def _learn(self, arrays: Mapping[str, ArrayDescription]) -> None:
         """Remembers the form of a reply that has counted, for its node's next one and for nodes that are like it."""
