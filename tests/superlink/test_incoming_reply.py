@@ -547,6 +547,39 @@ def test_a_reply_that_comes_too_early_takes_nothing_from_the_serverapp(rig: Rig)
     rig.state.stop_run(run_id)
 
 
+def test_a_reply_that_is_stored_while_its_round_ends_leaves_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round is closed when Flower has stored it and nobody has noted it: none of its objects is asked for."""
+    rounds, missing = rig.plane.rounds, list[list[str]]()
+    announced = rounds.registry.announced
+
+    def end_before(*args: Any) -> None:
+        rounds.end(rounds.registry.rounds()[0])
+        announced(*args)
+
+    monkeypatch.setattr(rounds.registry, "announced", end_before)
+    pushed = threading.Event()
+
+    def announce(client: Client, asked: Message) -> None:
+        assert pushed.wait(10)
+        missing.append(client.announce(asked, update(THEIRS)).missing)
+
+    client = Client(rig, announce)
+    run_id, token = rig.start_run()
+    with rig.grid(run_id, token) as grid:
+        server = Server.find(grid)
+        assert server is not None
+        messages = [Message(RecordDict({"arrays": flowers(model())}), client.node.id, "train", group_id="1")]
+        server.open_round(run_id, messages, spec_of(flowers(model())), "num-examples", "eager", "any", Limits())
+        assert grid.push_messages(messages)
+        pushed.set()
+        wait_until(lambda: missing or client.error)
+        server.close()
+    client.close()
+    assert missing == [[]]
+    settled(rig)
+    rig.state.stop_run(run_id)
+
+
 def test_a_node_cannot_reply_for_another(rig: Rig) -> None:
     """To a message that it was not sent."""
     asked_of_other: list[Message] = []

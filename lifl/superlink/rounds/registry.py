@@ -51,8 +51,8 @@ class Registry:
         with self._lock:
             return list(self._rounds)
 
-    def close(self, served: ServedRound) -> tuple[list[Reception], list[str]] | None:
-        """Closes a round and all its messages; None if it was closed before.
+    def close(self, served: ServedRound, *, clears: bool = True) -> tuple[list[Reception], list[str]] | None:
+        """Closes a round and all its messages, which are deleted next if it `clears`; None if it was closed before.
 
         Returns the replies that were not settled, and their push sessions.
         """
@@ -60,6 +60,7 @@ class Registry:
             if served not in self._rounds:
                 return None
             self._rounds.remove(served)
+            served.is_cleared = clears
             receptions = [asked.reception for asked in served.asked.values() if asked.reception is not None]
             sessions = list[str]()
             for asked in served.asked.values():
@@ -217,6 +218,11 @@ class Registry:
                 return False
             asked.answer(reply_id, State.SETTLED)
             return True
+
+    def is_cleared(self, asked: AskedMessage) -> bool:
+        """True if a message's round is over, and what Flower stores of its reply from now on is for nobody."""
+        with self._lock:
+            return asked.served.is_cleared
 
     def is_known(self, asked: AskedMessage, reply_id: str) -> bool:
         """True if a reply to a message of the same round has that id."""

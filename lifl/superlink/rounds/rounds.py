@@ -188,7 +188,7 @@ class Rounds:
 
         If it `deletes`, the messages and their objects are deleted, and replies that come later are not stored.
         """
-        if (left := self.registry.close(served)) is None:
+        if (left := self.registry.close(served, clears=deletes)) is None:
             return
         receptions, sessions = left
         for reception in receptions:
@@ -259,6 +259,11 @@ class Rounds:
                 with self._lock:
                     self.replies += 1
                 self.registry.announced(message, tree, set(missing), session_id, form)
+                # After `announced`: a round that ends from here on finds the reply, and clears it itself.
+                if asked is not None and self.registry.is_cleared(asked):
+                    self._end_sessions([session_id])
+                    self._delete([], [message.metadata.message_id])
+                    return True, []
             return is_stored, missing
 
     def _forget_reply(self, reception: Reception, sessions: Iterable[str]) -> None:

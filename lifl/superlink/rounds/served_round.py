@@ -130,6 +130,8 @@ class ServedRound:
         Called with each reply that is settled, from any thread.
     expected : Counter of int
         For each node the number of messages that the strategy will send and has not sent.
+    is_cleared : bool
+        True if the round is over, and its messages and the replies to them are deleted.
     asked : dict of str to AskedMessage
         The round's messages by their ids.
     replies : dict of str to AskedMessage
@@ -141,6 +143,7 @@ class ServedRound:
     geometry: Geometry
     on_settled: Callable[[Settled], None]
     expected: Counter[int]
+    is_cleared: bool = False
     asked: dict[str, AskedMessage] = attrs.field(factory=dict)
     replies: dict[str, AskedMessage] = attrs.field(factory=dict)
     _names: Counter[int] = attrs.field(factory=Counter)
