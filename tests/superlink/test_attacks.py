@@ -205,6 +205,34 @@ def test_a_reply_larger_than_any_is_refused_while_it_comes(rig: Rig, monkeypatch
     assert answers.count(413) == 1
 
 
+def test_a_reply_that_is_too_large_gives_its_block_back_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While all threads that read replies wait, maybe for that room."""
+    monkeypatch.setattr(reception, "MAX_BESIDE_BYTES", MIB)
+    loans: list[bool] = []
+    free = threading.Event()
+
+    def large(client: Client, asked: Message) -> None:
+        beside = [FlowerObject("ArrayChunk", body=bytes([n]) * MIB) for n in range(4)]
+        announced = client.announce(asked, update(THEIRS))
+        assert client.push(asked, announced, chunks_of(saved(THEIRS["w"]))[0].id) == [True]
+        (theirs,) = (one for one in rig.plane.rounds.registry.arriving() if one.client == client.name)
+        loans.append(theirs._loan is not None)
+        tree = message_pb2.ObjectTree(object_id=announced.message.id, children=announced.message.tree.children)
+        tree.children.extend(one.tree for one in beside)
+        again = client.announce_again(announced, tree)
+        bodies = [client.request(asked, again, one.id, one.content) for one in beside]
+        statuses = [client.node.caller.call("/v1/fleet/push-object", body)[0] for body in bodies]
+        loans.append(theirs._loan is not None)
+        assert 413 in statuses
+        free.set()
+
+    for _ in range(rounds.ASSEMBLERS):
+        rig.plane.rounds._assemblers.submit(free.wait, 10)
+    round_, clients = play(rig, MODEL, HONEST, large)
+    assert loans == [True, False]
+    assert round_.refused == {clients[0].name: "format"}
+
+
 @pytest.mark.parametrize("how", ["query", "chunked", "again"])
 def test_no_other_way_past_the_size_of_a_reply(rig: Rig, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """A request with a query, one whose body comes in chunks, which Flower's own route takes; a tree that grows."""

@@ -28,9 +28,11 @@ from lifl.errors import RoundError
 from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
+from lifl.superlink import app_socket
 from lifl.superlink.rounds import reply as reply_module
 from lifl.superlink.rounds import watcher
 from lifl.superlink.rounds.chunk_map import Geometry
+from lifl.superlink.rounds.incoming_reply import Reception
 
 
 def model(seed: int = 99, dtype: Any = np.float32) -> dict[str, Any]:
@@ -578,6 +580,48 @@ def test_a_reply_that_is_stored_while_its_round_ends_leaves_nothing(rig: Rig, mo
     assert missing == [[]]
     settled(rig)
     rig.state.stop_run(run_id)
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    """Takes the place of what does not fail."""
+    raise OSError("a fault of the server's")
+
+
+@pytest.mark.parametrize("what", ["reading", "clearing", "telling"])
+def test_a_reply_that_the_server_cannot_settle_has_an_end(rig: Rig, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its strategy does not wait: it is told, and what is in the mean counts."""
+    rounds, convert = rig.plane.rounds, app_socket._names.message_to_proto
+    names: list[str] = []
+
+    def answer(client: Client, asked: Message) -> None:
+        names.append(client.name)
+        client.answer(asked, update(THEIRS))
+
+    def is_theirs(thing: Any) -> bool:
+        return thing.client in names
+
+    settle, release = Reception.settle, rounds._release
+    if what == "reading":
+        monkeypatch.setattr(Reception, "settle", lambda s, *rest: fail() if is_theirs(s) else settle(s, *rest))
+    elif what == "clearing":
+
+        def release_and_fail(asked: Any, reception: Any) -> None:
+            release(asked, reception)
+            if is_theirs(reception) and reception._loan is None and not reception._is_placing:
+                fail()
+
+        monkeypatch.setattr(rounds, "_release", release_and_fail)
+    else:
+        monkeypatch.setattr(
+            app_socket._names,
+            "message_to_proto",
+            lambda m: fail() if str(m.metadata.src_node_id) in names and names.pop() else convert(m),
+        )
+    round_, clients = play(rig, model(), HONEST, answer, is_alone=what != "reading")
+    assert round_.refused == ({} if what == "clearing" else {clients[0].name: "error"})
+    assert not round_.report.late
+    if what != "telling":
+        check_mean(round_, [*HONEST, *[(THEIRS, 1.0)] * (what == "clearing")])
 
 
 def test_a_node_cannot_reply_for_another(rig: Rig) -> None:

@@ -7,10 +7,11 @@ else is plain Flower.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from logging import DEBUG, ERROR
 from typing import Any
@@ -295,18 +296,25 @@ class Rounds:
 
     def _settle(self, asked: AskedMessage, reception: Reception) -> None:
         """Reads a whole reply and folds it; in a thread of the assemblers."""
-        try:
+        settled = _failed(reception)
+        with _logging(reception):
             settled = reception.settle(self.store, lambda: self._release(asked, reception))
+        with _logging(reception):
             self._release(asked, reception)
-            with self._lock:
-                self.copied_bytes += reception.copied_bytes
-            if self.registry.settle(asked):
-                if not self.store.is_durable:
-                    self._delete_answered(asked, [asked.reply_id])
-                # After the deletion: when a strategy has all its replies nothing is left of them.
-                asked.served.on_settled(settled)
-        except Exception as error:
-            _server.log(ERROR, "a reply of node %s could not be settled: %r", reception.client, error)
+        with self._lock:
+            self.copied_bytes += reception.copied_bytes
+        if self.registry.settle(asked):
+            if not self.store.is_durable:
+                self._delete_answered(asked, [asked.reply_id])
+            # After the deletion: when a strategy has all its replies nothing is left of them.
+            self._tell(asked, reception, settled)
+
+    def _tell(self, asked: AskedMessage, reception: Reception, settled: Settled) -> None:
+        """Tells the strategy how a reply ended; that the server failed, if the reply cannot be told of."""
+        for one in (settled, _failed(reception)):
+            with _logging(reception):
+                asked.served.on_settled(one)
+                return
 
     def _release(self, asked: AskedMessage, reception: Reception) -> None:
         """Has the store let go of a reply's objects; an object that others refer to, a model or a reply, stays."""
@@ -320,16 +328,18 @@ class Rounds:
     def _give_up(self, asked: AskedMessage, settled: Settled) -> None:
         """Ends a message whose reply is arriving: the reply does not count, and what has come of it is deleted."""
         if (reception := self.registry.give_up(asked)) is not None:
+            reception.drop()
             self._discard(asked, settled, reception)
 
     def _discard(self, asked: AskedMessage, settled: Settled, reception: Reception) -> None:
-        reception.drop()
-        # Flower ends the sessions before the registry forgets them: at no moment does an object pass in one of them.
-        self._end_sessions(list(asked.sessions))
-        self.registry.forget(asked)
-        self._delete_answered(asked, reception.roots)
+        """Deletes a reply that was given up, and tells the strategy."""
+        with _logging(reception):
+            # Flower ends the sessions before the registry forgets them: at no moment an object passes in one of them.
+            self._end_sessions(list(asked.sessions))
+            self.registry.forget(asked)
+            self._delete_answered(asked, reception.roots)
         if self.registry.settle(asked):
-            asked.served.on_settled(settled)
+            self._tell(asked, reception, settled)
 
     # ------------------------------------------------------------ the gateway asks
 
@@ -379,9 +389,10 @@ class Rounds:
         """Refuses a reply that is too large, whatever it may say."""
         refusal = Rejection(reception.client, "format", f"more than {TOO_LARGE}")
         settled = Settled(reception.message, {}, refusal)
-        # The reply is given up at once, so that no more of it is taken. Its objects are deleted in a thread: the
-        # server's loop may be here, and must not wait for a database.
+        # The reply is given up at once, so that no more of it is taken, and its block too: the assemblers may wait for
+        # it. One of them deletes its objects: the server's loop may be here, and must not wait for a database.
         if self.registry.give_up(asked) is not None:
+            reception.drop()
             self._assemblers.submit(self._discard, asked, settled, reception)
 
     # ------------------------------------------------------------ Flower's state is cleaned
@@ -410,3 +421,18 @@ class Rounds:
         """
         is_pushed = asked.message_id not in self._outgoing
         self._delete([asked.message_id] if is_pushed else [], replies)
+
+
+@contextlib.contextmanager
+def _logging(reception: Reception) -> Iterator[None]:
+    """Lasts while something is done for a reply that must not keep the reply from its end; what fails is logged."""
+    try:
+        yield
+    except Exception as error:
+        _server.log(ERROR, "a reply of node %s could not be settled: %r", reception.client, error)
+
+
+def _failed(reception: Reception) -> Settled:
+    """The end of a reply that the server could not read, delete or tell of."""
+    refusal = Rejection(reception.client, "error", "the server failed at the end of this reply: see its log")
+    return Settled(reception.message, {}, refusal)
