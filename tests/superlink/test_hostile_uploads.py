@@ -557,6 +557,67 @@ def test_when_the_arena_is_full_nothing_is_read(here: Here) -> None:
     assert here.rig.store.get(object_id) == content
 
 
+def test_one_that_fails_while_it_waits_for_room_holds_nobody_up(here: Here) -> None:
+    """An upload behind it, and one that comes later, have their turn."""
+
+    def fail() -> bool:
+        raise OSError("a fault of the server's")
+
+    bodies = [here.body(*here.announce(200_000)) for _ in range(2)]
+    taken = fill(here.rig)
+    gateway, loop = here.rig.plane.gateway, here.rig.plane.long_polls.loop
+    with here.line() as line, here.line() as later:
+        for one in (line, later):
+            one.socket.settimeout(5)
+        loop.call_soon_threadsafe(gateway.wait_for_room, fail)
+        line.send(head(PUSH, here.headers, len(bodies[0])) + bodies[0])
+        wait_until(lambda: gateway.uploads == 1)
+        later.send(head(PUSH, here.headers, len(bodies[1])) + bodies[1])
+        give_back(here.rig, taken)
+        assert [one.answer() for one in (line, later)] == [(200, STORED)] * 2
+
+
+def test_an_upload_that_fails_to_begin_is_answered(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, or when there is room for it."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("a fault of the server's")
+
+    for waits in (False, True):
+        body = here.body(*here.announce(200_000))
+        taken = fill(here.rig) if waits else []
+        with here.line() as line, monkeypatch.context() as patch:
+            line.socket.settimeout(5)
+            patch.setattr(upload.Upload, "aim", fail)
+            line.send(head(PUSH, here.headers, len(body)) + body)
+            if waits:
+                wait_until(lambda: here.rig.plane.gateway._waiting)
+            give_back(here.rig, taken)
+            assert line.answer()[0] == 500
+
+
+@pytest.mark.parametrize("what", ["a connection", "the memory for bodies"])
+def test_a_look_at_peers_that_fails_is_not_the_last(here: Here, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that stalls afterwards is dropped as always."""
+    failed = threading.Event()
+
+    def fail(*_: Any) -> None:
+        failed.set()
+        raise OSError("a fault of the server's")
+
+    with monkeypatch.context() as patch, here.line() as other:
+        if what == "a connection":
+            wait_until(lambda: here.rig.plane.protocol.open)
+            patch.setattr(next(iter(here.rig.plane.protocol.open)), "give_up_if_stalled", fail)
+        else:
+            patch.setattr(here.rig.plane.gateway, "look", fail)
+        assert failed.wait(5)
+        assert what != "a connection" or other.is_closed
+    with here.line() as line:
+        line.send(b"P")
+        assert line.is_closed
+
+
 def test_who_waits_for_room_and_goes_is_forgotten(here: Here) -> None:
     """Those behind it are asked in turn; small objects need no room."""
     announced = [here.announce(200_000) for _ in range(3)]

@@ -406,6 +406,24 @@ def test_a_node_that_goes_offline_is_not_waited_for(rig: Rig, monkeypatch: pytes
     check_mean(round_, HONEST)
 
 
+def test_a_look_after_nodes_that_fails_is_not_the_last(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one finds a node that is gone."""
+    monkeypatch.setattr(watcher, "WATCH_S", 0.05)
+    failed = threading.Event()
+
+    def forget_stale() -> None:
+        failed.set()
+        fail()
+
+    def leave(client: Client, _: Message) -> None:
+        assert failed.wait(10)
+        assert client.rig.state.deactivate_node(client.node.id)
+
+    monkeypatch.setattr(rig.plane.rounds._outgoing, "forget_stale", forget_stale)
+    round_, clients = play(rig, model(), HONEST, leave)
+    assert round_.refused == {clients[0].name: "error"}
+
+
 def test_a_node_that_goes_offline_in_the_middle_of_its_reply_is_not_waited_for(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -479,6 +479,8 @@ class PushObject(DataRequest):
             return True
         try:
             target = self.gateway.target_for(self._request, self._nbytes, is_trusted=self._api == "runtime")
+            self._upload.aim(target)
+            target.watch(self._revoked)
         except BlockingIOError:
             return False
         except MemoryError as error:
@@ -490,8 +492,6 @@ class PushObject(DataRequest):
         except Exception as error:
             self.fail(error)
             return True
-        self._upload.aim(target)
-        target.watch(self._revoked)
         self.protocol.proceed()
         return True
 

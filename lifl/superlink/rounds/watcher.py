@@ -66,7 +66,10 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stop.wait(WATCH_S):
-            self._outgoing.forget_stale()
+            try:
+                self._outgoing.forget_stale()
+            except Exception as error:
+                _server.log(ERROR, "messages that their ServerApps gave up could not be forgotten: %r", error)
             for served in self._registry.rounds():
                 try:
                     self._look_for_errors(served)
