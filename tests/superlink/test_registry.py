@@ -152,6 +152,13 @@ def test_the_newest_round_has_a_message_that_is_in_two(desk: Desk) -> None:
     assert desk.registry.find("m") is after
 
 
+def test_the_newest_round_takes_a_message_that_two_expect(desk: Desk) -> None:
+    """Its ServerApp came back before it had sent all messages of the round before."""
+    newest = desk.open(7)
+    assert desk.ask("m", 7).served is newest
+    assert desk.ask("n", 7).served is desk.served
+
+
 def test_of_two_replies_the_first_counts(desk: Desk) -> None:
     """The first is taken even if the second is whole sooner."""
     asked = desk.ask("m", 7)

@@ -83,7 +83,7 @@ class Registry:
     def bind(self, meta: Any) -> AskedMessage | None:
         """Notes a message that is about to be stored; None if no round expects it, or if its round has it."""
         with self._lock:
-            for served in self._rounds:
+            for served in reversed(self._rounds):  # the newest counts, as in `_find`
                 if served.expects(meta):
                     served.expected[meta.dst_node_id] -= 1
                     asked = AskedMessage(meta.message_id, meta.dst_node_id, served)
