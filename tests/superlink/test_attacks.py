@@ -21,7 +21,7 @@ from flwr.app import Message, RecordDict
 from flwr.app.message import make_message
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
-from raw_http import call, head, headers_of
+from raw_http import Line, call, head, headers_of
 from rig import HOST, Node, Rig
 from scripted_clients import Client, check_mean, play, prepare, says, wait_until
 
@@ -507,6 +507,34 @@ def test_half_replies_hold_no_room_that_others_need(monkeypatch: pytest.MonkeyPa
         check_mean(round_, honest)
         for line in begun:
             line.close()
+
+
+def test_an_upload_that_loses_its_place_twice_is_whole(rig: Rig) -> None:
+    """Before the loop has moved it once: it goes on beside the arena, and the reply counts."""
+
+    def lose(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(THEIRS))
+        large = chunks_of(saved(THEIRS["w"]))[0].id
+        body = client.request(asked, announced, large)
+        done = threading.Event()
+
+        def twice() -> None:
+            for _ in range(2):
+                theirs.give_way(rig.store)
+            done.set()
+
+        with Line(rig.port) as line:
+            line.send(head("/v1/fleet/push-object", headers_of(client.node), len(body)) + body[:100_000])
+            (theirs,) = (one for one in rig.plane.rounds.registry.arriving() if one.client == client.name)
+            wait_until(lambda: theirs._came_bytes > 50_000)
+            rig.plane.long_polls.loop.call_soon_threadsafe(twice)
+            assert done.wait(10)
+            line.send(body[100_000:])
+            assert line.answer() == (200, STORED)
+        assert all(client.push(asked, announced, *(one for one in announced.missing if one != large)))
+
+    round_, _ = play(rig, MODEL, HONEST, lose)
+    check_mean(round_, [*HONEST, (THEIRS, 1.0)])
 
 
 def test_uploads_of_a_round_that_is_over_hold_nothing(rig: Rig) -> None:

@@ -78,7 +78,8 @@ class Place:
 
     def watch(self, on_revoked: Callable[[bool], None]) -> None:
         """Calls `on_revoked`, from any thread, when the block is given up: with True if the bytes so far are kept."""
-        # Written before `_keeps` is read; `revoke` writes and reads in the other order. So one of them calls it.
+        # Written before `_keeps` is read; `revoke` writes and reads in the other order. So at least one of them calls
+        # it, and both may; a place may also be revoked twice.
         self._on_revoked = on_revoked
         if self._keeps is not None:
             on_revoked(self._keeps)
