@@ -129,15 +129,18 @@ class Server:
         return int(self._ask({"do": "bound", "messages": message_ids}, "bound")["count"])
 
     def replies(self, timeout: float | None) -> Iterator[Reply]:
-        """Replies as the server settles them; ends after `timeout` seconds, or never for None."""
+        """Replies as the server settles them; ends after `timeout` seconds, or never for None.
+
+        A reply that came in time is given also if the caller was busy with another one until later.
+        """
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             left = 1.0 if end is None else end - time.monotonic()
-            if left <= 0 and not self._frames:
-                return
             frame = self._next(max(min(left, 1.0), 0.001))
             if frame is not None:
                 yield _reply(*frame)
+            elif left <= 0:
+                return
 
     def is_gone(self) -> bool:
         """True if the server has closed the connection, or has ended."""

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -596,6 +597,38 @@ def test_a_reply_that_is_stored_while_its_round_ends_leaves_nothing(rig: Rig, mo
         server.close()
     client.close()
     assert missing == [[]]
+    settled(rig)
+    rig.state.stop_run(run_id)
+
+
+def test_a_reply_that_came_in_time_is_read_later(rig: Rig) -> None:
+    """The strategy was busy with another one until after the time-out."""
+    first, answered = threading.Event(), threading.Event()
+
+    def second(client: Client, asked: Message) -> None:
+        assert first.wait(10)
+        client.answer(asked, update(model(2)))
+        answered.set()
+
+    clients = [Client(rig, says(update(THEIRS))), Client(rig, second)]
+    run_id, token = rig.start_run()
+    with rig.grid(run_id, token) as grid:
+        server = Server.find(grid)
+        assert server is not None
+        content = RecordDict({"arrays": flowers(model())})
+        messages = [Message(content, client.node.id, "train", group_id="1") for client in clients]
+        server.open_round(run_id, messages, spec_of(flowers(model())), "num-examples", "eager", "any", Limits())
+        assert grid.push_messages(messages)
+        end_s, count = time.monotonic() + 1.5, 0
+        for _ in server.replies(1.5):
+            count += 1
+            first.set()
+            assert answered.wait(10)
+            time.sleep(max(end_s + 0.2 - time.monotonic(), 0))
+        assert count == 2
+        server.close()
+    for client in clients:
+        client.close()
     settled(rig)
     rig.state.stop_run(run_id)
 
