@@ -21,6 +21,7 @@ from lifl import ipc
 from lifl.errors import LiflError, RoundError
 from lifl.round.admission import Limits
 from lifl.round.round import core_of
+from lifl.strategy.server_client import RESULT_TIMEOUT_S
 from lifl.superlink import flower
 from lifl.superlink.rounds.incoming_reply import Settled
 from lifl.superlink.rounds.rounds import Rounds
@@ -32,7 +33,6 @@ _names, _server = flower.part("rounds"), flower.part("server")
 SEND_TIMEOUT_S = 30
 """A ServerApp that has read nothing for so long is disconnected."""
 
-RESULT_TIMEOUT_S = 600.0
 FLUSH_TIMEOUT_S = 1.0
 """Time for the last frames of a connection that is closed."""
 
@@ -208,7 +208,7 @@ class Connection:
                 records.append([name, arrays])
         refusal = settled.refusal
         why = None if refusal is None else [refusal.client_id, refusal.rule, refusal.reason]
-        self._send({"event": "reply", "records": records, "refusal": why}, blobs)
+        self._send({"event": "reply", "client": settled.client, "records": records, "refusal": why}, blobs)
 
     def _on_bound(self, request: dict[str, Any]) -> None:
         """Answers with the number of the sent messages that belong to the round."""

@@ -121,6 +121,8 @@ class Settled:
 
     Attributes
     ----------
+    client : str
+        The client's name in the report: a node that was sent two messages has two.
     message : Message
         The reply's metadata, and its error if it is one.
     records : Mapping of str
@@ -129,6 +131,7 @@ class Settled:
         The reason why it does not count; None if it does, or if it is an error.
     """
 
+    client: str
     message: Message
     records: Mapping[str, Any]
     refusal: Rejection | None
@@ -324,18 +327,18 @@ class Reception:
             self._is_placing = False
         try:
             if self.message.has_error():
-                return Settled(self.message, {}, None)
+                return Settled(self.client, self.message, {}, None)
             reader = ReplyReader(store, self._geometry, self.client)
             content = reader.read(self.message.metadata.message_id, self._weight_key)
             self._send(store, reader, content, release)
-            return Settled(self.message, content.records, None)
+            return Settled(self.client, self.message, content.records, None)
         except AdmissionError as error:
-            return Settled(self.message, {}, Rejection(error.client_id, error.rule, error.reason))
+            return Settled(self.client, self.message, {}, Rejection(error.client_id, error.rule, error.reason))
         except LiflError as error:
-            return Settled(self.message, {}, Rejection(self.client, "error", str(error)))
+            return Settled(self.client, self.message, {}, Rejection(self.client, "error", str(error)))
         except Exception as error:  # whatever a client sends, only that client's reply does not count
             refusal = AdmissionError(self.client, "format", f"{type(error).__name__}: {error}")
-            return Settled(self.message, {}, Rejection(self.client, "format", refusal.reason))
+            return Settled(self.client, self.message, {}, Rejection(self.client, "format", refusal.reason))
         finally:
             self.drop()
 

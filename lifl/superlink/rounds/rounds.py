@@ -285,7 +285,7 @@ class Rounds:
         if self.registry.settle_unread(asked, meta.message_id):
             self._delete_answered(asked, [])
             refusal = Rejection(asked.client, "format", f"more than {most:,} objects in a reply")
-            asked.served.on_settled(Settled(message, {}, refusal))
+            asked.served.on_settled(Settled(asked.client, message, {}, refusal))
         return True
 
     # ------------------------------------------------------------ replies are settled
@@ -388,7 +388,7 @@ class Rounds:
     def _refuse_large(self, asked: AskedMessage, reception: Reception) -> None:
         """Refuses a reply that is too large, whatever it may say."""
         refusal = Rejection(reception.client, "format", f"more than {TOO_LARGE}")
-        settled = Settled(reception.message, {}, refusal)
+        settled = Settled(reception.client, reception.message, {}, refusal)
         # The reply is given up at once, so that no more of it is taken, and its block too: the assemblers may wait for
         # it. One of them deletes its objects: the server's loop may be here, and must not wait for a database.
         if self.registry.give_up(asked) is not None:
@@ -435,4 +435,4 @@ def _logging(reception: Reception) -> Iterator[None]:
 def _failed(reception: Reception) -> Settled:
     """The end of a reply that the server could not read, delete or tell of."""
     refusal = Rejection(reception.client, "error", "the server failed at the end of this reply: see its log")
-    return Settled(reception.message, {}, refusal)
+    return Settled(reception.client, reception.message, {}, refusal)
