@@ -141,10 +141,10 @@ class DataRequest:
         """Does nothing, unless the request can be held open."""
 
     def room(self) -> Any:
-        """Not called before the request is aimed."""
+        """Memory for the next bytes; called only of a request that ``is_aimed``."""
 
     def advance(self, nbytes: int) -> None:
-        """Not called before the request is aimed."""
+        """Takes bytes that were written to :meth:`room`; called only of a request that ``is_aimed``."""
 
 
 class Unary(DataRequest):

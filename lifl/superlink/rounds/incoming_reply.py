@@ -30,6 +30,7 @@ from lifl.round.round import Round
 from lifl.strategy.reply import widened
 from lifl.superlink import flower
 from lifl.superlink.rounds.chunk_map import Form, Geometry, Piece
+from lifl.superlink.rounds.model_objects import record_of
 from lifl.superlink.rounds.reply import MAX_BESIDE_BYTES, ArrayDescription, ReplyContent, ReplyReader
 from lifl.superlink.store.content import Landed, PartContent
 from lifl.superlink.store.store import Store
@@ -91,7 +92,7 @@ class Place:
             self._on_revoked(keeps)
 
     def pieces(self) -> list[Any]:
-        """Memory for the head of the chunk, and for its numbers."""
+        """Memory for the head of the chunk, and for its numbers, which is the loan's."""
         return [memoryview(self._head), self._numbers]
 
     def came(self, nbytes: int) -> None:
@@ -188,7 +189,7 @@ class Reception:
         self._form = form
         self._positions: dict[str, Position] = {}
         if form is not None:
-            for j, array in zip(form.arrays, _arrays(tree), strict=True):
+            for j, array in zip(form.arrays, record_of(tree).children, strict=True):
                 for k, chunk in enumerate(array.children):
                     self._positions.setdefault(chunk.object_id, (j, k))
         # The chunks that have a place now: from before their first byte until their content is released. Entries are
@@ -204,8 +205,8 @@ class Reception:
         self._came_bytes = 0  # into places
         self._seen_s = self.heard_s  # of the last look of `is_slow`
         self._seen_bytes = 0
-        # Guards the loan, the set of admitted objects and both flags. A thread that holds the store's lock does not
-        # take this one.
+        # Guards the loan, the set of admitted objects and both flags; so a look at a flag before the lock is taken is
+        # only a hint. A thread that holds the store's lock does not take this one.
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------ while it comes
@@ -294,7 +295,8 @@ class Reception:
 
     def drop(self) -> None:
         """Gives the reply up: the round is over, the client is gone, or the reply is refused."""
-        self._is_placing = False
+        with self._lock:
+            self._is_placing = False
         self._let_go()
 
     def _let_go(self, *, keeps: bool = False) -> None:
@@ -320,7 +322,8 @@ class Reception:
     def settle(self, store: Store, release: Callable[[], None]) -> Settled:
         """Reads the message, completes the update and sends it into the round.
 
-        `release` makes the store let go of the message's objects, which it must before the block is folded.
+        `release` makes the store let go of the message's objects, which it must before the block is folded. Afterwards
+        the block is the round's if the reply counts, else it is given back.
         """
         with self._lock:
             self._is_settling = True
@@ -415,8 +418,3 @@ def _ids(tree: Any) -> list[str]:
         found.append(node.object_id)
         waiting.extend(node.children)
     return found
-
-
-def _arrays(tree: Any) -> list[Any]:
-    """The arrays of a message's first record that has any: message > RecordDict > record > array > chunk."""
-    return next((list(r.children) for content in tree.children for r in content.children if r.children), [])

@@ -1,8 +1,9 @@
 """Every message that the open rounds have asked, and each move of its state.
 
 Owns the open rounds, the index of their arriving replies, and the lock that guards both and every record in them. A
-method makes one move, or says that it is not to be made; it neither stores nor deletes nor calls Flower, so that the
-lock is never held for long. ``Rounds`` and ``Watcher`` do what follows from a move.
+method makes one move, or returns a value that says that no move was made: None from `close`, `bind` and `give_up`,
+False from `settle` and `settle_unread`. It neither stores nor deletes nor calls Flower, so that the lock is never held
+for long. ``Rounds`` and ``Watcher`` do what follows from a move.
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ class Rounds:
     ) -> ServedRound:
         """Opens a round for messages that will be sent; waits for room in the arena.
 
-        `on_settled` is called with each reply, from any thread. Raises :class:`ShmError` if there is no room.
+        `on_settled` is called with each reply, from any thread. Raises :class:`ShmError` if there is no room, and else
+        what ``Node.open_round`` raises.
         """
         served = ServedRound(
             announced=announced,
@@ -187,7 +188,8 @@ class Rounds:
     def end(self, served: ServedRound, *, deletes: bool = True) -> None:
         """Takes no more of a round's replies, and closes the round; harmless when it is closed.
 
-        If it `deletes`, the messages and their objects are deleted, and replies that come later are not stored.
+        If it `deletes`, the messages and their objects are deleted, and replies that come later are not stored. A
+        message that is bound and not stored yet is unknown to Flower then, and stays in its state when it is stored.
         """
         if (left := self.registry.close(served, clears=deletes)) is None:
             return
@@ -374,7 +376,7 @@ class Rounds:
                 reception.give_way(self.store)
 
     def _admit(self, session_id: str, object_id: str, nbytes: int) -> bool:
-        """Counts an object that has come past the gateway, as Flower's own routes take it."""
+        """Counts an object that Flower's own routes took, past the gateway; false if it is refused."""
         found = self.registry.pushing(session_id, object_id)
         if found and not session_id:  # Flower does not say here which node sends it
             return False

@@ -122,7 +122,7 @@ class AskedMessage:
 
 @attrs.define(eq=False)
 class ServedRound:
-    """An open round.
+    """A round at this server, open or closed.
 
     Attributes
     ----------
