@@ -57,7 +57,6 @@ PURE = {
     "superlink.http.body": {"attrs", "collections"},
     "superlink.http.rates": set(),
     "superlink.http.relief": {"collections", "typing"},
-    "superlink.rounds.chunk_map": {"attrs", "collections", "io", "numpy"},
     "superlink.rounds.model_objects": {"attrs", "collections", "hashlib", "json", "typing"},
     "round.pacing": {"collections"},
     "report.report": {"attrs", "matplotlib", "os", "typing"},  # the last three for types

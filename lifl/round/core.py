@@ -18,7 +18,7 @@ from lifl.report.result import RoundResult
 from lifl.round import admission
 from lifl.round.blocks import Assignment
 from lifl.round.clients import Clients
-from lifl.round.host import WAIT_CAP_S, Host
+from lifl.round.host import WAIT_CAP_S, Host, deadline_of
 from lifl.round.lifecycle import Lifecycle, Phase
 from lifl.round.loan import Loan, copy_in, look_for_nonfinite
 from lifl.round.quota import Quota
@@ -200,7 +200,7 @@ class RoundCore:
 
     def result(self, timeout: float | None) -> RoundResult:
         """Waits for the mean; see :meth:`lifl.Round.result`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         with self._locked():
             while self.lifecycle.phase.is_running:
                 self._host.check_workers()

@@ -124,12 +124,24 @@ class Host(Protocol):
         """Takes note that a round has been closed."""
 
 
+def deadline_of(timeout: float | None) -> float | None:
+    """The end of a wait of `timeout` seconds on the monotonic clock; None for a wait without end.
+
+    Raises ``ValueError`` for nan: no moment is after it, so such a wait would never end.
+    """
+    if timeout is None:
+        return None
+    if timeout != timeout:
+        raise ValueError(f"timeout={timeout!r}: give seconds, or None to wait without end")
+    return time.monotonic() + timeout
+
+
 def wait_for_block(host: Host, nbytes: int, timeout: float | None, purpose: str, *, apart: bool = False) -> Block:
     """Waits for a block of `nbytes`; it is the owner's, in state WRITING. The caller holds ``host.changed``.
 
     Raises :class:`ShmError` (ENOSPC) at the time-out, or at once if nothing will come free by itself.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_of(timeout)
     while (block := host.arena.alloc(nbytes, apart=apart)) is None:
         host.check_workers()
         moving = host.relieve()

@@ -10,7 +10,7 @@ from lifl.round import admission
 from lifl.round.admission import Limits
 from lifl.round.blocks import Assignment
 from lifl.round.clients import Clients
-from lifl.round.host import WAIT_CAP_S, Host, wait_for_block
+from lifl.round.host import WAIT_CAP_S, Host, deadline_of, wait_for_block
 from lifl.shm.arena import Block
 from lifl.shm.sizes import units_of
 
@@ -45,7 +45,7 @@ class Quota:
         Raises :class:`AdmissionError` (``quota``) at once if only clients can give back what is missing: the blocks of
         this client, and loans. For updates that are being copied or folded it waits, up to `timeout` seconds.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         while True:
             check()
             self._wait_for_share(client_id, deadline, check)

@@ -99,6 +99,8 @@ class Round:
         RoundError
             At the time-out (the round stays open), if no update was accepted, if a mean overflowed,
             or if the round was closed.
+        ValueError
+            For a `timeout` of nan.
         PeerGoneError
             If a worker died and could not be replaced.
         """

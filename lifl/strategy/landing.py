@@ -144,10 +144,10 @@ class Landing:
         self._nodes[id(reply)] = node_id
         return self._settle(reply, self._parse(reply, str(node_id)))
 
-    def note(self, reply: Reply, node_id: int) -> Message:
+    def note(self, reply: Reply) -> Message:
         """Records a reply that the server has received; returns it, or the error reply that takes its place."""
         message, refusal = reply.message, reply.refusal
-        client = str(node_id) if refusal is None else refusal.client_id
+        client = reply.client
         if message.has_error():
             refusal = Rejection(client, "error", shortened(str(message.error.reason)))
         elif refusal is not None:

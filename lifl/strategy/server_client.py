@@ -40,13 +40,21 @@ from lifl.tensor import TensorSpec
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 120.0
+
+RESULT_TIMEOUT_S = 600.0
+"""Longest time that the server takes for a mean; its client waits longer, since it gives the round up then."""
+
 LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1", "0.0.0.0")
 
 
 @attrs.frozen
 class Reply:
-    """A reply that the server has received: the message as it came, its arrays without data; and its refusal if any."""
+    """A reply that the server has received: the message as it came, its arrays without data; and its refusal if any.
 
+    ``client`` is the client's name in the server's report: a node that was sent two messages has two.
+    """
+
+    client: str
     message: Message
     refusal: Rejection | None
 
@@ -107,7 +115,7 @@ class Server:
         """Announces a round before its `messages` are sent; raises :class:`RoundError` if the server refuses it."""
         self.waiting_since_s = None
         first = messages[0].metadata
-        self._ask(
+        self.ask(
             {
                 "do": "open",
                 "run_id": run_id,
@@ -126,18 +134,21 @@ class Server:
 
     def count_bound(self, message_ids: list[str]) -> int:
         """Number of the messages that the server has seen and will receive replies to."""
-        return int(self._ask({"do": "bound", "messages": message_ids}, "bound")["count"])
+        return int(self.ask({"do": "bound", "messages": message_ids}, "bound")["count"])
 
     def replies(self, timeout: float | None) -> Iterator[Reply]:
-        """Replies as the server settles them; ends after `timeout` seconds, or never for None."""
+        """Replies as the server settles them; ends after `timeout` seconds, or never for None.
+
+        A reply that came in time is given also if the caller was busy with another one until later.
+        """
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             left = 1.0 if end is None else end - time.monotonic()
-            if left <= 0 and not self._frames:
-                return
             frame = self._next(max(min(left, 1.0), 0.001))
             if frame is not None:
                 yield _reply(*frame)
+            elif left <= 0:
+                return
 
     def is_gone(self) -> bool:
         """True if the server has closed the connection, or has ended."""
@@ -153,28 +164,29 @@ class Server:
         """Closes the connection; the server closes the round if one is open."""
         self._peer.close()
 
-    def ask(self, request: dict[str, Any], answer: str) -> dict[str, Any]:
-        """Sends a request and waits for the event `answer`; raises :class:`RoundError` if the request failed."""
-        return self._ask(request, answer)
-
     def view(self, spec: TensorSpec, block: Block) -> dict[str, Any]:
         """A mean in the server's arena, as read-only NumPy views."""
         return spec.views(memoryview(self._arena.buffer(block)).toreadonly())
 
-    def _ask(self, request: dict[str, Any], answer: str) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], answer: str, timeout: float | None = None) -> dict[str, Any]:
+        """Sends a request and waits `timeout` or ``ANSWER_TIMEOUT_S`` seconds for the event `answer`.
+
+        Raises :class:`RoundError` if the request failed, and :class:`PeerGoneError` if the server does not answer.
+        """
+        timeout = ANSWER_TIMEOUT_S if timeout is None else timeout
         try:
             self._peer.settimeout(ANSWER_TIMEOUT_S)
             self._peer.sendall(ipc.encode(request))
         except OSError as error:
             raise PeerGoneError(f"the lifl-superlink is gone: {error}") from None
-        end = time.monotonic() + ANSWER_TIMEOUT_S
+        end = time.monotonic() + timeout
         # Replies may come before the answer. They are kept, in their order, for replies().
         kept = self._frames
         self._frames = []
         while True:
             frame = self._next(max(end - time.monotonic(), 0.001))
             if frame is None:
-                raise PeerGoneError(f"the lifl-superlink gave no answer in {ANSWER_TIMEOUT_S:g} s")
+                raise PeerGoneError(f"the lifl-superlink gave no answer in {timeout:g} s")
             if frame[0]["event"] == "reply":
                 kept.append(frame)
                 continue
@@ -234,7 +246,7 @@ class ServedRound:
             raise RoundError(self._failure)
         if self._result is None:
             try:
-                answer = self._server.ask({"do": "finish"}, "result")
+                answer = self._server.ask({"do": "finish"}, "result", RESULT_TIMEOUT_S + ANSWER_TIMEOUT_S)
             except RoundError as error:
                 self._failure = str(error)  # only the text: the traceback of the error would keep the model
                 raise
@@ -265,7 +277,7 @@ def exchange_served(
     server: Server,
     messages: list[Message],
     timeout: float | None,
-    note: Callable[[Reply, int], Message],
+    note: Callable[[Reply], Message],
     missing: Callable[[int], None],
 ) -> list[Message] | None:
     """Pushes `messages` and collects the replies that the server settles; see :func:`lifl.strategy.exchange.exchange`.
@@ -287,9 +299,8 @@ def exchange_served(
     waiting = dict(asked)
     if waiting:
         for reply in server.replies(timeout):
-            node_id = waiting.pop(reply.message.metadata.reply_to_message_id, None)
-            if node_id is not None:
-                replies.append(note(reply, node_id))
+            if waiting.pop(reply.message.metadata.reply_to_message_id, None) is not None:
+                replies.append(note(reply))
             if not waiting:
                 break
     for node_id in (*waiting.values(), *unasked):
@@ -314,7 +325,7 @@ def _reply(event: dict[str, Any], blobs: list[bytes]) -> Reply:
     message = message_from_proto(MessageProto.FromString(blobs[0]))
     refusal = None if event["refusal"] is None else Rejection(*event["refusal"])
     if message.has_error():
-        return Reply(message, refusal)
+        return Reply(event["client"], message, refusal)
     content, rest = RecordDict(), iter(blobs[1:])
     for name, arrays in event["records"]:
         if arrays is None:
@@ -328,4 +339,4 @@ def _reply(event: dict[str, Any], blobs: list[bytes]) -> Reply:
                     for key, (dtype, shape, stype) in arrays.items()
                 }
             )
-    return Reply(make_message(metadata=message.metadata, content=content), refusal)
+    return Reply(event["client"], make_message(metadata=message.metadata, content=content), refusal)

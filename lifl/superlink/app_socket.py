@@ -21,6 +21,7 @@ from lifl import ipc
 from lifl.errors import LiflError, RoundError
 from lifl.round.admission import Limits
 from lifl.round.round import core_of
+from lifl.strategy.server_client import RESULT_TIMEOUT_S
 from lifl.superlink import flower
 from lifl.superlink.rounds.incoming_reply import Settled
 from lifl.superlink.rounds.rounds import Rounds
@@ -32,7 +33,6 @@ _names, _server = flower.part("rounds"), flower.part("server")
 SEND_TIMEOUT_S = 30
 """A ServerApp that has read nothing for so long is disconnected."""
 
-RESULT_TIMEOUT_S = 600.0
 FLUSH_TIMEOUT_S = 1.0
 """Time for the last frames of a connection that is closed."""
 
@@ -54,6 +54,8 @@ class AppSocket:
         self._fd = os.open(f"/proc/self/fd/{arena_fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._listening: socket.socket | None = None
         self._path: Path | None = None
+        # Added by the thread that accepts, removed by each connection's own, copied by `close`: each is one step for
+        # Python.
         self._connections: set[Connection] = set()
 
     def listen(self, path: Path) -> None:
@@ -133,8 +135,8 @@ class Connection:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="lifl-to-serverapp", daemon=True)
+        # Both are the reading thread's, and at the end also that of `AppSocket.close`.
         self._served: ServedRound | None = None
-        self._result: Any = None
         self._offered: set[str] = set()  # ids of objects of the last mean
 
     def serve(self) -> None:
@@ -208,7 +210,7 @@ class Connection:
                 records.append([name, arrays])
         refusal = settled.refusal
         why = None if refusal is None else [refusal.client_id, refusal.rule, refusal.reason]
-        self._send({"event": "reply", "records": records, "refusal": why}, blobs)
+        self._send({"event": "reply", "client": settled.client, "records": records, "refusal": why}, blobs)
 
     def _on_bound(self, request: dict[str, Any]) -> None:
         """Answers with the number of the sent messages that belong to the round."""
@@ -228,7 +230,7 @@ class Connection:
             raise RoundError("no round is open")
         round_ = self._served.round
         round_.close_early()
-        self._result = result = round_.result(RESULT_TIMEOUT_S)
+        result = round_.result(RESULT_TIMEOUT_S)
         core = core_of(round_)
         block = core.mean
         self._send(
@@ -257,7 +259,6 @@ class Connection:
         self._rounds.store.withdraw(offered)
 
     def _end_round(self, *, deletes: bool = True) -> None:
-        self._result = None
         served, self._served = self._served, None
         if served is not None:
             self._rounds.end(served, deletes=deletes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from logging import WARNING
+from logging import ERROR, WARNING
 from typing import TYPE_CHECKING, Any
 
 from lifl import ipc
@@ -153,11 +153,15 @@ class Plane:
         from lifl.superlink.http.protocol import STALL_S
         from lifl.superlink.http.rates import look_s
 
+        loop.call_later(look_s(STALL_S), self._sweep, loop)  # first: a look that fails must not be the last
         now_s = time.monotonic()
         for connection in list(self._connections.open):
-            connection.give_up_if_stalled(now_s)
+            try:
+                connection.give_up_if_stalled(now_s)
+            except Exception as error:
+                flower.part("server").log(ERROR, "a connection that cannot be looked at is ended: %r", error)
+                connection.transport.abort()
         self.gateway.look(now_s)
-        loop.call_later(look_s(STALL_S), self._sweep, loop)
 
     def relieve(self) -> bool:
         """Frees memory of the arena that slow readers hold, for others that wait; in the loop."""

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 VARIABLE = "LIFL_TESTS_FORKSERVER"
-"""Where a shim finds the fork server: the path of its socket."""
+"""The variable with the path of the fork server's socket."""
 
 PROGRAMS = {
     "flwr": "flwr.cli.app:app",

@@ -237,6 +237,16 @@ def test_round_closed_early_without_updates_tells_why(node: lifl.Node) -> None:
         assert str(caught.value) == round_.report().error
 
 
+def test_a_timeout_that_is_no_number(node: lifl.Node) -> None:
+    """No moment is after nan, so a wait with it would not end; the round is as it was."""
+    with node.open_round(SPEC, expected=1) as round_:
+        for call in (round_.result, lambda timeout: round_.submit(update(1), timeout=timeout)):
+            with pytest.raises(ValueError, match="timeout=nan: give seconds, or None"):
+                call(float("nan"))
+        round_.submit(update(3))
+        assert means(round_.result(WAIT_S)) == {3.0}
+
+
 def test_timeout_leaves_the_round_open(node: lifl.Node) -> None:
     """At its time-out result says how many are in; the round can still be completed."""
     with node.open_round(SPEC, expected=2) as round_:

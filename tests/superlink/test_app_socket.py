@@ -10,10 +10,12 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 from flower_objects import update
@@ -23,10 +25,14 @@ from scripted_clients import Client, check_mean, flowers, play, says, settled, w
 
 from lifl import ipc
 from lifl.errors import LeaseError, PeerGoneError, RoundError
+from lifl.report.entries import Rejection
 from lifl.round.admission import Limits
+from lifl.round.round import core_of
 from lifl.shm.arena import Arena, Block
-from lifl.strategy.landing import spec_of
+from lifl.strategy import server_client
+from lifl.strategy.landing import Landing, spec_of
 from lifl.strategy.server_client import Server
+from lifl.superlink import app_socket as app_socket_module
 from lifl.superlink.app_socket import AppSocket
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -372,6 +378,43 @@ def test_a_new_round_ends_the_one_before(rig: Rig) -> None:
         while replied != messages[0].metadata.message_id:
             replied = next(server.replies(10)).message.metadata.reply_to_message_id
         assert round_.result().num_updates == 1
+        server.close()
+    client.close()
+    settled(rig)
+    rig.state.stop_run(run_id)
+
+
+def test_a_mean_that_takes_long_is_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that makes a mean may take longer than for any other answer."""
+    monkeypatch.setattr(server_client, "ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(app_socket_module, "core_of", lambda round_: time.sleep(1.5) or core_of(round_))
+    round_, _ = play(rig, MODEL, HONEST)
+    assert round_.report.error is None
+    check_mean(round_, HONEST)
+
+
+def test_the_replies_of_a_node_with_two_messages_have_two_names(rig: Rig) -> None:
+    """A refusal of one of them, when it has been accepted, is that one's."""
+    client = Client(rig, says(update(HONEST[0][0])))
+    run_id, token = rig.start_run()
+    with rig.grid(run_id, token) as grid:
+        server = Server.find(grid)
+        assert server is not None
+        content, spec = RecordDict({"arrays": flowers(MODEL)}), spec_of(flowers(MODEL))
+        messages = [Message(content, client.node.id, "train", group_id="1") for _ in range(2)]
+        round_ = server.open_round(run_id, messages, spec, "num-examples", "eager", "any", Limits())
+        landing = Landing(None, spec, 2, "num-examples", "eager", "any", False, Limits(), None, round_)
+        assert grid.push_messages(messages)
+        came = server.replies(10)
+        replies = [next(came) for _ in messages]
+        assert {reply.client for reply in replies} == {client.name, f"{client.name}#2"}
+        for reply in replies:
+            landing.note(reply)
+        for count, name in ((1, f"{client.name}#2"), (0, client.name)):
+            refused = attrs.evolve(round_.report(), rejected=(Rejection(name, "poison", "it kills workers"),))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(round_, "report", lambda refused=refused: refused)
+                assert landing.num_accepted == count
         server.close()
     client.close()
     settled(rig)

@@ -21,7 +21,7 @@ from flwr.app import Message, RecordDict
 from flwr.app.message import make_message
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
-from raw_http import call, head, headers_of
+from raw_http import Line, call, head, headers_of
 from rig import HOST, Node, Rig
 from scripted_clients import Client, check_mean, play, prepare, says, wait_until
 
@@ -203,6 +203,34 @@ def test_a_reply_larger_than_any_is_refused_while_it_comes(rig: Rig, monkeypatch
     assert round_.refused == {clients[0].name: "format"}
     assert "more than twice the model" in round_.reasons[clients[0].name]
     assert answers.count(413) == 1
+
+
+def test_a_reply_that_is_too_large_gives_its_block_back_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While all threads that read replies wait, maybe for that room."""
+    monkeypatch.setattr(reception, "MAX_BESIDE_BYTES", MIB)
+    loans: list[bool] = []
+    free = threading.Event()
+
+    def large(client: Client, asked: Message) -> None:
+        beside = [FlowerObject("ArrayChunk", body=bytes([n]) * MIB) for n in range(4)]
+        announced = client.announce(asked, update(THEIRS))
+        assert client.push(asked, announced, chunks_of(saved(THEIRS["w"]))[0].id) == [True]
+        (theirs,) = (one for one in rig.plane.rounds.registry.arriving() if one.client == client.name)
+        loans.append(theirs._loan is not None)
+        tree = message_pb2.ObjectTree(object_id=announced.message.id, children=announced.message.tree.children)
+        tree.children.extend(one.tree for one in beside)
+        again = client.announce_again(announced, tree)
+        bodies = [client.request(asked, again, one.id, one.content) for one in beside]
+        statuses = [client.node.caller.call("/v1/fleet/push-object", body)[0] for body in bodies]
+        loans.append(theirs._loan is not None)
+        assert 413 in statuses
+        free.set()
+
+    for _ in range(rounds.ASSEMBLERS):
+        rig.plane.rounds._assemblers.submit(free.wait, 10)
+    round_, clients = play(rig, MODEL, HONEST, large)
+    assert loans == [True, False]
+    assert round_.refused == {clients[0].name: "format"}
 
 
 @pytest.mark.parametrize("how", ["query", "chunked", "again"])
@@ -479,6 +507,34 @@ def test_half_replies_hold_no_room_that_others_need(monkeypatch: pytest.MonkeyPa
         check_mean(round_, honest)
         for line in begun:
             line.close()
+
+
+def test_an_upload_that_loses_its_place_twice_is_whole(rig: Rig) -> None:
+    """Before the loop has moved it once: it goes on beside the arena, and the reply counts."""
+
+    def lose(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(THEIRS))
+        large = chunks_of(saved(THEIRS["w"]))[0].id
+        body = client.request(asked, announced, large)
+        done = threading.Event()
+
+        def twice() -> None:
+            for _ in range(2):
+                theirs.give_way(rig.store)
+            done.set()
+
+        with Line(rig.port) as line:
+            line.send(head("/v1/fleet/push-object", headers_of(client.node), len(body)) + body[:100_000])
+            (theirs,) = (one for one in rig.plane.rounds.registry.arriving() if one.client == client.name)
+            wait_until(lambda: theirs._came_bytes > 50_000)
+            rig.plane.long_polls.loop.call_soon_threadsafe(twice)
+            assert done.wait(10)
+            line.send(body[100_000:])
+            assert line.answer() == (200, STORED)
+        assert all(client.push(asked, announced, *(one for one in announced.missing if one != large)))
+
+    round_, _ = play(rig, MODEL, HONEST, lose)
+    check_mean(round_, [*HONEST, (THEIRS, 1.0)])
 
 
 def test_uploads_of_a_round_that_is_over_hold_nothing(rig: Rig) -> None:

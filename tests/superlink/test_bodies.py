@@ -13,7 +13,7 @@ from flwr.proto import fleet_pb2, message_pb2
 from raw_http import Headers, Line, call, head, headers_of, soon, without
 from rig import HOST, Node, Rig
 
-from lifl.superlink.http import allowance
+from lifl.superlink.http import allowance, protocol
 from lifl.superlink.http.allowance import Allowance
 
 MIB = 2**20
@@ -216,6 +216,49 @@ def test_a_long_body_to_a_route_of_anybody_is_within_what_strangers_have(
     assert soon(lambda: rig.plane.gateway.strangers.nbytes == 0, 20)
     for line in lines:
         line.close()
+
+
+UNWANTED = head("/v1/runtime/push-messages", [("content-type", "application/protobuf")], 2000) + bytes(2000)
+BEHIND = {
+    "nothing": b"",
+    "requests": b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * 4,
+    "a body that is too long": b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n",
+    "another such body": UNWANTED,
+    "such a body and a request": UNWANTED + head("/nothing", [], 0),
+}
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"], ids=["first", "second"])
+@pytest.mark.parametrize("behind", BEHIND)
+def test_a_refused_body_is_the_last_of_its_connection(
+    rig: Rig, node: Node, behind: str, before: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever came with it in one packet: the requests before it are answered, it is, and none behind it."""
+    monkeypatch.setattr(protocol, "FREE_BYTES", 1000)
+    monkeypatch.setattr(protocol, "LINGER_S", 0.05)
+    with Line(rig.port) as line:
+        line.socket.settimeout(5)
+        line.send(before + UNWANTED + BEHIND[behind])
+        statuses = [status for status, _ in line.answers(10)]
+        assert statuses == [200] * bool(before) + [401]
+        assert line.is_closed
+    node.caller.close()
+    assert soon(lambda: not rig.plane.protocol.open)
+
+
+def test_a_request_behind_a_body_that_nobody_reads_is_answered(
+    rig: Rig, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower has answered while the body waited for memory, which it does not need any more."""
+    monkeypatch.setattr(protocol, "FREE_BYTES", 1000)
+    monkeypatch.setattr(allowance, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(rig.plane.gateway.strangers, "sender_bytes", 100)
+    with Line(rig.port) as line:
+        line.socket.settimeout(5)
+        line.send(head("/nothing", [], 2000) + bytes(2000))
+        assert line.answer()[0] == 404
+        line.send(head("/nothing", [], 0))
+        assert line.answer()[0] == 404
 
 
 @pytest.mark.parametrize("route", ["pull-messages", "pull-object", "confirm-message-received"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,26 @@ def test_a_nodes_own_form_is_not_displaced_by_others() -> None:
     for n in range(100):
         geometry.learn(2 + n, {name: name for name in names[n % 8 :] + names[: n % 8]})
     assert mine[0] in geometry.forms(1, list(reversed(COUNTS)))
+
+
+def test_several_threads_teach_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it forgets old forms too: none of them fails."""
+    monkeypatch.setattr(geometry_module, "MAX_LEARNED", 4)
+    geometry = Geometry(TensorSpec.from_arrays(MODEL), 128)
+    arrays = {name: name for name in reversed(MODEL)}
+
+    def teach(thread: int) -> None:
+        for n in range(10_000):
+            geometry.learn(n * 4 + thread, arrays)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(teach, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(geometry._learned) == 4
 
 
 def test_clients_cannot_teach_it_without_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from rig import HOST, UNIT, Node, Rig
 from scripted_clients import Client, check_mean, play, wait_until
 
 from lifl.round import core as round_module
-from lifl.superlink.http import protocol
+from lifl.superlink.http import protocol, upload
 
 PUSH = "/v1/fleet/push-object"
 MIB = 2**20
@@ -378,6 +378,24 @@ def test_one_place_of_an_update_is_written_twice_at_once(here: Here, how: str, m
     assert not round_.refused
 
 
+@pytest.mark.parametrize("sent", [50, None], ids=["in pieces", "whole"])
+def test_a_body_that_the_server_fails_to_take(here: Here, sent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a fault of its own: the client is told, and the connection goes on."""
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("for the first bytes")
+
+    object_id, content, session_id = here.announce(1000)
+    body = here.body(object_id, content, session_id)
+    with here.line() as line:
+        with monkeypatch.context() as patch:
+            patch.setattr(upload, "cut", fail)
+            line.send(head(PUSH, here.headers, len(body)) + body[:sent])
+            assert line.answer()[0] == 500
+        line.send(b"" if sent is None else body[sent:], head(PUSH, here.headers, len(body)) + body)
+        assert line.answer() == (200, STORED)
+
+
 # ---------------------------------------------------------------- other ways to speak HTTP
 
 
@@ -537,6 +555,67 @@ def test_when_the_arena_is_full_nothing_is_read(here: Here) -> None:
         line.send(body)
         assert line.answer() == (200, STORED)
     assert here.rig.store.get(object_id) == content
+
+
+def test_one_that_fails_while_it_waits_for_room_holds_nobody_up(here: Here) -> None:
+    """An upload behind it, and one that comes later, have their turn."""
+
+    def fail() -> bool:
+        raise OSError("a fault of the server's")
+
+    bodies = [here.body(*here.announce(200_000)) for _ in range(2)]
+    taken = fill(here.rig)
+    gateway, loop = here.rig.plane.gateway, here.rig.plane.long_polls.loop
+    with here.line() as line, here.line() as later:
+        for one in (line, later):
+            one.socket.settimeout(5)
+        loop.call_soon_threadsafe(gateway.wait_for_room, fail)
+        line.send(head(PUSH, here.headers, len(bodies[0])) + bodies[0])
+        wait_until(lambda: gateway.uploads == 1)
+        later.send(head(PUSH, here.headers, len(bodies[1])) + bodies[1])
+        give_back(here.rig, taken)
+        assert [one.answer() for one in (line, later)] == [(200, STORED)] * 2
+
+
+def test_an_upload_that_fails_to_begin_is_answered(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, or when there is room for it."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("a fault of the server's")
+
+    for waits in (False, True):
+        body = here.body(*here.announce(200_000))
+        taken = fill(here.rig) if waits else []
+        with here.line() as line, monkeypatch.context() as patch:
+            line.socket.settimeout(5)
+            patch.setattr(upload.Upload, "aim", fail)
+            line.send(head(PUSH, here.headers, len(body)) + body)
+            if waits:
+                wait_until(lambda: here.rig.plane.gateway._waiting)
+            give_back(here.rig, taken)
+            assert line.answer()[0] == 500
+
+
+@pytest.mark.parametrize("what", ["a connection", "the memory for bodies"])
+def test_a_look_at_peers_that_fails_is_not_the_last(here: Here, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that stalls afterwards is dropped as always."""
+    failed = threading.Event()
+
+    def fail(*_: Any) -> None:
+        failed.set()
+        raise OSError("a fault of the server's")
+
+    with monkeypatch.context() as patch, here.line() as other:
+        if what == "a connection":
+            wait_until(lambda: here.rig.plane.protocol.open)
+            patch.setattr(next(iter(here.rig.plane.protocol.open)), "give_up_if_stalled", fail)
+        else:
+            patch.setattr(here.rig.plane.gateway, "look", fail)
+        assert failed.wait(5)
+        assert what != "a connection" or other.is_closed
+    with here.line() as line:
+        line.send(b"P")
+        assert line.is_closed
 
 
 def test_who_waits_for_room_and_goes_is_forgotten(here: Here) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ from lifl.errors import RoundError
 from lifl.round.admission import Limits
 from lifl.strategy.landing import spec_of
 from lifl.strategy.server_client import Server
+from lifl.superlink import app_socket
 from lifl.superlink.rounds import reply as reply_module
 from lifl.superlink.rounds import watcher
+from lifl.superlink.rounds.chunk_map import Geometry
+from lifl.superlink.rounds.incoming_reply import Reception
 
 
 def model(seed: int = 99, dtype: Any = np.float32) -> dict[str, Any]:
@@ -258,6 +262,19 @@ def test_what_is_unusual_and_right_counts(rig: Rig, names: list[str]) -> None:
     check_mean(round_, [*HONEST, *[(THEIRS, 1.0)] * len(names)])
 
 
+def test_a_reply_whose_form_cannot_be_learnt_counts(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its update is in the mean by then."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a fault of the server's")
+
+    monkeypatch.setattr(Geometry, "learn", fail)
+    theirs = update({name: RIGHT[name] for name in reversed(RIGHT)})
+    round_, _ = play(rig, model(), HONEST, says(theirs))
+    assert not round_.refused
+    check_mean(round_, [*HONEST, (THEIRS, 1.0)])
+
+
 def test_replies_in_a_smaller_dtype_are_widened(rig: Rig) -> None:
     """A model that is float64 at the server takes float32, and nothing complex."""
     wide, narrow = model(99, np.float64), model(7)
@@ -388,6 +405,24 @@ def test_a_node_that_goes_offline_is_not_waited_for(rig: Rig, monkeypatch: pytes
     round_, clients = play(rig, model(), HONEST, leave)
     assert round_.refused == {clients[0].name: "error"}
     check_mean(round_, HONEST)
+
+
+def test_a_look_after_nodes_that_fails_is_not_the_last(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one finds a node that is gone."""
+    monkeypatch.setattr(watcher, "WATCH_S", 0.05)
+    failed = threading.Event()
+
+    def forget_stale() -> None:
+        failed.set()
+        fail()
+
+    def leave(client: Client, _: Message) -> None:
+        assert failed.wait(10)
+        assert client.rig.state.deactivate_node(client.node.id)
+
+    monkeypatch.setattr(rig.plane.rounds._outgoing, "forget_stale", forget_stale)
+    round_, clients = play(rig, model(), HONEST, leave)
+    assert round_.refused == {clients[0].name: "error"}
 
 
 def test_a_node_that_goes_offline_in_the_middle_of_its_reply_is_not_waited_for(
@@ -531,6 +566,113 @@ def test_a_reply_that_comes_too_early_takes_nothing_from_the_serverapp(rig: Rig)
     client.close()
     settled(rig)
     rig.state.stop_run(run_id)
+
+
+def test_a_reply_that_is_stored_while_its_round_ends_leaves_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round is closed when Flower has stored it and nobody has noted it: none of its objects is asked for."""
+    rounds, missing = rig.plane.rounds, list[list[str]]()
+    announced = rounds.registry.announced
+
+    def end_before(*args: Any) -> None:
+        rounds.end(rounds.registry.rounds()[0])
+        announced(*args)
+
+    monkeypatch.setattr(rounds.registry, "announced", end_before)
+    pushed = threading.Event()
+
+    def announce(client: Client, asked: Message) -> None:
+        assert pushed.wait(10)
+        missing.append(client.announce(asked, update(THEIRS)).missing)
+
+    client = Client(rig, announce)
+    run_id, token = rig.start_run()
+    with rig.grid(run_id, token) as grid:
+        server = Server.find(grid)
+        assert server is not None
+        messages = [Message(RecordDict({"arrays": flowers(model())}), client.node.id, "train", group_id="1")]
+        server.open_round(run_id, messages, spec_of(flowers(model())), "num-examples", "eager", "any", Limits())
+        assert grid.push_messages(messages)
+        pushed.set()
+        wait_until(lambda: missing or client.error)
+        server.close()
+    client.close()
+    assert missing == [[]]
+    settled(rig)
+    rig.state.stop_run(run_id)
+
+
+def test_a_reply_that_came_in_time_is_read_later(rig: Rig) -> None:
+    """The strategy was busy with another one until after the time-out."""
+    first, answered = threading.Event(), threading.Event()
+
+    def second(client: Client, asked: Message) -> None:
+        assert first.wait(10)
+        client.answer(asked, update(model(2)))
+        answered.set()
+
+    clients = [Client(rig, says(update(THEIRS))), Client(rig, second)]
+    run_id, token = rig.start_run()
+    with rig.grid(run_id, token) as grid:
+        server = Server.find(grid)
+        assert server is not None
+        content = RecordDict({"arrays": flowers(model())})
+        messages = [Message(content, client.node.id, "train", group_id="1") for client in clients]
+        server.open_round(run_id, messages, spec_of(flowers(model())), "num-examples", "eager", "any", Limits())
+        assert grid.push_messages(messages)
+        end_s, count = time.monotonic() + 1.5, 0
+        for _ in server.replies(1.5):
+            count += 1
+            first.set()
+            assert answered.wait(10)
+            time.sleep(max(end_s + 0.2 - time.monotonic(), 0))
+        assert count == 2
+        server.close()
+    for client in clients:
+        client.close()
+    settled(rig)
+    rig.state.stop_run(run_id)
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    """Takes the place of what does not fail."""
+    raise OSError("a fault of the server's")
+
+
+@pytest.mark.parametrize("what", ["reading", "clearing", "telling"])
+def test_a_reply_that_the_server_cannot_settle_has_an_end(rig: Rig, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its strategy does not wait: it is told, and what is in the mean counts."""
+    rounds, convert = rig.plane.rounds, app_socket._names.message_to_proto
+    names: list[str] = []
+
+    def answer(client: Client, asked: Message) -> None:
+        names.append(client.name)
+        client.answer(asked, update(THEIRS))
+
+    def is_theirs(thing: Any) -> bool:
+        return thing.client in names
+
+    settle, release = Reception.settle, rounds._release
+    if what == "reading":
+        monkeypatch.setattr(Reception, "settle", lambda s, *rest: fail() if is_theirs(s) else settle(s, *rest))
+    elif what == "clearing":
+
+        def release_and_fail(asked: Any, reception: Any) -> None:
+            release(asked, reception)
+            if is_theirs(reception) and reception._loan is None and not reception._is_placing:
+                fail()
+
+        monkeypatch.setattr(rounds, "_release", release_and_fail)
+    else:
+        monkeypatch.setattr(
+            app_socket._names,
+            "message_to_proto",
+            lambda m: fail() if str(m.metadata.src_node_id) in names and names.pop() else convert(m),
+        )
+    round_, clients = play(rig, model(), HONEST, answer, is_alone=what != "reading")
+    assert round_.refused == ({} if what == "clearing" else {clients[0].name: "error"})
+    assert not round_.report.late
+    if what != "telling":
+        check_mean(round_, [*HONEST, *[(THEIRS, 1.0)] * (what == "clearing")])
 
 
 def test_a_node_cannot_reply_for_another(rig: Rig) -> None:

@@ -9,6 +9,7 @@ import pytest
 from flwr.proto.message_pb2 import ObjectTree
 from test_served_round import make_round
 
+from lifl.superlink.rounds import registry
 from lifl.superlink.rounds.registry import Registry
 from lifl.superlink.rounds.served_round import AskedMessage, ServedRound, State
 
@@ -47,6 +48,11 @@ class Desk:
             if is_needed:
                 self.registry.announced(message, tree, set(missing), session or f"session of {reply_id}", None)
         return is_needed
+
+
+def raise_memory_error(**_: Any) -> Any:
+    """Takes the place of a class."""
+    raise MemoryError
 
 
 @pytest.fixture
@@ -99,6 +105,36 @@ def test_a_message_that_is_not_stored_is_expected_again(desk: Desk) -> None:
     assert desk.bind("m", 7) is None
 
 
+def test_a_reply_to_a_message_that_is_not_stored_is_handed_back(desk: Desk) -> None:
+    """Once, by `unbind` or by `close`: nothing waits for its objects then, and it is not settled."""
+    asked, other = desk.ask("m", 7), desk.ask("n", 8)
+    desk.announce("r", "m", "a")
+    desk.announce("s", "n", "b")
+    reception = asked.reception
+    assert reception is not None
+    assert desk.registry.unbind(asked) == (reception, ["session of r"])
+    desk.registry.pushed("session of r", "a")
+    assert (desk.taken, desk.registry.settle(asked), asked.reception) == ([], False, None)
+    left = desk.registry.close(desk.served)
+    assert left is not None
+    assert left[0] != [reception]
+    assert left[1] == ["session of s"]
+    assert desk.registry.unbind(other) == (None, [])
+    assert len(desk.registry) == 0
+
+
+def test_a_reply_that_cannot_be_received_is_no_reply(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its message waits for another, which is the node's first."""
+    asked = desk.ask("m", 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "Reception", raise_memory_error)
+        with pytest.raises(MemoryError):
+            desk.announce("r", "m", "a")
+    assert asked.is_unanswered
+    desk.announce("s", "m", "a")
+    assert (asked.state, asked.client) == (State.ARRIVING, "7")
+
+
 def test_a_message_that_no_round_expects_is_bound_to_none(desk: Desk) -> None:
     """To a node that the round does not have, or when the round is closed."""
     assert desk.bind("m", 5) is None
@@ -114,6 +150,13 @@ def test_the_newest_round_has_a_message_that_is_in_two(desk: Desk) -> None:
     assert desk.registry.find("m") is after is not before
     desk.registry.close(desk.served)
     assert desk.registry.find("m") is after
+
+
+def test_the_newest_round_takes_a_message_that_two_expect(desk: Desk) -> None:
+    """Its ServerApp came back before it had sent all messages of the round before."""
+    newest = desk.open(7)
+    assert desk.ask("m", 7).served is newest
+    assert desk.ask("n", 7).served is desk.served
 
 
 def test_of_two_replies_the_first_counts(desk: Desk) -> None:
@@ -201,6 +244,7 @@ def test_a_reply_is_given_up_only_while_it_arrives(desk: Desk) -> None:
     desk.announce("r", "m", "a")
     assert desk.registry.may_push("session of r")
     assert desk.registry.give_up(asked) is not None
+    assert asked.state is State.REFUSED
     assert desk.registry.give_up(asked) is None
     assert desk.registry.sender("a", 7) is None
     assert not desk.announce("r", "m", "a")
@@ -211,6 +255,15 @@ def test_a_reply_is_given_up_only_while_it_arrives(desk: Desk) -> None:
     assert desk.registry.forget(asked) == ["session of r"]
     assert desk.registry.settle(asked)
     assert len(desk.registry) == 1, "the round, and nothing in the index"
+
+
+def test_an_object_of_a_whole_reply_may_be_pushed_again(desk: Desk) -> None:
+    """Its node has not had the answer: Flower's state knows whether the object is stored."""
+    asked = desk.ask("m", 7)
+    desk.announce("r", "m", "a")
+    desk.registry.pushed("session of r", "a")
+    assert asked.state is State.TAKEN
+    assert desk.registry.may_push("session of r")
 
 
 def test_objects_that_others_bring_make_a_reply_whole(desk: Desk) -> None:

@@ -104,6 +104,30 @@ def test_who_goes_while_it_waits_is_forgotten(rig: Rig, node: Node) -> None:
         assert count_of(line.answer()) == 1
 
 
+def test_who_goes_before_it_is_noted_is_forgotten(rig: Rig, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the look for a message fails then."""
+    arrived, gone, failed = threading.Event(), threading.Event(), threading.Event()
+    gateway, fleet = rig.plane.gateway, rig.plane.gateway.checks.fleet
+
+    def check_slowly(*args: object) -> None:
+        fleet(*args)
+        arrived.set()
+        assert gone.wait(10)
+
+    def fail(_: int) -> bool:
+        failed.set()
+        raise OSError("a fault of the server's")
+
+    monkeypatch.setattr(gateway.checks, "fleet", check_slowly)
+    monkeypatch.setattr(gateway, "is_incoming", fail)
+    with Line(rig.port) as line:
+        ask(line, node)
+        assert arrived.wait(10)
+    assert soon(lambda: not rig.plane.protocol.busy)
+    gone.set()
+    assert failed.wait(10)
+
+
 def test_waiting_takes_no_thread(rig: Rig, node: Node) -> None:
     """However many wait; each has its answer when the time is over."""
     count = 200  # all of one node: identities take time to make

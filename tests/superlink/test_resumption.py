@@ -15,10 +15,11 @@ from flwr.common.serde import message_from_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.superlink.servicer.runtime import runtime_handlers
 from rig import Node, Rig
-from scripted_clients import Client, flowers, mean_of, says, wait_until
+from scripted_clients import Client, flowers, mean_of, play, says, wait_until
 
 from lifl.strategy import FedAvg, fedavg
 from lifl.superlink import app_socket, resumption
+from lifl.superlink.rounds.rounds import ASSEMBLERS
 
 MODEL = {"w": np.zeros((30, 40), np.float32), "b": np.zeros(3)}
 HONEST = [({"w": np.full((30, 40), n, np.float32), "b": np.full(3, float(n))}, float(n)) for n in (1, 3)]
@@ -122,6 +123,25 @@ def test_an_object_that_is_pushed_again_has_been_stored(database: str) -> None:
     assert again == [True] * 3
     assert never == [False]
     assert all(rest)
+
+
+def test_an_object_that_is_pushed_again_while_its_reply_is_read_has_been_stored(database: str) -> None:
+    """A client whose last answer was lost is told so: its reply is whole, and waits for a thread that reads it."""
+    free = threading.Event()
+    again: list[bool] = []
+
+    def push(client: Client, asked: Message) -> None:
+        announced = client.announce(asked, update(*HONEST[0]))
+        assert all(client.push(asked, announced))
+        again.extend(client.push(asked, announced, announced.missing[-1]))
+        free.set()
+
+    with Rig(database=database) as rig:
+        for _ in range(ASSEMBLERS):
+            rig.plane.rounds._assemblers.submit(free.wait, 20)
+        round_, _ = play(rig, MODEL, [], push, is_alone=False)
+    assert again == [True]
+    assert len(round_.report.accepted) == 1
 
 
 @pytest.mark.parametrize("withheld_s", [resumption.WITHHELD_S, 0.0], ids=["while it may come", "for long enough"])

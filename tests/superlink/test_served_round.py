@@ -18,7 +18,9 @@ WAYS = [
     [State.ARRIVING, State.TAKEN, State.SETTLED],  # a reply before its message is noted as stored
     [State.STORED, State.SETTLED],  # an error that Flower makes
     [State.SETTLED],  # a reply that is refused unread
+    [State.STORED, State.ARRIVING, State.REFUSED, State.SETTLED],  # a reply that is refused while it comes
     *([*before, State.CLOSED] for before in ([], [State.STORED], [State.ARRIVING], [State.ARRIVING, State.TAKEN])),
+    [State.ARRIVING, State.REFUSED, State.CLOSED],
 ]
 
 

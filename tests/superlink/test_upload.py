@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_body import body
 
-from lifl.superlink.http.targets import SINK_BYTES, Sink
+from lifl.superlink.http.targets import SINK_BYTES, Sink, Spool, SpoolBudget
 from lifl.superlink.http.upload import Target, Upload
 from lifl.superlink.store.content import Landed
 
@@ -159,6 +159,20 @@ def test_what_is_dropped_gives_its_place_back(end: int) -> None:
     assert not target.is_dropped
     kind: type[Target] = Pieces
     assert isinstance(target, kind)
+
+
+def test_an_upload_that_cannot_move_gives_both_targets_back() -> None:
+    """Memory runs out while the bytes that have come are copied."""
+    budget = SpoolBudget(40_000, 2**27)
+    whole = body(b"x" * 300_000)
+    assert budget.announce("node 7", 300_000) is None
+    spool = Spool(None, budget, "node 7", 300_000, lambda: None)
+    upload = Upload(len(whole), lambda *_: upload.aim(spool))
+    upload.feed(whole[:20_000])
+    with pytest.raises(MemoryError):
+        upload.move(Sink(300_000))
+    upload.drop()
+    assert (budget.taken_bytes, dict(budget._announced)) == (0, {})
 
 
 @given(

@@ -1,4 +1,4 @@
-"""The parts of one HTTP connection: its states, the turn of an exchange, reading, sending, and Flower's bodies.
+"""The parts of one HTTP connection: its states, the turn of an exchange, reading, sending, heads, and Flower's bodies.
 
 Owns which changes of state are allowed, and when the socket is read. Knows no route. Everything here belongs to the
 event loop.
@@ -13,10 +13,14 @@ import logging
 import sys
 import termios
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Iterable
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
+
+import httptools
 
 from lifl.superlink import flower
 from lifl.superlink.http.allowance import Share
@@ -246,6 +250,44 @@ class Outgoing:
         if self.is_private:
             return 0
         return sum(len(part) for part in self._parts if not isinstance(getattr(part, "obj", part), bytes))
+
+
+@lru_cache(maxsize=64)  # there are some 30 paths; few are kept, since a client's may have 64 KiB
+def path_of(url: bytes) -> str:
+    """The path of a URL, decoded as uvicorn does it."""
+    return urllib.parse.unquote(httptools.parse_url(url).path.decode("ascii"))
+
+
+PLAIN = (b"content-type", b"text/plain; charset=utf-8")
+CLOSE = (b"connection", b"close")
+KIND = (b"content-type", _names.MEDIA_TYPE.encode())
+
+
+class Heads:
+    """The heads of one server's answers. `default` are uvicorn's own headers, which it makes anew once a second."""
+
+    def __init__(self) -> None:
+        self._usual: tuple[Any, bytes] = None, b""  # uvicorn's headers, and the beginning of a usual head with them
+
+    def usual(self, default: Any, length: int) -> bytes:
+        """The head of most answers, whose beginning is made as often as uvicorn makes its own headers."""
+        if self._usual[0] is not default:
+            self._usual = default, self._begin(default, 200, (), False)
+        return b"%bcontent-length: %d\r\n\r\n" % (self._usual[1], length)
+
+    def of(self, default: Any, status: int, length: int, headers: Iterable[tuple[bytes, bytes]], closes: bool) -> bytes:
+        """A head; the body is protobuf if there are no `headers`."""
+        return b"%bcontent-length: %d\r\n\r\n" % (self._begin(default, status, headers, closes), length)
+
+    def last(self, default: Any, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """A whole answer with which a connection ends."""
+        body = reason if isinstance(reason, bytes) else reason.encode()
+        return self.of(default, status, len(body), headers, True) + body
+
+    @staticmethod
+    def _begin(default: Any, status: int, headers: Iterable[tuple[bytes, bytes]], closes: bool) -> bytes:
+        all_headers = (*default, *(headers or (KIND,)), *((CLOSE,) if closes else ()))
+        return b"".join((_names.STATUS_LINE[status], *(b"%b: %b\r\n" % one for one in all_headers)))
 
 
 def queued_bytes(transport: Any) -> int:

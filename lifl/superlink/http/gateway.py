@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from logging import WARNING
+from logging import ERROR, WARNING
 from typing import Any, Protocol
 
 from lifl.shm.arena import available_bytes
@@ -310,18 +310,20 @@ class Gateway:
             asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
 
     def _ask_again(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._relieved_s >= RELIEF_S:
-            self._relieved_s = now_s
-            self.relieve()
-            if self._placer is not None:
-                self._placer.relieve_arena()
-        if self._is_stuck:  # the first may wait for memory that the others hold, so all are asked
-            self._waiting = deque([ask for ask in self._waiting if not ask()])
-        while self._waiting and self._waiting[0]():
-            self._waiting.popleft()
-        if self._waiting:
-            asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
+        try:
+            now_s = time.monotonic()
+            if now_s - self._relieved_s >= RELIEF_S:
+                self._relieved_s = now_s
+                self.relieve()
+                if self._placer is not None:
+                    self._placer.relieve_arena()
+            if self._is_stuck:  # the first may wait for memory that the others hold, so all are asked
+                self._waiting = deque([ask for ask in self._waiting if not _is_done(ask)])
+            while self._waiting and _is_done(self._waiting[0]):
+                self._waiting.popleft()
+        finally:  # whatever fails: those that wait have to be asked again
+            if self._waiting:
+                asyncio.get_running_loop().call_later(RETRY_S, self._ask_again)
 
     def is_incoming(self, node_id: int) -> bool:
         """True if a request for work should wait for a message that is on its way."""
@@ -341,6 +343,15 @@ class Gateway:
                 "--lifl-max-object, or send smaller chunks"
             )
         return None
+
+
+def _is_done(ask: Callable[[], bool]) -> bool:
+    """True if one that waited for room waits no longer; one that fails is not asked again."""
+    try:
+        return ask()
+    except Exception as error:
+        _server.log(ERROR, "an upload that waited for room has failed: %r", error)
+        return True
 
 
 def _of(kind: Callable[..., Any], api: str) -> Callable[..., Any]:

@@ -15,9 +15,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-import urllib.parse
 from collections.abc import Iterable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import httptools
@@ -27,6 +26,7 @@ from lifl.superlink.http.allowance import Share
 from lifl.superlink.http.connection import (
     ALLOWED,
     AWAITED,
+    CLOSE,
     CLOSED,
     DIRECT_BODY,
     DISCARDING,
@@ -37,6 +37,7 @@ from lifl.superlink.http.connection import (
     LAST_ANSWER,
     LINGERING,
     OVER,
+    PLAIN,
     RECEIVING,
     SENDING,
     UPGRADING,
@@ -46,9 +47,11 @@ from lifl.superlink.http.connection import (
     DropLog,
     Flow,
     FlowerBody,
+    Heads,
     Outgoing,
     State,
     Turn,
+    path_of,
     queued_bytes,
 )
 from lifl.superlink.http.exchange import Exchange, Router
@@ -80,15 +83,6 @@ _COPIES = sys.version_info < (3, 12)
 
 # Shared by all connections: the event loop reads one socket at a time, and uses the bytes before it reads the next.
 _scratch = memoryview(bytearray(READ_BYTES))
-_PLAIN = (b"content-type", b"text/plain; charset=utf-8")
-_CLOSE = (b"connection", b"close")
-_KIND = (b"content-type", _names.MEDIA_TYPE.encode())
-
-
-@lru_cache(maxsize=64)  # there are some 30 paths; few are kept, since a client's may have 64 KiB
-def _path_of(url: bytes) -> str:
-    """The path of a URL, decoded as uvicorn does it."""
-    return urllib.parse.unquote(httptools.parse_url(url).path.decode("ascii"))
 
 
 class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: ignore[misc,name-defined]
@@ -102,6 +96,8 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     busy : set
         The connections that have an exchange.
     drop_log : DropLog
+    heads : Heads
+        Of all answers.
     path : str
         The path of the exchange's request.
     rates : Rates
@@ -111,7 +107,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     open: set[GatewayProtocol]
     busy: set[GatewayProtocol]
     drop_log: DropLog
-    _usual: tuple[Any, bytes] = None, b""  # uvicorn's headers, and the beginning of a usual answer with them
+    heads: Heads
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -200,7 +196,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         """Gives the request to the router if it wants it, else to Flower."""
         if self._is_over:
             return
-        path, headers = _path_of(self.url), dict(self.headers)
+        path, headers = path_of(self.url), dict(self.headers)
         length = headers.get(b"content-length", b"").strip()
         declared = int(length) if length.isdigit() else 0
         is_plain = length and b"transfer-encoding" not in headers and self._is_identity(headers)
@@ -226,7 +222,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         self._enter(EXCHANGE_BODY)
         turn = self.cycle = self._turn
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        turn.begin(exchange, keep_alive=keep_alive, announces_close=_CLOSE in self.headers)
+        turn.begin(exchange, keep_alive=keep_alive, announces_close=CLOSE in self.headers)
         self.path, self._left = path, length
         self.busy.add(self)
         exchange.begin()
@@ -305,6 +301,9 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             self._turn.exchange.feed(data)
         except ValueError as error:
             self.refuse(400, str(error))
+        except Exception as error:  # raised in the parser, it would become a 400, with which no exchange can end
+            self.logger.error("A body for %s could not be taken", self.path, exc_info=error)
+            self.refuse(500, "the server could not take this body")
 
     def _body_ended(self) -> None:
         turn = self._turn
@@ -328,7 +327,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         self.flow.hold()
 
     def _let_go(self) -> None:
-        if self._state is not LAST_ANSWER:
+        if self._state < LAST_ANSWER:
             self.flow.let_go()
 
     def handle_websocket_upgrade(self) -> None:
@@ -373,32 +372,47 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     def _refuse_sender(self, body: FlowerBody, error: BaseException) -> None:
         def answer(text: bytes, status: int, headers: Any) -> None:
             if body.cycle in self._bodies:
-                self._cut(body)
-                self.end_with(status, text, headers)
+                self._refuse_body(body, status, text, headers)
 
         self.router.answer_error(error, body.path, body.headers, answer)
 
     def _give_up(self, body: FlowerBody) -> None:
+        self._refuse_body(body, 503, "the server has no memory for this request now: try again")
+
+    def _refuse_body(
+        self, body: FlowerBody, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]] = (PLAIN,)
+    ) -> None:
+        """Answers a request whose body is not wanted, which is the connection's last: none behind it is answered."""
         self._cut(body)
-        self.end_with(503, "the server has no memory for this request now: try again")
+        if self._state is LAST_ANSWER:  # that of a request behind it, which may have been waiting for this one
+            self._last_answer = self.heads.last(self.server_state.default_headers, status, reason, headers)
+            self._send_last_answer()
+        else:
+            self.end_with(status, reason, headers)
 
     def _cut(self, body: FlowerBody) -> None:
-        """Takes a request from Flower: it is not begun, or Flower learns that the client has gone."""
+        """Takes a request and all behind it from Flower: they are not begun, or Flower learns that the client has gone.
+
+        A cycle that is disconnected reports no end, so that uvicorn would never begin those behind it.
+        """
         cycle = body.cycle
         self._forget(cycle)
-        waiting = [one for one in self.pipeline if one[0] is cycle]
-        if waiting:
-            self.pipeline.remove(waiting[0])
-        else:
-            cycle.disconnected = True
-            cycle.message_event.set()
-            if cycle.response_started:  # an error cannot be sent in the middle of an answer
-                self.transport.close()
+        while self.pipeline:
+            last, _ = self.pipeline.popleft()  # the newest request stands first
+            self._forget(last)
+            if last is cycle:
+                return
+        cycle.disconnected = True
+        cycle.message_event.set()
+        if cycle.response_started:  # an error cannot be sent in the middle of an answer
+            self.transport.close()
 
     def _forget(self, cycle: Any) -> None:
         body = self._bodies.pop(cycle, None)
         if body is not None and body.share is not None:
             body.share.close()
+        # The body may have held reading while it waited for its share. Another body that waits holds it again.
+        self._let_go()
 
     def _cycle_ended(self, cycle: Any) -> None:
         self._forget(cycle)
@@ -417,8 +431,11 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         parts = body if isinstance(body, tuple) else (body,)
         length = sum(map(len, parts))
         closes = turn.announces_close
+        default = self.server_state.default_headers
         is_usual = status == 200 and not headers and not closes
-        head = self._usual_head(length) if is_usual else self._head(status, length, headers or (_KIND,), closes)
+        head = (
+            self.heads.usual(default, length) if is_usual else self.heads.of(default, status, length, headers, closes)
+        )
         if status >= 400 and self.access_log:
             client = f"{self.client[0]}:{self.client[1]}" if self.client else ""
             self.access_logger.info('%s - "%s %s HTTP/%s" %d', client, "POST", self.path, "1.1", status)
@@ -429,20 +446,6 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
         else:
             self._outgoing.add((head, *(memoryview(part) for part in parts)))
             self._send()
-
-    def _usual_head(self, length: int) -> bytes:
-        """The head of most answers: made once a second for all of them, as uvicorn makes its own headers."""
-        cls, default = type(self), self.server_state.default_headers
-        if cls._usual[0] is not default:
-            cls._usual = default, self._head_begin(200, (_KIND,), False)
-        return b"%bcontent-length: %d\r\n\r\n" % (cls._usual[1], length)
-
-    def _head(self, status: int, length: int, headers: Iterable[tuple[bytes, bytes]], closes: bool) -> bytes:
-        return b"%bcontent-length: %d\r\n\r\n" % (self._head_begin(status, headers, closes), length)
-
-    def _head_begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], closes: bool) -> bytes:
-        all_headers = (*self.server_state.default_headers, *headers, *((_CLOSE,) if closes else ()))
-        return b"".join((_names.STATUS_LINE[status], *(b"%b: %b\r\n" % one for one in all_headers)))
 
     def _send(self) -> None:
         while self._outgoing and not self.flow.write_paused and not self.transport.is_closing():
@@ -459,7 +462,7 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
     def refuse(self, status: int, reason: str) -> None:
         """Answers with an error; the rest of the body is read and forgotten."""
         self.discard()
-        self.answer(reason.encode(), status, (_PLAIN,))
+        self.answer(reason.encode(), status, (PLAIN,))
 
     def discard(self) -> None:
         """Drops the exchange: the rest of its body is not wanted. An answer is still due."""
@@ -509,15 +512,14 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
             "--lifl-max-object, or send smaller chunks",
         )
 
-    def end_with(self, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]] = (_PLAIN,)) -> None:
+    def end_with(self, status: int, reason: str | bytes, headers: Iterable[tuple[bytes, bytes]] = (PLAIN,)) -> None:
         """Answers the request that is coming in when all before it are answered; then the connection ends."""
         if self._state is FLOWER_BODY and self.cycle in self._bodies:
             self._cut(self._bodies[self.cycle])
         if self._is_over:
             return
         self._enter(LAST_ANSWER)
-        body = reason if isinstance(reason, bytes) else reason.encode()
-        self._last_answer = self._head(status, len(body), headers, True) + body
+        self._last_answer = self.heads.last(self.server_state.default_headers, status, reason, headers)
         self.flow.hold()
         if self._turn.progress is not OVER:
             self._turn.exchange.hurry()
@@ -594,5 +596,5 @@ class GatewayProtocol(_names.HttpProtocol, asyncio.BufferedProtocol):  # type: i
 
 def protocol_of(router: Router) -> type[GatewayProtocol]:
     """The protocol class for one server, whose requests go to `router`."""
-    own = {"router": router, "open": set(), "busy": set(), "drop_log": DropLog()}
+    own = {"router": router, "open": set(), "busy": set(), "drop_log": DropLog(), "heads": Heads()}
     return type("Protocol", (GatewayProtocol,), own)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -140,10 +141,10 @@ class DataRequest:
         """Does nothing, unless the request can be held open."""
 
     def room(self) -> Any:
-        """Not called before the request is aimed."""
+        """Memory for the next bytes; called only of a request that ``is_aimed``."""
 
     def advance(self, nbytes: int) -> None:
-        """Not called before the request is aimed."""
+        """Takes bytes that were written to :meth:`room`; called only of a request that ``is_aimed``."""
 
 
 class Unary(DataRequest):
@@ -353,6 +354,12 @@ class PullMessages(Unary):
         self._is_hurried = True
         self.gateway.long_polls.release(self._poll)
 
+    def fail(self, error: BaseException) -> None:
+        """Answers with Flower's answer to an error."""
+        # Also if the request is gone: its thread may have noted the poll afterwards.
+        self.gateway.long_polls.forget(self._poll)
+        super().fail(error)
+
     def drop(self) -> None:
         """Gives the request up."""
         super().drop()
@@ -479,6 +486,8 @@ class PushObject(DataRequest):
             return True
         try:
             target = self.gateway.target_for(self._request, self._nbytes, is_trusted=self._api == "runtime")
+            self._upload.aim(target)
+            target.watch(partial(self._revoked, target))
         except BlockingIOError:
             return False
         except MemoryError as error:
@@ -490,19 +499,17 @@ class PushObject(DataRequest):
         except Exception as error:
             self.fail(error)
             return True
-        self._upload.aim(target)
-        target.watch(self._revoked)
         self.protocol.proceed()
         return True
 
-    def _revoked(self, keeps: bool) -> None:
+    def _revoked(self, place: Target, keeps: bool) -> None:
         """Moves the upload; called from any thread."""
         with contextlib.suppress(RuntimeError):  # raised if the server has ended
-            self.protocol.loop.call_soon_threadsafe(self._move, keeps)
+            self.protocol.loop.call_soon_threadsafe(self._move, place, keeps)
 
-    def _move(self, keeps: bool) -> None:
+    def _move(self, place: Target, keeps: bool) -> None:
         """Goes on beside the arena, or only reads: the block that the content comes into is needed elsewhere."""
-        if self.is_gone or not self._upload.is_aimed:
+        if self.is_gone or not self._upload.is_aimed_at(place):  # a place may be revoked twice
             return
         target: Target = Sink(self._nbytes)
         if keeps:

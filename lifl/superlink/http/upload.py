@@ -73,6 +73,10 @@ class Upload:
         """True when bytes may be written to :meth:`room`."""
         return self._target is not None
 
+    def is_aimed_at(self, target: Target) -> bool:
+        """True while the content goes to `target`."""
+        return self._target is target
+
     @property
     def is_complete(self) -> bool:
         """True when the last byte lies where it belongs."""
@@ -146,7 +150,10 @@ class Upload:
         self._seen += nbytes
 
     def move(self, target: Target) -> None:
-        """Goes on at another target: the content so far is copied there, and the target before is given up."""
+        """Goes on at another target: the content so far is copied there, and the target before is given up.
+
+        The target before must be one that gives the same pieces again: a place, not a spool.
+        """
         assert self._target is not None, "it is aimed"
         assert self._cut is not None, "it is aimed"
         before, came = self._target, self._cut.nbytes - self._content_left
@@ -154,19 +161,21 @@ class Upload:
         self._target, self._pieces = target, iter(target.pieces())
         self._piece, self._at = b"", 0
         self._content_left = self._cut.nbytes
-        for piece in before.pieces():
-            data = memoryview(piece)[:came]
-            came -= len(data)
-            while len(data):
-                room = self.room()
-                n = min(len(room), len(data))
-                room[:n] = data[:n]
-                self._at += n
-                self._content_left -= n
-                data = data[n:]
-        if not self._content_left:
-            self._piece, self._at = memoryview(self._tail), tail_at
-        before.drop()
+        try:
+            for piece in before.pieces():
+                data = memoryview(piece)[:came]
+                came -= len(data)
+                while len(data):
+                    room = self.room()
+                    n = min(len(room), len(data))
+                    room[:n] = data[:n]
+                    self._at += n
+                    self._content_left -= n
+                    data = data[n:]
+            if not self._content_left:
+                self._piece, self._at = memoryview(self._tail), tail_at
+        finally:
+            before.drop()
 
     def take(self) -> Landed:
         """The content of a complete body; it is the caller's from here on."""

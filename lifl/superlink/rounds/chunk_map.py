@@ -1,4 +1,6 @@
-"""The place of each chunk of an update in the update's block. Pure.
+"""The place of each chunk of an update in the update's block, and the forms in which nodes reply.
+
+Owns the memory of those forms. Sees no bytes of an update, only names and hashes.
 
 A client sends an array as a ``.npy`` stream cut into chunks, each an object of its own whose content is a head
 (``ArrayChunk  <bytes>`` and a zero byte) and the piece. If the model's spec is known, the heads, the ``.npy`` headers
@@ -7,6 +9,7 @@ and all lengths are known before anything comes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
@@ -65,7 +68,7 @@ class Form:
 
 
 class Geometry:
-    """The cut of one spec into chunks of one size; ``pieces[j][k]`` is chunk *k* of tensor *j*."""
+    """The cut of one spec into chunks of one size; ``pieces[j][k]`` is chunk *k* of tensor *j*. Any thread."""
 
     def __init__(self, spec: TensorSpec, chunk_bytes: int) -> None:
         self.spec, self.chunk_bytes = spec, chunk_bytes
@@ -76,6 +79,8 @@ class Geometry:
         order = tuple(range(len(self.pieces)))
         # The model's own order, with all arrays different or with equal single numbers: most clients send that.
         self._usual = [Form(order, order), Form(order, tuple(self._first_equals()))]
+        # Guards the two below: assemblers learn, and look-ups come from threads of the server's loop.
+        self._lock = threading.Lock()
         self._learned: dict[int, Form] = {}  # node -> the form of its last reply that was of no usual form
         self._newest: Form | None = None
 
@@ -111,7 +116,8 @@ class Geometry:
         guess until the hashes of a record confirm it, see ``lifl.superlink.rounds.model_objects``.
         """
         counts = list(chunk_counts)
-        known = [*self._usual, self._learned.get(node_id), self._newest]
+        with self._lock:
+            known = [*self._usual, self._learned.get(node_id), self._newest]
         likely = [one for one in known if one and [len(self.pieces[j]) for j in one.arrays] == counts]
         return list(dict.fromkeys(likely))
 
@@ -128,9 +134,10 @@ class Geometry:
         form = Form(tuple(self._indices[name] for name in arrays), tuple(sources))
         if form in self._usual:
             return
-        if form == self._newest:
-            form = self._newest  # one copy, for nodes that are alike
-        self._learned.pop(node_id, None)
-        while len(self._learned) >= MAX_LEARNED:
-            del self._learned[next(iter(self._learned))]
-        self._learned[node_id] = self._newest = form
+        with self._lock:
+            if self._newest is not None and form == self._newest:
+                form = self._newest  # one copy, for nodes that are alike
+            self._learned.pop(node_id, None)
+            while len(self._learned) >= MAX_LEARNED:
+                del self._learned[next(iter(self._learned))]
+            self._learned[node_id] = self._newest = form

@@ -17,6 +17,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from logging import ERROR
 from typing import Any
 
 import attrs
@@ -27,10 +28,14 @@ from lifl.report.entries import Rejection
 from lifl.round.loan import Loan
 from lifl.round.round import Round
 from lifl.strategy.reply import widened
+from lifl.superlink import flower
 from lifl.superlink.rounds.chunk_map import Form, Geometry, Piece
+from lifl.superlink.rounds.model_objects import record_of
 from lifl.superlink.rounds.reply import MAX_BESIDE_BYTES, ArrayDescription, ReplyContent, ReplyReader
 from lifl.superlink.store.content import Landed, PartContent
 from lifl.superlink.store.store import Store
+
+_server = flower.part("server")
 
 LOAN_TIMEOUT_S = 60.0
 """Longest wait for a block of its own, for a reply that is complete and lies beside the arena."""
@@ -74,7 +79,8 @@ class Place:
 
     def watch(self, on_revoked: Callable[[bool], None]) -> None:
         """Calls `on_revoked`, from any thread, when the block is given up: with True if the bytes so far are kept."""
-        # Written before `_keeps` is read; `revoke` writes and reads in the other order. So one of them calls it.
+        # Written before `_keeps` is read; `revoke` writes and reads in the other order. So at least one of them calls
+        # it, and both may; a place may also be revoked twice.
         self._on_revoked = on_revoked
         if self._keeps is not None:
             on_revoked(self._keeps)
@@ -86,7 +92,7 @@ class Place:
             self._on_revoked(keeps)
 
     def pieces(self) -> list[Any]:
-        """Memory for the head of the chunk, and for its numbers."""
+        """Memory for the head of the chunk, and for its numbers, which is the loan's."""
         return [memoryview(self._head), self._numbers]
 
     def came(self, nbytes: int) -> None:
@@ -116,6 +122,8 @@ class Settled:
 
     Attributes
     ----------
+    client : str
+        The client's name in the report: a node that was sent two messages has two.
     message : Message
         The reply's metadata, and its error if it is one.
     records : Mapping of str
@@ -124,6 +132,7 @@ class Settled:
         The reason why it does not count; None if it does, or if it is an error.
     """
 
+    client: str
     message: Message
     records: Mapping[str, Any]
     refusal: Rejection | None
@@ -180,7 +189,7 @@ class Reception:
         self._form = form
         self._positions: dict[str, Position] = {}
         if form is not None:
-            for j, array in zip(form.arrays, _arrays(tree), strict=True):
+            for j, array in zip(form.arrays, record_of(tree).children, strict=True):
                 for k, chunk in enumerate(array.children):
                     self._positions.setdefault(chunk.object_id, (j, k))
         # The chunks that have a place now: from before their first byte until their content is released. Entries are
@@ -196,8 +205,8 @@ class Reception:
         self._came_bytes = 0  # into places
         self._seen_s = self.heard_s  # of the last look of `is_slow`
         self._seen_bytes = 0
-        # Guards the loan, the set of admitted objects and both flags. A thread that holds the store's lock does not
-        # take this one.
+        # Guards the loan, the set of admitted objects and both flags; so a look at a flag before the lock is taken is
+        # only a hint. A thread that holds the store's lock does not take this one.
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------ while it comes
@@ -286,7 +295,8 @@ class Reception:
 
     def drop(self) -> None:
         """Gives the reply up: the round is over, the client is gone, or the reply is refused."""
-        self._is_placing = False
+        with self._lock:
+            self._is_placing = False
         self._let_go()
 
     def _let_go(self, *, keeps: bool = False) -> None:
@@ -312,25 +322,26 @@ class Reception:
     def settle(self, store: Store, release: Callable[[], None]) -> Settled:
         """Reads the message, completes the update and sends it into the round.
 
-        `release` makes the store let go of the message's objects, which it must before the block is folded.
+        `release` makes the store let go of the message's objects, which it must before the block is folded. Afterwards
+        the block is the round's if the reply counts, else it is given back.
         """
         with self._lock:
             self._is_settling = True
             self._is_placing = False
         try:
             if self.message.has_error():
-                return Settled(self.message, {}, None)
+                return Settled(self.client, self.message, {}, None)
             reader = ReplyReader(store, self._geometry, self.client)
             content = reader.read(self.message.metadata.message_id, self._weight_key)
             self._send(store, reader, content, release)
-            return Settled(self.message, content.records, None)
+            return Settled(self.client, self.message, content.records, None)
         except AdmissionError as error:
-            return Settled(self.message, {}, Rejection(error.client_id, error.rule, error.reason))
+            return Settled(self.client, self.message, {}, Rejection(error.client_id, error.rule, error.reason))
         except LiflError as error:
-            return Settled(self.message, {}, Rejection(self.client, "error", str(error)))
+            return Settled(self.client, self.message, {}, Rejection(self.client, "error", str(error)))
         except Exception as error:  # whatever a client sends, only that client's reply does not count
             refusal = AdmissionError(self.client, "format", f"{type(error).__name__}: {error}")
-            return Settled(self.message, {}, Rejection(self.client, "format", refusal.reason))
+            return Settled(self.client, self.message, {}, Rejection(self.client, "format", refusal.reason))
         finally:
             self.drop()
 
@@ -351,7 +362,10 @@ class Reception:
             release()
             arrays = widened(views, self._round.spec)
             self._round.submit(arrays, content.weight, self.client, timeout=LOAN_TIMEOUT_S)
-        self._learn(content.arrays)
+        try:
+            self._learn(content.arrays)
+        except Exception as error:  # the update is in the mean: its reply counts, whatever becomes of its form
+            _server.log(ERROR, "the form of a reply of node %s could not be learnt: %r", self.client, error)
 
     def _learn(self, arrays: Mapping[str, ArrayDescription]) -> None:
         """Remembers the form of a reply that has counted, for its node's next one and for nodes that are like it."""
@@ -404,8 +418,3 @@ def _ids(tree: Any) -> list[str]:
         found.append(node.object_id)
         waiting.extend(node.children)
     return found
-
-
-def _arrays(tree: Any) -> list[Any]:
-    """The arrays of a message's first record that has any: message > RecordDict > record > array > chunk."""
-    return next((list(r.children) for content in tree.children for r in content.children if r.children), [])

@@ -46,6 +46,11 @@ class Recognised:
     objects: dict[str, bytes]
 
 
+def record_of(tree: Any) -> Any:
+    """A tree's first record that has arrays, or None: message > RecordDict > record > array > chunk."""
+    return next((record for content in tree.children for record in content.children if record.children), None)
+
+
 def recognise(geometry: Geometry, tree: Any, node_id: int) -> Recognised:
     """Compares the first record of arrays in a node's announced tree with the forms that the model lets expect.
 
@@ -53,7 +58,7 @@ def recognise(geometry: Geometry, tree: Any, node_id: int) -> Recognised:
     chunks in order. So a form whose record has the announced id is no guess: each chunk's place follows from the form,
     if the message turns out to contain that record.
     """
-    record = next((r for content in tree.children for r in content.children if r.children), None)
+    record = record_of(tree)
     if record is None:
         return Recognised(None, {})
     arrays = [(array.object_id, [chunk.object_id for chunk in array.children]) for array in record.children]

@@ -1,8 +1,9 @@
 """Every message that the open rounds have asked, and each move of its state.
 
 Owns the open rounds, the index of their arriving replies, and the lock that guards both and every record in them. A
-method makes one move, or says that it is not to be made; it neither stores nor deletes nor calls Flower, so that the
-lock is never held for long. ``Rounds`` and ``Watcher`` do what follows from a move.
+method makes one move, or returns a value that says that no move was made: None from `close`, `bind` and `give_up`,
+False from `settle` and `settle_unread`. It neither stores nor deletes nor calls Flower, so that the lock is never held
+for long. ``Rounds`` and ``Watcher`` do what follows from a move.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Registry:
         with self._lock:
             return list(self._rounds)
 
-    def close(self, served: ServedRound) -> tuple[list[Reception], list[str]] | None:
-        """Closes a round and all its messages; None if it was closed before.
+    def close(self, served: ServedRound, *, clears: bool = True) -> tuple[list[Reception], list[str]] | None:
+        """Closes a round and all its messages, which are deleted next if it `clears`; None if it was closed before.
 
         Returns the replies that were not settled, and their push sessions.
         """
@@ -60,6 +61,7 @@ class Registry:
             if served not in self._rounds:
                 return None
             self._rounds.remove(served)
+            served.is_cleared = clears
             receptions = [asked.reception for asked in served.asked.values() if asked.reception is not None]
             sessions = list[str]()
             for asked in served.asked.values():
@@ -82,7 +84,7 @@ class Registry:
     def bind(self, meta: Any) -> AskedMessage | None:
         """Notes a message that is about to be stored; None if no round expects it, or if its round has it."""
         with self._lock:
-            for served in self._rounds:
+            for served in reversed(self._rounds):  # the newest counts, as in `_find`
                 if served.expects(meta):
                     served.expected[meta.dst_node_id] -= 1
                     asked = AskedMessage(meta.message_id, meta.dst_node_id, served)
@@ -90,11 +92,19 @@ class Registry:
                     return asked
         return None
 
-    def unbind(self, asked: AskedMessage) -> None:
-        """Forgets a message that Flower did not store: its round expects it again."""
+    def unbind(self, asked: AskedMessage) -> tuple[Reception | None, list[str]]:
+        """Forgets a message that Flower did not store: its round expects it again.
+
+        Returns its reply if its node has replied nevertheless, and the reply's push sessions.
+        """
         with self._lock:
-            if asked.served.asked.pop(asked.message_id, None) is not None:
-                asked.served.expected[asked.node_id] += 1
+            if asked.state is State.CLOSED:  # `close` has returned the reply
+                return None, []
+            del asked.served.asked[asked.message_id]
+            asked.served.expected[asked.node_id] += 1
+            reception = asked.reception
+            asked.move(State.CLOSED)
+            return reception, self._index.forget(asked)
 
     def stored(self, asked: AskedMessage) -> None:
         """Notes that Flower's state has a message: from now on its node may be found to be gone."""
@@ -106,11 +116,11 @@ class Registry:
 
     @contextlib.contextmanager
     def announcing(self, meta: Any) -> Iterator[bool]:
-        """Lasts while Flower stores a reply; false if the reply is taken already, and nothing of it is needed."""
+        """Lasts while Flower stores a reply; false if nothing more of the reply is needed."""
         with self._lock:
             asked = self._find(meta.reply_to_message_id)
             known = None if asked is None else asked.served.replies.get(meta.message_id)
-            is_needed = known is None or known.state not in (State.TAKEN, State.SETTLED)
+            is_needed = known is None or known.state not in (State.TAKEN, State.REFUSED, State.SETTLED)
             if asked is not None:
                 asked.announcing += 1
         try:
@@ -136,17 +146,18 @@ class Registry:
             if served.replies.get(meta.message_id, asked) is not asked:
                 return  # a reply of another node has that id
             if asked.is_unanswered:
-                asked.answer(meta.message_id, State.ARRIVING)
-                asked.reception = Reception(
+                reception = Reception(  # before the move: an arriving reply has one
                     round_=served.round,
                     geometry=served.geometry,
                     weight_key=served.announced.weight_key,
-                    client=asked.client,
+                    client=served.next_name(asked.node_id),
                     message=message,
                     tree=tree,
                     missing=missing,
                     form=form,
                 )
+                asked.answer(meta.message_id, State.ARRIVING)
+                asked.reception = reception
             elif asked.state is not State.ARRIVING or asked.reply_id != meta.message_id:
                 return
             self._index.expect(asked, missing, session_id)
@@ -189,14 +200,14 @@ class Registry:
         with self._lock:
             if asked.state is not State.ARRIVING:
                 return None
-            asked.move(State.TAKEN)
+            asked.move(State.REFUSED)
             self._index.came(asked, list(asked.missing))
             return asked.reception
 
     def settle(self, asked: AskedMessage) -> bool:
-        """Ends a reply that was taken; false if the round ended first, and then nobody learns of it."""
+        """Ends a reply that was taken or refused; false if the round ended first, and then nobody learns of it."""
         with self._lock:
-            if asked.state is not State.TAKEN:
+            if asked.state not in (State.TAKEN, State.REFUSED):
                 return False
             asked.move(State.SETTLED)
             return True
@@ -209,6 +220,11 @@ class Registry:
             asked.answer(reply_id, State.SETTLED)
             return True
 
+    def is_cleared(self, asked: AskedMessage) -> bool:
+        """True if a message's round is over, and what Flower stores of its reply from now on is for nobody."""
+        with self._lock:
+            return asked.served.is_cleared
+
     def is_known(self, asked: AskedMessage, reply_id: str) -> bool:
         """True if a reply to a message of the same round has that id."""
         with self._lock:
@@ -217,10 +233,13 @@ class Registry:
     # ------------------------------------------------------------ questions
 
     def may_push(self, session_id: str) -> bool:
-        """False in a push session of a reply of which nothing more is taken."""
+        """False in a push session of a reply that is refused, whatever Flower would say.
+
+        A whole reply's node may push an object again, because the answer was lost: Flower's state knows the answer.
+        """
         with self._lock:
             asked = self._index.of_session(session_id)
-            return asked is None or asked.state is State.ARRIVING
+            return asked is None or asked.state is not State.REFUSED
 
     def pushing(self, session_id: str, object_id: str) -> list[AskedMessage]:
         """The replies that an object is pushed for, see ``ReplyIndex``."""

@@ -7,10 +7,11 @@ else is plain Flower.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from logging import DEBUG, ERROR
 from typing import Any
@@ -147,7 +148,8 @@ class Rounds:
     ) -> ServedRound:
         """Opens a round for messages that will be sent; waits for room in the arena.
 
-        `on_settled` is called with each reply, from any thread. Raises :class:`ShmError` if there is no room.
+        `on_settled` is called with each reply, from any thread. Raises :class:`ShmError` if there is no room, and else
+        what ``Node.open_round`` raises.
         """
         served = ServedRound(
             announced=announced,
@@ -186,9 +188,10 @@ class Rounds:
     def end(self, served: ServedRound, *, deletes: bool = True) -> None:
         """Takes no more of a round's replies, and closes the round; harmless when it is closed.
 
-        If it `deletes`, the messages and their objects are deleted, and replies that come later are not stored.
+        If it `deletes`, the messages and their objects are deleted, and replies that come later are not stored. A
+        message that is bound and not stored yet is unknown to Flower then, and stays in its state when it is stored.
         """
-        if (left := self.registry.close(served)) is None:
+        if (left := self.registry.close(served, clears=deletes)) is None:
             return
         receptions, sessions = left
         for reception in receptions:
@@ -229,7 +232,9 @@ class Rounds:
                     self._outgoing.add(meta.message_id, meta.dst_node_id, set(missing))
         finally:
             if asked is not None and not is_stored:
-                self.registry.unbind(asked)
+                reception, sessions = self.registry.unbind(asked)
+                if reception is not None:
+                    self._forget_reply(reception, sessions)
         return is_stored, missing
 
     def _store_reply(self, store: Callable[..., Any], message: Any, tree: Any, session_id: str) -> Any:
@@ -257,7 +262,18 @@ class Rounds:
                 with self._lock:
                     self.replies += 1
                 self.registry.announced(message, tree, set(missing), session_id, form)
+                # After `announced`: a round that ends from here on finds the reply, and clears it itself.
+                if asked is not None and self.registry.is_cleared(asked):
+                    self._end_sessions([session_id])
+                    self._delete([], [message.metadata.message_id])
+                    return True, []
             return is_stored, missing
+
+    def _forget_reply(self, reception: Reception, sessions: Iterable[str]) -> None:
+        """Gives everything back that a reply holds of which nobody learns."""
+        reception.drop()
+        self._end_sessions(sessions)
+        self._delete([], reception.roots)
 
     def _refuse_if_wide(self, message: Any, tree: Any) -> bool:
         """True if a reply does not count for the number of its objects, before anything of it is stored."""
@@ -271,7 +287,7 @@ class Rounds:
         if self.registry.settle_unread(asked, meta.message_id):
             self._delete_answered(asked, [])
             refusal = Rejection(asked.client, "format", f"more than {most:,} objects in a reply")
-            asked.served.on_settled(Settled(message, {}, refusal))
+            asked.served.on_settled(Settled(asked.client, message, {}, refusal))
         return True
 
     # ------------------------------------------------------------ replies are settled
@@ -282,18 +298,25 @@ class Rounds:
 
     def _settle(self, asked: AskedMessage, reception: Reception) -> None:
         """Reads a whole reply and folds it; in a thread of the assemblers."""
-        try:
+        settled = _failed(reception)
+        with _logging(reception):
             settled = reception.settle(self.store, lambda: self._release(asked, reception))
+        with _logging(reception):
             self._release(asked, reception)
-            with self._lock:
-                self.copied_bytes += reception.copied_bytes
-            if self.registry.settle(asked):
-                if not self.store.is_durable:
-                    self._delete_answered(asked, [asked.reply_id])
-                # After the deletion: when a strategy has all its replies nothing is left of them.
-                asked.served.on_settled(settled)
-        except Exception as error:
-            _server.log(ERROR, "a reply of node %s could not be settled: %r", reception.client, error)
+        with self._lock:
+            self.copied_bytes += reception.copied_bytes
+        if self.registry.settle(asked):
+            if not self.store.is_durable:
+                self._delete_answered(asked, [asked.reply_id])
+            # After the deletion: when a strategy has all its replies nothing is left of them.
+            self._tell(asked, reception, settled)
+
+    def _tell(self, asked: AskedMessage, reception: Reception, settled: Settled) -> None:
+        """Tells the strategy how a reply ended; that the server failed, if the reply cannot be told of."""
+        for one in (settled, _failed(reception)):
+            with _logging(reception):
+                asked.served.on_settled(one)
+                return
 
     def _release(self, asked: AskedMessage, reception: Reception) -> None:
         """Has the store let go of a reply's objects; an object that others refer to, a model or a reply, stays."""
@@ -307,16 +330,18 @@ class Rounds:
     def _give_up(self, asked: AskedMessage, settled: Settled) -> None:
         """Ends a message whose reply is arriving: the reply does not count, and what has come of it is deleted."""
         if (reception := self.registry.give_up(asked)) is not None:
+            reception.drop()
             self._discard(asked, settled, reception)
 
     def _discard(self, asked: AskedMessage, settled: Settled, reception: Reception) -> None:
-        reception.drop()
-        # Flower ends the sessions before the registry forgets them: at no moment does an object pass in one of them.
-        self._end_sessions(list(asked.sessions))
-        self.registry.forget(asked)
-        self._delete_answered(asked, reception.roots)
+        """Deletes a reply that was given up, and tells the strategy."""
+        with _logging(reception):
+            # Flower ends the sessions before the registry forgets them: at no moment an object passes in one of them.
+            self._end_sessions(list(asked.sessions))
+            self.registry.forget(asked)
+            self._delete_answered(asked, reception.roots)
         if self.registry.settle(asked):
-            asked.served.on_settled(settled)
+            self._tell(asked, reception, settled)
 
     # ------------------------------------------------------------ the gateway asks
 
@@ -351,7 +376,7 @@ class Rounds:
                 reception.give_way(self.store)
 
     def _admit(self, session_id: str, object_id: str, nbytes: int) -> bool:
-        """Counts an object that has come past the gateway, as Flower's own routes take it."""
+        """Counts an object that Flower's own routes took, past the gateway; false if it is refused."""
         found = self.registry.pushing(session_id, object_id)
         if found and not session_id:  # Flower does not say here which node sends it
             return False
@@ -365,10 +390,11 @@ class Rounds:
     def _refuse_large(self, asked: AskedMessage, reception: Reception) -> None:
         """Refuses a reply that is too large, whatever it may say."""
         refusal = Rejection(reception.client, "format", f"more than {TOO_LARGE}")
-        settled = Settled(reception.message, {}, refusal)
-        # The reply is given up at once, so that no more of it is taken. Its objects are deleted in a thread: the
-        # server's loop may be here, and must not wait for a database.
+        settled = Settled(reception.client, reception.message, {}, refusal)
+        # The reply is given up at once, so that no more of it is taken, and its block too: the assemblers may wait for
+        # it. One of them deletes its objects: the server's loop may be here, and must not wait for a database.
         if self.registry.give_up(asked) is not None:
+            reception.drop()
             self._assemblers.submit(self._discard, asked, settled, reception)
 
     # ------------------------------------------------------------ Flower's state is cleaned
@@ -397,3 +423,18 @@ class Rounds:
         """
         is_pushed = asked.message_id not in self._outgoing
         self._delete([asked.message_id] if is_pushed else [], replies)
+
+
+@contextlib.contextmanager
+def _logging(reception: Reception) -> Iterator[None]:
+    """Lasts while something is done for a reply that must not keep the reply from its end; what fails is logged."""
+    try:
+        yield
+    except Exception as error:
+        _server.log(ERROR, "a reply of node %s could not be settled: %r", reception.client, error)
+
+
+def _failed(reception: Reception) -> Settled:
+    """The end of a reply that the server could not read, delete or tell of."""
+    refusal = Rejection(reception.client, "error", "the server failed at the end of this reply: see its log")
+    return Settled(reception.client, reception.message, {}, refusal)

@@ -31,7 +31,10 @@ class State(enum.Enum):
     """A reply is announced, and its objects come."""
 
     TAKEN = enum.auto()
-    """Nothing more of the reply is needed: it is read and folded, or it is refused and its objects are deleted."""
+    """Nothing more has to come: the reply is whole, and is read and folded."""
+
+    REFUSED = enum.auto()
+    """Nothing more of the reply is taken: it is refused before it was whole, and its objects are deleted."""
 
     SETTLED = enum.auto()
     """The strategy learns, or has learnt, what became of the message."""
@@ -45,8 +48,9 @@ ALLOWED: dict[State, frozenset[State]] = {
     State.ASKED: frozenset({State.STORED, State.ARRIVING, State.SETTLED, State.CLOSED}),
     # Settled without a reply: Flower makes an error reply for a node that is gone, and a reply may be refused unread.
     State.STORED: frozenset({State.ARRIVING, State.SETTLED, State.CLOSED}),
-    State.ARRIVING: frozenset({State.TAKEN, State.CLOSED}),
+    State.ARRIVING: frozenset({State.TAKEN, State.REFUSED, State.CLOSED}),
     State.TAKEN: frozenset({State.SETTLED, State.CLOSED}),
+    State.REFUSED: frozenset({State.SETTLED, State.CLOSED}),
     State.SETTLED: frozenset({State.CLOSED}),
     State.CLOSED: frozenset(),
 }
@@ -77,7 +81,7 @@ class AskedMessage:
     reply_id : str
         Id of the reply that counts, or that Flower has made for a node that is gone; "" before there is one.
     reception : Reception or None
-        The reply while its state is ARRIVING or TAKEN.
+        The reply while its state is ARRIVING, TAKEN or REFUSED.
     missing : set of str
         Objects of the reply that have not come.
     sessions : list of str
@@ -111,14 +115,14 @@ class AskedMessage:
     def answer(self, reply_id: str, to: State) -> None:
         """Notes the first reply to the message, and moves on."""
         self.move(to)
-        self.client = self.served.name(self.node_id)
+        self.client = self.served.take_name(self.node_id)
         self.reply_id = reply_id
         self.served.replies[reply_id] = self
 
 
 @attrs.define(eq=False)
 class ServedRound:
-    """An open round.
+    """A round at this server, open or closed.
 
     Attributes
     ----------
@@ -126,6 +130,8 @@ class ServedRound:
         Called with each reply that is settled, from any thread.
     expected : Counter of int
         For each node the number of messages that the strategy will send and has not sent.
+    is_cleared : bool
+        True if the round is over, and its messages and the replies to them are deleted.
     asked : dict of str to AskedMessage
         The round's messages by their ids.
     replies : dict of str to AskedMessage
@@ -137,6 +143,7 @@ class ServedRound:
     geometry: Geometry
     on_settled: Callable[[Settled], None]
     expected: Counter[int]
+    is_cleared: bool = False
     asked: dict[str, AskedMessage] = attrs.field(factory=dict)
     replies: dict[str, AskedMessage] = attrs.field(factory=dict)
     _names: Counter[int] = attrs.field(factory=Counter)
@@ -149,7 +156,13 @@ class ServedRound:
         # Not one that its ServerApp sends again, because an answer was lost: another message to the node is to come.
         return is_announced and meta.message_id not in self.asked
 
-    def name(self, node_id: int) -> str:
+    def next_name(self, node_id: int) -> str:
         """The client's name for a node's next reply: a node that was sent two messages counts twice, as in Flower."""
+        count = self._names[node_id]
+        return f"{node_id}#{count + 1}" if count else str(node_id)
+
+    def take_name(self, node_id: int) -> str:
+        """The same name, which is used by a reply from now on."""
+        name = self.next_name(node_id)
         self._names[node_id] += 1
-        return str(node_id) if self._names[node_id] == 1 else f"{node_id}#{self._names[node_id]}"
+        return name

@@ -66,7 +66,10 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stop.wait(WATCH_S):
-            self._outgoing.forget_stale()
+            try:
+                self._outgoing.forget_stale()
+            except Exception as error:
+                _server.log(ERROR, "messages that their ServerApps gave up could not be forgotten: %r", error)
             for served in self._registry.rounds():
                 try:
                     self._look_for_errors(served)
@@ -84,8 +87,9 @@ class Watcher:
             # A reply without an error came this moment, and is received as any other.
             if message.has_error():
                 meta = message.metadata
-                if self._registry.settle_unread(unanswered[meta.reply_to_message_id], meta.message_id):
-                    served.on_settled(Settled(message, {}, None))
+                asked = unanswered[meta.reply_to_message_id]
+                if self._registry.settle_unread(asked, meta.message_id):
+                    served.on_settled(Settled(asked.client, message, {}, None))
 
     def _look_for_broken(self, served: ServedRound) -> None:
         """Replies whose push session is over before they are whole: an error, as Flower's grid makes of them."""
@@ -98,4 +102,4 @@ class Watcher:
             if self._state.get_object(served.announced.run_id, object_id) is None:
                 error = Error(_names.ErrorCode.MESSAGE_UNAVAILABLE, "the reply was announced and has not come whole")
                 message = make_message(metadata=reception.message.metadata, error=error)
-                self._give_up(asked, Settled(message, {}, None))
+                self._give_up(asked, Settled(reception.client, message, {}, None))

@@ -1,4 +1,4 @@
-"""The bytes of an object: in a block of their own, in an update's block, or as Python's bytes.
+"""The bytes of an object: in a block of their own, in an update's or the mean's block, or as Python's bytes.
 
 Owns those blocks until they are released. An object in a block of its own is kept as the body of the answer that
 clients get, so that it is encoded once.
@@ -44,7 +44,7 @@ def answer_head(nbytes: int) -> bytes:
 
 
 class Content:
-    """The content of an object: in a block of its own, or, at least a part of it, in an update's block.
+    """The content of an object: in a block of its own, or, at least a part of it, in an update's or the mean's block.
 
     Attributes
     ----------
