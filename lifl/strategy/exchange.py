@@ -96,6 +96,56 @@ def exchange(
     return replies
 
 
+Exchange = Callable[..., list[Message]]
+
+
+def _of_grid(grid: Grid) -> list[type]:
+    """The classes of a grid that have a ``send_and_receive`` with a body, the most derived first."""
+    classes = [cls for cls in type(grid).__mro__ if "send_and_receive" in vars(cls)]
+    return [cls for cls in classes if not getattr(vars(cls)["send_and_receive"], "__isabstractmethod__", False)]
+
+
+def own_exchange(grid: Grid) -> Exchange | None:
+    """The exchange by the grid's ``send_and_receive``, if that is the user's: it overrides another one, for a reason.
+
+    It takes the arguments of :func:`exchange`. None for a grid of Flower's, and for one that is the user's altogether.
+    """
+    overrides = "send_and_receive" in vars(grid) or len(_of_grid(grid)) > 1
+    return _by_the_grid if overrides else None
+
+
+def _by_the_grid(
+    grid: Grid,
+    messages: list[Message],
+    timeout: float | None,
+    _: int,
+    take: Callable[[Message, int], Message],
+    missing: Callable[[int], None],
+) -> list[Message]:
+    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    taken = []
+    while replies:
+        reply = replies.pop(0)
+        node_id = asked.pop(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+        taken.append(take(reply, node_id))
+    for node_id in asked.values():
+        missing(node_id)
+    return taken
+
+
+def warn_of_grid(grid: Grid) -> None:
+    """Says that the ``send_and_receive`` of a grid that is the user's altogether is not called."""
+    classes = _of_grid(grid)
+    if own_exchange(grid) is None and not classes[0].__module__.startswith(("flwr.", "lifl.")):
+        log(
+            WARNING,
+            "%s.send_and_receive is not called: lifl pushes the messages and pulls each reply as it comes. If it does "
+            "more than that, derive the grid from one that has the method, and override it there",
+            classes[0].__qualname__,
+        )
+
+
 def _largest(messages: list[Message]) -> int:
     """Bytes of the arrays in the largest message; a record that many messages share is measured once."""
     known: dict[int, int] = {}
@@ -152,7 +202,7 @@ class EventGrid(Grid):
         # them apart. A call from the loop is a round; the messages of a hook are exchanged and not aggregated.
         if sys._getframe(1).f_code is Strategy.start.__code__:
             return self._exchange(self._grid, batch, timeout)
-        return exchange(self._grid, batch, timeout, 0, as_it_is, not_reported)
+        return (own_exchange(self._grid) or exchange)(self._grid, batch, timeout, 0, as_it_is, not_reported)
 
     def set_run(self, run: Any) -> None:
         """Calls the user's grid."""

@@ -28,9 +28,10 @@ from lifl.node.node import Node
 from lifl.report.report import RoundReport
 from lifl.round.admission import Limits
 from lifl.round.settings import Order, Timing
-from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported
+from lifl.strategy.exchange import EventGrid, as_it_is, exchange, not_reported, own_exchange, warn_of_grid
 from lifl.strategy.journal import kept
 from lifl.strategy.landing import Landing, spec_of, to_record, views_of
+from lifl.strategy.loop import Outcome
 from lifl.strategy.metrics import averageable, consistent
 from lifl.strategy.options import RoundOptions
 from lifl.strategy.server_client import Server, exchange_served
@@ -47,6 +48,23 @@ class Result(FlowerResult):
     __repr__ = FlowerResult.__repr__
 
 
+def refuse_passed_over(cls: type) -> None:
+    """Raises ``TypeError`` for a class that puts lifl's mean before a method which then nobody would call.
+
+    ``class Robust(lifl.strategy.FedAvg, Krum)`` would compute the plain mean under Krum's name.
+    """
+    mro = cls.__mro__
+    for behind in mro[mro.index(Mean) + 1 : mro.index(FlowerFedAvg)]:
+        for method in ("aggregate_train", "start"):
+            if method in vars(behind):
+                first = next(one for one in mro if issubclass(one, Mean) and one.__module__.startswith("lifl."))
+                name = behind.__qualname__
+                raise TypeError(
+                    f"{cls.__qualname__} has lifl's {first.__name__} before {name}, whose {method} would never be "
+                    f"called: derive from {name} without lifl's class, or from lifl's class without {name}"
+                )
+
+
 class Mean(FlowerFedAvg):
     """Flower's FedAvg with the mean made by a Node; takes Flower's arguments only (for lifl's see RoundOptions)."""
 
@@ -61,6 +79,7 @@ class Mean(FlowerFedAvg):
     tensorboard: str | PathLike[str] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_passed_over(type(self))
         super().__init__(*args, **kwargs)
         self.reports: dict[int, RoundReport] = {}
         self._landing: Landing | None = None
@@ -68,6 +87,8 @@ class Mean(FlowerFedAvg):
         self._is_evaluating = False
         self._server: Server | None = None
         self._is_server_lost = False  # True after a lifl-superlink went away, until a new connection to one
+        self._is_running = False
+        self._has_warned = False  # of a loop that is not lifl's
         self.tensorboard_run: str | None = None
 
     # ------------------------------------------------------------ the run
@@ -98,18 +119,21 @@ class Mean(FlowerFedAvg):
                 evaluate_fn = evaluate_fn and scalars.noted(evaluate_fn)
             events = EventGrid(grid, self._send_and_receive)
             self._is_server_lost = False
+            self._is_running = True
+            warn_of_grid(grid)
             self._find_server(grid)
             run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
             try:
-                looped = journal if scalars is None else scalars
-                result = super().start(*run) if looped is None else looped.start(*run)
+                outcome = Outcome(scalars or journal or self)
+                result = outcome.start(*run)
             finally:
+                self._is_running = False
                 self._drop_landing()
                 self._base, self._is_evaluating = None, False
                 if self._server is not None:
                     self._server.close()
                     self._server = None
-            if not result.arrays:
+            if not outcome.has_result:
                 result.arrays = initial_arrays
             if journal is not None:
                 journal.end(num_rounds, result.arrays)
@@ -142,10 +166,11 @@ class Mean(FlowerFedAvg):
     def _send_and_receive(self, grid: Grid, messages: list[Message], timeout: float | None) -> list[Message]:
         """One exchange of messages and replies; Flower's loop calls it for training and for evaluation."""
         self._drop_landing()
-        if not messages:
-            return []
+        own = own_exchange(grid)
         if self.deadline is not None:
             timeout = self.deadline if timeout is None else min(timeout, self.deadline)
+        if not messages:
+            return [] if own is None else list(grid.send_and_receive([], timeout=timeout))
         is_train = messages[0].metadata.message_type.split(".")[0] == MessageType.TRAIN
         self._base, self._is_evaluating = None, not is_train
         take: Callable[[Message, int], Message] = as_it_is
@@ -154,7 +179,14 @@ class Mean(FlowerFedAvg):
         are_pushed = False
         if is_train:
             sent = messages[0].content.array_records.get(self.arrayrecord_key)
-            spec = None if sent is None else spec_of(sent)
+            try:
+                spec = None if sent is None else spec_of(sent)
+            except (TypeError, ValueError):
+                if not self._aggregates_itself():
+                    raise
+                # Nothing of the replies is folded unless the user's method calls lifl's, which then raises.
+                self._is_evaluating = False
+                return (own or exchange)(grid, messages, timeout, 0, take, missing)
             reply_bytes = 0 if spec is None else spec.nbytes
             self._base = None if sent is None or self.limits.clipping_norm is None else views_of(sent)
             if self._server is not None and self._server.is_gone():  # between two rounds
@@ -170,6 +202,8 @@ class Mean(FlowerFedAvg):
                 are_pushed = any(m.metadata.message_id for m in messages)
             self._landing = landing = self._new_landing(spec, len(messages), keeps=self._is_looked_at())
             take, missing = landing.take, landing.mark_late
+        if own is not None:
+            return own(grid, messages, timeout, reply_bytes, take, missing)
         return exchange(grid, messages, timeout, reply_bytes, take, missing, are_pushed=are_pushed)
 
     def _may_be_served(self) -> bool:
@@ -179,7 +213,8 @@ class Mean(FlowerFedAvg):
 
     def _find_server(self, grid: Grid) -> None:
         """Connects to the lifl-superlink on this machine, if one is running and can take rounds of this strategy."""
-        self._server = Server.find(grid) if self._may_be_served() else None
+        may_be_served = self._may_be_served() and own_exchange(grid) is None
+        self._server = Server.find(grid) if may_be_served else None
         if self._server is not None:
             self._is_server_lost = False
             log(INFO, "lifl: rounds are folded by the lifl-superlink on this machine")
@@ -239,10 +274,16 @@ class Mean(FlowerFedAvg):
             return True
         if self.train_metrics_aggr_fn is not aggregate_metricrecords:
             return True
-        # A hook that gets the replies may be overridden in a class of the user's, or on the strategy itself.
-        user_classes = [vars(cls) for cls in type(self).__mro__ if not cls.__module__.startswith(("lifl.", "flwr."))]
-        hooks = {"aggregate_train", "_check_and_log_replies"}
-        return any(hooks & names.keys() for names in (*user_classes, vars(self)))
+        return self._aggregates_itself() or self._overrides("_check_and_log_replies")
+
+    def _aggregates_itself(self) -> bool:
+        """True if the user's code has an ``aggregate_train`` of its own, which may call lifl's or not."""
+        return self._overrides("aggregate_train")
+
+    def _overrides(self, method: str) -> bool:
+        """True if a class of the user's has this method, or the strategy itself as an attribute."""
+        classes = [vars(cls) for cls in type(self).__mro__ if not cls.__module__.startswith(("lifl.", "flwr."))]
+        return any(method in names for names in (*classes, vars(self)))
 
     # ------------------------------------------------------------ the mean
 
@@ -260,6 +301,8 @@ class Mean(FlowerFedAvg):
         flwr.serverapp.exception.InconsistentMessageReplies
             As in Flower, if the method is called outside a run with replies that do not have the same keys.
         """
+        if not self._is_running:
+            self._warn_of_own_loop()
         replies = list(replies)
         landing, self._landing = self._landing, None
         try:
@@ -277,6 +320,19 @@ class Mean(FlowerFedAvg):
         finally:
             if landing is not None:
                 landing.close()
+
+    def _warn_of_own_loop(self) -> None:
+        """Says once which arguments have no effect, because another loop than lifl's :meth:`start` runs the rounds."""
+        names = ("deadline", "checkpoint", "tensorboard")
+        ineffective = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
+        if ineffective and not self._has_warned:
+            self._has_warned = True
+            log(
+                WARNING,
+                "%s: %s without effect, since this loop is not lifl's: call super().start(), or leave them out",
+                type(self).__qualname__,
+                " and ".join(ineffective),
+            )
 
     def _land_again(self, before: Landing | None, replies: list[Message]) -> Landing:
         landing = self._new_landing(None, len(replies), keeps=True)

@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
 from lifl.errors import CheckpointError
 from lifl.report.report import RoundReport
 from lifl.strategy import checkpoint
 from lifl.strategy.history import History
+from lifl.strategy.loop import StandIn
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
 NOT_STATE = {
     *("reports", "node", "checkpoint", "resume", "tensorboard", "_landing", "_base", "_is_evaluating"),
-    *("_server", "_is_server_lost"),
+    *("_server", "_is_server_lost", "_is_running", "_has_warned"),
 }
 """Attributes that lifl adds to a strategy: a checkpoint has them elsewhere, or does not have them."""
 
@@ -65,7 +65,7 @@ def kept(strategy: Any, num_rounds: int) -> Iterator[Journal | None]:
         yield Journal(strategy, strategy.checkpoint, strategy.resume, num_rounds)
 
 
-class Journal:
+class Journal(StandIn):
     """A stand-in for the strategy that Flower's loop calls.
 
     Parameters
@@ -87,6 +87,7 @@ class Journal:
     """
 
     def __init__(self, strategy: Any, path: str | PathLike[str], resume: bool, num_rounds: int) -> None:
+        super().__init__(strategy)
         self._strategy = strategy
         self._path = Path(path)
         self._begin = {name: self._packed(name) for name in vars(strategy)}
@@ -164,22 +165,7 @@ class Journal:
     def _name(self) -> str:
         return type(self._strategy).__qualname__
 
-    def start(self, *run: Any) -> Result:
-        """Runs Flower's loop with the journal as its strategy."""
-        return Strategy.start(self, *run)  # type: ignore[arg-type]
-
     # ------------------------------------------------------------ the methods that Flower's loop calls
-
-    # The loop logs `self.__class__.__name__` at its start; `self` is the journal, and the log must name the user's
-    # strategy. So `__class__` is a property that gives the class of the strategy; type(journal) is still Journal.
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The strategy's class, whose name Flower logs."""
-        return type(self._strategy)
-
-    def __getattr__(self, name: str) -> Any:
-        """Every other attribute of the strategy."""
-        return getattr(self._strategy, name)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -21,11 +21,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
 from lifl.report.report import RoundReport
 from lifl.strategy.landing import spec_of
+from lifl.strategy.loop import StandIn
 
 EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
@@ -77,7 +77,7 @@ def _new_run(folder: str | PathLike[str]) -> str | None:
     raise AssertionError("itertools.count() does not end")
 
 
-class Scalars:
+class Scalars(StandIn):
     """A stand-in for the strategy or its journal that Flower's loop calls.
 
     Parameters
@@ -92,29 +92,14 @@ class Scalars:
     """
 
     def __init__(self, inner: Any, folder: str | None, last: int | None) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._folder = folder
         self._last = last
         self._void_from = None if last is None else last + 1  # for the first event file; None afterwards
         self._update_bytes: int | None = None
         self._file: Any = None
 
-    def start(self, *run: Any) -> Result:
-        """Runs Flower's loop with the scalars as its strategy."""
-        return Strategy.start(self, *run)  # type: ignore[arg-type]
-
     # ------------------------------------------------------------ the methods that Flower's loop calls
-
-    # The loop logs `self.__class__.__name__`, and the log must name the user's strategy; see Journal.__class__.
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The strategy's class, whose name Flower logs."""
-        cls: type = self._inner.__class__
-        return cls
-
-    def __getattr__(self, name: str) -> Any:
-        """Every other attribute of the strategy or its journal."""
-        return getattr(self._inner, name)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
