@@ -77,16 +77,25 @@ def _parsed(body: bytes | bytearray) -> tuple[dict[str, Any], list[int]]:
 def folder() -> Path:
     """The folder of mode 0700 in which servers of this user have their sockets; it is made if need be.
 
-    Raises ``PermissionError`` if the path has another owner, another mode, or is no folder.
+    It is in ``XDG_RUNTIME_DIR`` if that is a folder of this user's (``sudo -E``, ``su`` and cron leave another's), else
+    among the temporary files. Raises ``PermissionError`` if the path has another owner, another mode, or is no folder.
     """
     given = os.environ.get("XDG_RUNTIME_DIR")
-    path = Path(given) / "lifl" if given else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
+    path = Path(given) / "lifl" if given and _is_own(given) else Path(tempfile.gettempdir()) / f"lifl-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise PermissionError(f"{path} is not a folder of mode 0700 of user {os.getuid()}: remove it")
     return path
+
+
+def _is_own(folder: str) -> bool:
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def path_for(port: int) -> Path:

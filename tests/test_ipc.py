@@ -111,6 +111,24 @@ def test_without_a_runtime_folder_it_is_among_the_temporary_files(
     assert ipc.folder() == tmp_path / f"lifl-{os.getuid()}"
 
 
+@pytest.mark.parametrize("kind", ["none", "file", "another user's"])
+def test_a_runtime_folder_that_is_not_ones_own_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As sudo -E, su and cron leave it in the environment."""
+    runtime = tmp_path / "99999"
+    if kind == "file":
+        runtime.write_text("")
+    if kind == "another user's":
+        if os.getuid() != 0:
+            pytest.skip("only root can give a folder away")
+        runtime.mkdir(mode=0o777)
+        os.chown(runtime, 65534, 65534)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert ipc.folder() == tmp_path / f"lifl-{os.getuid()}"
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o777])
 def test_a_folder_that_others_can_enter_is_refused(runtime: Path, mode: int) -> None:
     """It says what to do."""

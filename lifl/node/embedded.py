@@ -29,6 +29,7 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
     first embedded Node on a machine measures the costs of aggregation; see ``lifl.node.calibration``.
     """
     global _node
+    shm.require()
     with _lock:
         most, least = (updates, updates) if order == "flower" else (min(updates, MAX_SIDE_BY_SIDE), 1)
         wanted = max(round_bytes(spec, cores(), most), MIN_BYTES)

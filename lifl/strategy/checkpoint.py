@@ -6,6 +6,7 @@ neither Flower nor rounds: the caller decides what the state of a run is.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,10 @@ FORMAT = "lifl-checkpoint-1"
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
 MAX_DEPTH = 50
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+"""``flock`` on a file system without locks: Lustre without ``-o flock``, some NFS."""
+NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR}
+"""``open`` and ``fsync`` of a folder on a file system that has no such thing: some FUSE, CIFS, cloud drives."""
 
 Tensors = dict[str, Any]
 Convert = Callable[[Any], "tuple[str, Any] | None"]
@@ -91,8 +96,10 @@ def unpack(packed: Any, tensors: Tensors, revive: Mapping[str, Callable[[Any], A
     raise ValueError(f"unknown kind {kind!r}")
 
 
-def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
-    """Replaces the file at `path`, atomically; when the call returns, the new file is on the disk.
+def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> bool:
+    """Replaces the file at `path`, atomically; when the call returns true, the new file is on the disk.
+
+    False: the file is, and its folder cannot be synced on this file system. After a power cut the old one may be back.
 
     The new file is made in memory, written beside the old one (its name with ``.tmp`` added), synced and renamed over
     it; then the folder is synced. A process that dies in between leaves the old file.
@@ -121,28 +128,43 @@ def save(path: str | os.PathLike[str], packed: Any, tensors: Tensors) -> None:
             with suppress(OSError):
                 beside.unlink()
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        return _sync(path.parent)
     except Exception as error:  # safetensors raises errors of its own
-        raise CheckpointError(
-            f"cannot write the checkpoint {path}: {error}; make room or choose another checkpoint="
-        ) from error
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error}; {_advice(error)}") from error
+
+
+def _sync(folder: Path) -> bool:
+    """True if the names in a folder are on the disk; false if its file system syncs no folders."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+        return False
+    return True
+
+
+def _advice(error: Exception) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "make room or choose another checkpoint=" if full else "choose another checkpoint="
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+def locked(path: str | os.PathLike[str]) -> Iterator[bool]:
     """Keeps other runs away from the file at `path`, in any process that sees the file, until the block ends.
 
     The lock is a file beside it (its name with ``.lock`` added), locked with ``flock``: the kernel releases the lock
-    when the process ends, however it dies, and a lock file that a dead process left blocks nobody.
+    when the process ends, however it dies, and a lock file that a dead process left blocks nobody. Yields false on a
+    file system without locks: there nobody is kept away.
 
     Raises
     ------
     CheckpointError
-        If another run holds the lock, or the file system offers no locks.
+        If another run holds the lock, or the lock file cannot be made.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".lock")
@@ -155,11 +177,14 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
             "checkpoint="
         ) from None
     except OSError as error:
-        raise CheckpointError(
-            f"cannot lock the checkpoint {path}: {error}; make room or choose another checkpoint="
-        ) from error
+        if error.errno not in NO_LOCKS:
+            raise CheckpointError(f"cannot lock the checkpoint {path}: {error}; {_advice(error)}") from error
+        with suppress(OSError):
+            beside.unlink()
+        yield False
+        return
     try:
-        yield
+        yield True
     finally:
         with suppress(OSError):
             beside.unlink()

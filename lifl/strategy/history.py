@@ -40,7 +40,9 @@ class History:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CheckpointError(f"cannot read the history {self.path}: {error}") from error
+            raise CheckpointError(
+                f"cannot read the history {self.path}: {error}; restore it from a copy, or move it away"
+            ) from error
         digest = hashlib.sha256(data)
         if digest.hexdigest() != mark["sha256"]:
             raise CheckpointError(
@@ -66,7 +68,9 @@ class History:
             try:
                 self._write(data, nbytes)
             except OSError as error:
-                raise CheckpointError(f"cannot write the history {self.path}: {error}") from error
+                raise CheckpointError(
+                    f"cannot write the history {self.path}: {error}; make room or choose another checkpoint="
+                ) from error
         digest = digest.copy()
         digest.update(data)
         self._next = nbytes + len(data), digest

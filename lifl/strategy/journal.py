@@ -61,7 +61,13 @@ def kept(strategy: Any, num_rounds: int) -> Iterator[Journal | None]:
     if strategy.checkpoint is None:
         yield None
         return
-    with checkpoint.locked(strategy.checkpoint):
+    with checkpoint.locked(strategy.checkpoint) as is_locked:
+        if not is_locked:
+            log(
+                WARNING,
+                "The file system of the checkpoint %s has no locks (flock): a second run on it is not kept away",
+                strategy.checkpoint,
+            )
         yield Journal(strategy, strategy.checkpoint, strategy.resume, num_rounds)
 
 
@@ -92,6 +98,7 @@ class Journal(StandIn):
         self._path = Path(path)
         self._begin = {name: self._packed(name) for name in vars(strategy)}
         self._warned: set[str] = set()  # attributes that a warning has named
+        self._has_warned_of_folder = False
         self.arrays: ArrayRecord | None = None
         """The model after the last round; None before the first checkpoint."""
         self.last = 0
@@ -234,7 +241,8 @@ class Journal(StandIn):
             except TypeError as error:
                 raise CheckpointError(f"the run cannot be saved: {error}, which no checkpoint can hold") from error
             mark = self._history.append(self._recent)
-            checkpoint.save(self._path, packed | {"history": mark, "recent": lines}, tensors)
+            if not checkpoint.save(self._path, packed | {"history": mark, "recent": lines}, tensors):
+                self._warn_of_folder()
         except CheckpointError as error:
             if self.arrays is None:
                 raise
@@ -312,6 +320,16 @@ class Journal(StandIn):
         if not is_setting and name not in self._warned:
             self._warned.add(name)
             log(WARNING, "checkpoint: %s.%s cannot be saved (%s): a resumed run has a new one", self._name, name, error)
+
+    def _warn_of_folder(self) -> None:
+        """Logs once that the last checkpoint may be lost with the power; not with the process."""
+        if not self._has_warned_of_folder:
+            self._has_warned_of_folder = True
+            log(
+                WARNING,
+                "The file system of the checkpoint %s cannot sync a folder: after a power cut an older one may be back",
+                self._path,
+            )
 
     def _load(self) -> None:
         try:

@@ -60,6 +60,7 @@ class Plane:
         self.left_out: list[str] = []
         self.rounds: Rounds | None = None
         self.app_socket: AppSocket | None = None
+        self.socket_path: str | None = None  # once it listens
         self.protocol: Any = "auto"
         self._connections: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -141,7 +142,7 @@ class Plane:
             try:
                 path = ipc.path_for(self._port)
                 self.app_socket.listen(path)
-                os.environ[ipc.VARIABLE] = str(path)
+                self.socket_path = os.environ[ipc.VARIABLE] = str(path)
             except OSError as error:
                 log = flower.part("server").log
                 log(WARNING, "ServerApps on this machine fold their rounds themselves: %s", error)
@@ -218,6 +219,6 @@ class Plane:
             parts.append(f"signatures checked by {self._verifier}")
         if (address := self.node.metrics_address) is not None:
             parts.append(f"metrics at http://{address}/metrics")
-        if self.app_socket is not None:
-            parts.append(f"ServerApps on this machine at {ipc.path_for(self._port)}")
+        if self.socket_path is not None:
+            parts.append(f"ServerApps on this machine at {self.socket_path}")
         return ", ".join(parts)

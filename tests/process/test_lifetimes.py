@@ -213,20 +213,25 @@ def test_import_is_light() -> None:
     ids=["not built", "macOS", "Windows"],
 )
 def test_elsewhere_importing_works_and_a_node_says_why_not(setup: str, message: str) -> None:
-    """Without the extension lifl and its specs can be imported; a Node is a ShmError with the remedy."""
+    """Without the extension lifl and its specs can be imported; a Node is a ShmError with the remedy.
+
+    So is the embedded Node that a strategy makes.
+    """
     code = f"""
 import os, select, sys
 import attrs, cffi, ctypes, json, numpy, random, socket, subprocess, multiprocessing
 sys.modules["lifl._shm_ffi"] = None
 {setup}
 import lifl
+from lifl.node.embedded import embedded
 spec = lifl.TensorSpec.from_arrays({{"w": numpy.zeros(3)}})
-try:
-    lifl.Node()
-except lifl.errors.ShmError as error:
-    print(error)
+for call in (lifl.Node, lambda: embedded(spec, 1)):
+    try:
+        call()
+    except lifl.errors.ShmError as error:
+        print(error)
 """
-    assert message in run_python("-c", code)
+    assert run_python("-c", code).count(message) == 2
 
 
 # ---------------------------------------------------------------- signals

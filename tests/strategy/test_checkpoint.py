@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -266,15 +268,42 @@ def test_many_want_one_lock(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_no_lock_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is a file, a file system without locks: an error that says so, and nothing left open."""
+def test_no_lock_can_be_had(tmp_path: Path) -> None:
+    """A folder that is a file: an error that says so, and nothing left open."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot lock the checkpoint .*file/run.*choose another"):
+    with pytest.raises(CheckpointError, match=r"cannot lock the checkpoint .*file/run.*; choose another") as said:
         checkpoint.locked(tmp_path / "file" / "run").__enter__()
+    assert "make room" not in str(said.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The run goes on; the caller is told that nobody is kept away, and no lock file is left."""
 
     def none(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(CheckpointError, match="Operation not supported"):
-        checkpoint.locked(tmp_path / "run").__enter__()
+    with checkpoint.locked(tmp_path / "run") as is_locked:
+        assert not is_locked
+        there_and_back(1, tmp_path / "run")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The file is written, and the caller is told; another error of the folder is still one."""
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(fd)
+
+    assert checkpoint.save(tmp_path / "run", 1, {})
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not checkpoint.save(tmp_path / "run", 2, {})
+    assert checkpoint.load(tmp_path / "run")[0] == 2
+    number = errno.EIO
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        checkpoint.save(tmp_path / "run", 3, {})

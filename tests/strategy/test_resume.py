@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -428,6 +430,30 @@ def test_disk_full(
     check_same(result, whole)
     again, _ = run(make(FedAvg, path, node, resume=True), CLIENTS, 3)
     check_same(again, whole)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_file_system_with_less(
+    node: lifl.Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No locks, no sync of folders: each is said once, and the run can be resumed."""
+    path, real = tmp_path / "run", os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(22, "Invalid argument")
+        real(fd)
+
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("lifl.strategy.checkpoint.fcntl.flock", flock)
+    monkeypatch.setattr(os, "fsync", fsync)
+    whole, _ = run(make(FedAvg, None, node), CLIENTS, 4)
+    run(make(FedAvg, path, node), CLIENTS, 3)
+    assert caplog.text.count("has no locks (flock): a second run on it is not kept away") == 1
+    assert caplog.text.count("cannot sync a folder: after a power cut an older one may be back") == 1
+    check_same(run(make(FedAvg, path, node, resume=True), CLIENTS, 4)[0], whole)
 
 
 @pytest.mark.usefixtures("clock")

@@ -247,6 +247,7 @@ def test_a_server_without_a_folder_for_it_runs_all_the_same(
     with Rig("4MiB") as rig:
         assert ipc.VARIABLE not in os.environ
         assert not list(tmp_path.rglob("*.sock"))
+        assert "ServerApps" not in str(rig.plane)  # its line in the log names no socket
         run_id, token = rig.start_run()
         with rig.grid(run_id, token) as grid:
             assert Server.find(grid) is None
