@@ -19,10 +19,10 @@ from lifl.bench.shapes import model_spec
 from lifl.bench.usage import QUIET, machine_s, own_s, wait_for_quiet
 from lifl.errors import LiflError
 from lifl.node import calibration
-from lifl.node.node import cores
 from lifl.planner.costs import Costs, Sizes
 from lifl.planner.simulate import LIFL, POLICIES, Outcome, Policy, cluster, divide, simulate
 from lifl.planner.traces import ABLATION_CAPACITY, ABLATION_NODES, ABLATION_UPDATES, Trace, ablation
+from lifl.shm.machine import cores
 from lifl.tensor import Array, TensorSpec
 
 MODEL = "resnet18"

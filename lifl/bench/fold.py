@@ -20,8 +20,9 @@ from rich.text import Text
 from lifl import fold
 from lifl.bench.limits import MEMORY_BYTES, read_gb_per_s
 from lifl.bench.shapes import model_spec, random_update
-from lifl.node.node import Node, cores
+from lifl.node.node import Node
 from lifl.planner.shape import Shape
+from lifl.shm.machine import cores
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import Array, TensorSpec
 

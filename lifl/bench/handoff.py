@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lifl.bench import pair
 from lifl.ebpf import probe
-from lifl.node.node import cores
+from lifl.shm.machine import cores
 
 TITLES = {
     "ring_spinning": "lifl ring, spinning",

@@ -17,7 +17,8 @@ import numpy as np
 from rich.table import Table
 
 from lifl.errors import LiflError
-from lifl.node.node import Node, cores
+from lifl.node.node import Node
+from lifl.shm.machine import cores
 from lifl.tensor import TensorSpec
 from lifl.workers.transport import Name as TransportName
 

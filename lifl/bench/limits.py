@@ -22,9 +22,10 @@ from lifl.bench import pair
 from lifl.bench.handoff import one_way
 from lifl.errors import PeerGoneError
 from lifl.node import calibration
-from lifl.node.node import Node, cores
+from lifl.node.node import Node
 from lifl.shm import kernels, messages
 from lifl.shm.arena import OWNER, Arena
+from lifl.shm.machine import cores
 from lifl.shm.messages import Kind
 from lifl.shm.ring import Bell, Inbox, Outbox
 from lifl.tensor import Array, TensorSpec

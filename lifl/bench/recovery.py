@@ -20,10 +20,11 @@ from rich.table import Table
 
 from lifl.bench.shapes import model_spec
 from lifl.errors import LiflError
-from lifl.node.node import Node, cores
+from lifl.node.node import Node
 from lifl.planner.shape import Shape
 from lifl.round.round import Round, core_of
 from lifl.shm.arena import Block, State
+from lifl.shm.machine import cores
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
 from lifl.workers.supervisor import Supervisor

@@ -13,9 +13,10 @@ import numpy as np
 from rich.table import Table
 
 from lifl.bench.limits import start_workers
-from lifl.node.node import Node, cores
+from lifl.node.node import Node
 from lifl.planner.shape import Shape
 from lifl.report.report import RoundReport
+from lifl.shm.machine import cores
 from lifl.tensor import TensorSpec
 
 TITLES = {

@@ -20,10 +20,11 @@ from lifl.bench.idle import process_ns
 from lifl.bench.limits import MEMORY_BYTES, read_gb_per_s
 from lifl.bench.shapes import model_spec
 from lifl.errors import LiflError
-from lifl.node.node import Node, cores
+from lifl.node.node import Node
 from lifl.report.report import RoundReport
 from lifl.round.settings import Timing
 from lifl.shm.arena import Arena
+from lifl.shm.machine import cores
 from lifl.shm.sizes import round_bytes, units_of
 from lifl.tensor import Array, TensorSpec
 

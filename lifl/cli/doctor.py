@@ -10,7 +10,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -139,28 +138,18 @@ def _kernel() -> Iterator[Line]:
 
 
 def _cores() -> Iterator[Line]:
-    from lifl.node.node import cores
+    from lifl.shm import machine
 
-    usable = cores()
-    present = os.cpu_count() or 1
-    quota = _cpu_quota()
+    usable, quota = machine.cores(), machine.cpu_quota()
+    present, allowed = os.cpu_count() or 1, len(os.sched_getaffinity(0))
     text = f"{usable} of {present} may be used: a Node has one worker for each by default"
-    remedy = "" if usable >= present else "allow more: taskset, cpuset, or the container's --cpuset-cpus"
-    if quota is not None and quota < usable:
+    remedy = "" if allowed >= present else "allow more: taskset, cpuset, or the container's --cpuset-cpus"
+    if quota is not None and quota < allowed:
         text += f"; a control group gives time for {quota:g}"
-        remedy = f"Node(workers={max(1, int(quota))}), or a larger share: the container's --cpus"
+        remedy = "a larger share: the container's --cpus"
     yield Line("cores", usable, text, remedy)
     yield Line("cores_there", present)
     yield Line("cpu_quota", quota)
-
-
-def _cpu_quota() -> float | None:
-    """CPU time that the control group allows, in cores; None if it sets no bound."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
 
 
 def _vector_width() -> Iterator[Line]:
@@ -173,9 +162,9 @@ def _vector_width() -> Iterator[Line]:
 
 
 def _memory() -> Iterator[Line]:
-    from lifl.shm import arena as shm
+    from lifl.shm import machine
 
-    available, limit = shm.available_bytes(), shm.limit_bytes()
+    available, limit = machine.available_bytes(), machine.limit_bytes()
     yield Line("available_bytes", available, f"{_gib(available)} of memory")
     bound = "not bounded by a control group" if limit is None else f"a control group bounds it to {_gib(limit)}"
     yield Line("memory_limit_bytes", limit, bound, "" if limit is None else "a container's --memory gives more")

@@ -29,6 +29,7 @@ from lifl.node.microbench import measure_memory
 from lifl.planner.costs import Costs
 from lifl.shm import messages
 from lifl.shm.arena import OWNER, Arena, require
+from lifl.shm.machine import cores
 from lifl.shm.messages import Kind
 from lifl.shm.ring import Bell, Inbox, Outbox
 from lifl.workers.spawner import Spawner
@@ -44,7 +45,7 @@ def default_costs() -> Costs:
 
     Rates are about half of those of a server of 2020. The bus carries one core and a quarter of each other core.
     """
-    count = _cores()
+    count = cores()
     return Costs(
         cores=count,
         land_bytes_s=3e9,
@@ -78,7 +79,7 @@ def calibrate() -> Costs:
     Raises :class:`~lifl.errors.ShmError` where lifl cannot run.
     """
     require()
-    measured = attrs.evolve(default_costs(), **measure_memory(_cores()))
+    measured = attrs.evolve(default_costs(), **measure_memory(cores()))
     for part in (_starts, _wire):
         with contextlib.suppress(LiflError, OSError):
             measured = attrs.evolve(measured, **part())
@@ -206,11 +207,7 @@ def machine() -> dict[str, str | int]:
         ours = version("lifl")
     except PackageNotFoundError:  # run from a checkout that is not installed
         ours = "unknown"
-    return {"cpu": model, "cores": _cores(), "lifl": ours}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return {"cpu": model, "cores": cores(), "lifl": ours}
 
 
 def path() -> Path:

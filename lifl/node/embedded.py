@@ -7,9 +7,10 @@ import threading
 
 from lifl.errors import LiflError
 from lifl.node import calibration
-from lifl.node.node import Node, cores
+from lifl.node.node import Node
 from lifl.round.settings import Order
 from lifl.shm import arena as shm
+from lifl.shm import machine
 from lifl.shm.sizes import round_bytes
 from lifl.tensor import TensorSpec
 
@@ -32,7 +33,7 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
     shm.require()
     with _lock:
         most, least = (updates, updates) if order == "flower" else (min(updates, MAX_SIDE_BY_SIDE), 1)
-        wanted = max(round_bytes(spec, cores(), most), MIN_BYTES)
+        wanted = max(round_bytes(spec, machine.cores(), most), MIN_BYTES)
         node = _node
         if node is not None and node.is_open:
             if node.has_rounds or node.arena.block_bytes >= wanted:
@@ -42,6 +43,6 @@ def embedded(spec: TensorSpec, updates: int, order: Order = "any") -> Node:
         measured = calibration.costs()
         with contextlib.suppress(LiflError, OSError):  # a machine that is too full to be measured can still aggregate
             measured = calibration.costs(measure=True)
-        _node = Node(max(round_bytes(spec, 1, least), min(wanted, shm.available_bytes() // 2)))
+        _node = Node(max(round_bytes(spec, 1, least), min(wanted, machine.available_bytes() // 2)))
         _node.forecast.costs = measured
         return _node

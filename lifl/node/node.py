@@ -34,7 +34,6 @@ from lifl.tensor import TensorSpec
 from lifl.workers.listener import Listener
 from lifl.workers.pool import Pool
 from lifl.workers.team import Team, headcount
-from lifl.workers.team import cores as cores
 from lifl.workers.transport import Name as TransportName
 
 DEFAULT_MEMORY = 2 * 2**30

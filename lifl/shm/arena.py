@@ -13,12 +13,12 @@ import threading
 import weakref
 from collections import deque
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import attrs
 
 from lifl.errors import ArenaCorruptError, LeaseError, ShmError
+from lifl.shm import machine
 
 ffi: Any = None
 lib: Any = None
@@ -75,31 +75,6 @@ def check(status: int, what: str) -> int:
     raise ShmError(errno.EINVAL, f"{what}: an argument is out of bounds")
 
 
-GROUP = Path("/sys/fs/cgroup")
-
-
-def limit_bytes() -> int | None:
-    """Bytes of memory that the control group may use at most; None if it is not bounded."""
-    try:
-        limit = (GROUP / "memory.max").read_text().strip()
-        return None if limit == "max" else int(limit)
-    except (OSError, ValueError):
-        return None
-
-
-def available_bytes() -> int:
-    """Bytes that this process can have without swapping: the machine's, or the control group's if less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    room = int(fields["MemAvailable"].split()[0]) * 1024
-    if (limit := limit_bytes()) is None:
-        return room
-    try:
-        used = int((GROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return room
-    return min(room, max(0, limit - used))
-
-
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
 
@@ -144,7 +119,7 @@ class Arena:
             ENOMEM if the machine has less memory, or the error of memfd_create or posix_fallocate.
         """
         require()
-        room = available_bytes()
+        room = machine.available_bytes()
         if nbytes > room:
             # posix_fallocate on a memfd would not fail: it would wake the out-of-memory killer.
             message = f"an arena of {nbytes:,} bytes was asked for, {room:,} are available: ask for less memory"

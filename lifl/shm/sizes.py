@@ -6,6 +6,7 @@ import math
 import re
 
 from lifl.shm import arena as shm
+from lifl.shm import machine
 from lifl.tensor import Layout, TensorSpec
 
 UNITS = {"": 1, "b": 1}
@@ -35,7 +36,7 @@ def parse_bytes(memory: str | int) -> int:
 
 def default_bytes(most: int) -> int:
     """Default arena size: `most` bytes, or a quarter of the available memory if that is less."""
-    return min(most, shm.available_bytes() // 4)
+    return min(most, machine.available_bytes() // 4)
 
 
 def units_of(nbytes: int) -> int:

@@ -5,11 +5,11 @@ Owns the bell, the transport and the processes; knows no rounds.
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 
 from lifl.shm.arena import Arena
+from lifl.shm.machine import cores
 from lifl.shm.ring import Bell, queued
 from lifl.workers.aggregator import Aggregator
 from lifl.workers.supervisor import Supervisor
@@ -18,11 +18,6 @@ from lifl.workers.transport import Name, open_transport
 
 SPIN_S = 50e-6
 MAX_WORKERS = 255
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def headcount(

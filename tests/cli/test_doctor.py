@@ -22,8 +22,7 @@ from lifl.cli import doctor
 from lifl.cli.doctor_view import TITLES
 from lifl.ebpf import probe
 from lifl.node import node as runtime
-from lifl.shm import arena as shm
-from lifl.shm import kernels
+from lifl.shm import kernels, machine
 from lifl.superlink import command, flower
 
 DEPRIVED = (sys.executable, deprived.__file__)
@@ -112,7 +111,7 @@ with Node(workers=1, transport="auto") as node:
 
 def test_it_says_what_is_used(examined: Examined, home: Path) -> None:
     """Transport, loader, arena and costs are those of a Node that is made afterwards; the rest is this machine's."""
-    before = shm.available_bytes()
+    before = machine.available_bytes()
     status, said, table = examined()
     assert status == 0
     check_complete(said, table)
@@ -342,7 +341,7 @@ def test_limits_of_this_process(home: Path) -> None:
 
 def test_arena_smaller_than_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with little memory a quarter of it is taken, and it says so."""
-    monkeypatch.setattr(shm, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 2**30)
     said = doctor.examine().to_dict()["arena"]
     assert said["node_bytes"] == said["superlink_bytes"] == 2**28
     assert said["remedies"]["node_bytes"] == "free memory, or say how much: memory="

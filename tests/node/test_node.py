@@ -18,7 +18,7 @@ import lifl
 from lifl.errors import ShmError
 from lifl.fold import flower_mean, mean_reference, tolerance
 from lifl.shm import sizes
-from lifl.shm.arena import available_bytes
+from lifl.shm.machine import available_bytes
 from lifl.tensor import DTYPES, Array, Tensor
 
 pytestmark = pytest.mark.transports

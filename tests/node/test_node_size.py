@@ -7,7 +7,7 @@ import pytest
 
 import lifl
 from lifl.shm import sizes
-from lifl.shm.arena import available_bytes
+from lifl.shm.machine import available_bytes
 from lifl.tensor import Tensor
 
 WAIT_S = 120.0

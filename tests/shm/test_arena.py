@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lifl.errors import ArenaCorruptError, LeaseError, ShmError
 from lifl.shm import arena as shm
-from lifl.shm import kernels
+from lifl.shm import kernels, machine
 from lifl.shm.arena import OWNER, Arena, Block, Lease, State
 
 UNIT = 65536
@@ -61,7 +61,7 @@ def test_memory_is_taken_at_once(arena: Arena) -> None:
 
 def test_more_than_the_machine_has_is_refused() -> None:
     """Asking for more memory than is available is ENOMEM with both figures, not the out-of-memory killer."""
-    asked = shm.available_bytes() + 2**34
+    asked = machine.available_bytes() + 2**34
     with pytest.raises(ShmError, match="available") as caught:
         Arena.create(asked, 2)
     assert caught.value.errno == errno.ENOMEM

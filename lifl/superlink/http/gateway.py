@@ -14,7 +14,7 @@ from collections.abc import Callable
 from logging import ERROR, WARNING
 from typing import Any, Protocol
 
-from lifl.shm.arena import available_bytes
+from lifl.shm.machine import available_bytes
 from lifl.superlink import flower
 from lifl.superlink.http.allowance import MAX_SENDER_BYTES, MAX_TOTAL_BYTES, Allowance, Share
 from lifl.superlink.http.checks import Checks
