@@ -331,6 +331,8 @@ class Node:
         ValueError
             For an unknown timing or order, ``expected`` below 1, ``commit_every`` outside 1 to 64, bfloat16
             with ``order="flower"``, a base of another form or with NaN or Inf, or without ``clipping_norm``.
+        TypeError
+            For a spec, limits or a shape of another type.
         """
         terms = Terms.of(spec, expected, timing, order, commit_every, limits, base, shape)
         self.check_workers()  # before the lock too: in a fork no thread may exist that lets go of it
@@ -340,7 +342,11 @@ class Node:
             if not self._rounds:
                 self.traffic.begin()
             self._rounds[core.number] = core
-            core.engage_leaves()
+            try:
+                core.engage_leaves()
+            except BaseException:  # Ctrl-C too: nobody else could close the round
+                core.close()
+                raise
         return Round(core)
 
     # ------------------------------------------------------------ the end

@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from collections.abc import Container, Sequence
+from numbers import Real
 from typing import Protocol
 
 from lifl.errors import ShmError
@@ -127,10 +128,13 @@ class Host(Protocol):
 def deadline_of(timeout: float | None) -> float | None:
     """The end of a wait of `timeout` seconds on the monotonic clock; None for a wait without end.
 
-    Raises ``ValueError`` for nan: no moment is after it, so such a wait would never end.
+    Raises ``TypeError`` for what is no number, and ``ValueError`` for nan: no moment is after it, so the wait would
+    never end.
     """
     if timeout is None:
         return None
+    if not isinstance(timeout, Real):
+        raise TypeError(f"timeout={timeout!r}: give seconds, or None to wait without end")
     if timeout != timeout:
         raise ValueError(f"timeout={timeout!r}: give seconds, or None to wait without end")
     return time.monotonic() + timeout

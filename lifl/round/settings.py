@@ -46,7 +46,14 @@ class Terms:
         base: Mapping[str, Any] | None,
         shape: Shape | None,
     ) -> Terms:
-        """Checks the arguments of ``Node.open_round``, which explains them; raises its ``ValueError``."""
+        """Checks the arguments of ``Node.open_round``, which explains them; raises its ``ValueError`` or ``TypeError``."""
+        for name, value, kind, example in (
+            ("spec", spec, TensorSpec, "TensorSpec.from_arrays(model)"),
+            ("limits", limits, Limits, "Limits(...)"),
+            ("shape", shape, Shape, "Shape(leaves=..., shards=...)"),
+        ):
+            if not isinstance(value, kind) and (value is not None or kind is TensorSpec):
+                raise TypeError(f"{name} is a {type(value).__name__}: give a lifl.{kind.__name__}, lifl.{example}")
         if timing not in TIMINGS:
             raise ValueError(f"timing={timing!r}: use {', '.join(map(repr, TIMINGS[:-1]))} or {TIMINGS[-1]!r}")
         if order not in ("any", "flower"):

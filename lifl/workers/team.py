@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from numbers import Integral
 
 from lifl.shm.arena import Arena
 from lifl.shm.machine import cores
@@ -28,6 +29,9 @@ def headcount(
         raise ValueError(f"stall_timeout={stall_timeout!r}: give seconds above 0")
     if idle_timeout is not None and not idle_timeout > 0:
         raise ValueError(f"idle_timeout={idle_timeout!r}: give seconds above 0, or None for never")
+    for name, count in (("workers", workers), ("warm", warm)):
+        if count is not None and not isinstance(count, Integral):
+            raise TypeError(f"{name}={count!r}: give a whole number")
     if warm is None:
         warm = 1 if workers is None else workers
     workers = cores() if workers is None else workers
@@ -35,7 +39,7 @@ def headcount(
         raise ValueError(f"workers={workers}: give 0 (fold in this process) to {MAX_WORKERS}")
     if not 0 <= warm <= workers:
         raise ValueError(f"warm={warm}: give 0 to workers={workers}")
-    return workers, warm
+    return int(workers), int(warm)
 
 
 class Team:

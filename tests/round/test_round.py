@@ -237,12 +237,42 @@ def test_round_closed_early_without_updates_tells_why(node: lifl.Node) -> None:
         assert str(caught.value) == round_.report().error
 
 
+def test_arguments_of_another_type(node: lifl.Node) -> None:
+    """Each is refused by name, with what to give, and no round is left open."""
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        ({"w": np.zeros(3)}, {}, r"spec is a dict: give a lifl.TensorSpec, lifl.TensorSpec.from_arrays\(model\)"),
+        (SPEC, {"limits": 5}, r"limits is a int: give a lifl.Limits, lifl.Limits\(\.\.\.\)"),
+        (SPEC, {"shape": (1, 2)}, r"shape is a tuple: give a lifl.Shape, lifl.Shape\(leaves=\.\.\., shards=\.\.\.\)"),
+    ]
+    for spec, more, said in wrong:
+        with pytest.raises(TypeError, match=said):
+            node.open_round(spec, 1, **more)
+    with pytest.raises(TypeError, match=r"workers=1\.5: give a whole number"):
+        lifl.Node("1MiB", workers=1.5)  # type: ignore[arg-type]
+    assert not node.has_rounds
+
+
+def test_a_round_that_cannot_engage_its_leaves_is_closed(node: lifl.Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has it, so nobody could close it: its memory is back."""
+
+    def fails(_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lifl.round.core.RoundCore.engage_leaves", fails)
+        with pytest.raises(MemoryError):
+            node.open_round(SPEC, 1)
+    assert not node.has_rounds
+
+
 def test_a_timeout_that_is_no_number(node: lifl.Node) -> None:
     """No moment is after nan, so a wait with it would not end; the round is as it was."""
     with node.open_round(SPEC, expected=1) as round_:
         for call in (round_.result, lambda timeout: round_.submit(update(1), timeout=timeout)):
             with pytest.raises(ValueError, match="timeout=nan: give seconds, or None"):
                 call(float("nan"))
+            with pytest.raises(TypeError, match="timeout='1': give seconds, or None"):
+                call("1")  # type: ignore[arg-type]
         round_.submit(update(3))
         assert means(round_.result(WAIT_S)) == {3.0}
 
