@@ -46,7 +46,7 @@ class Terms:
         base: Mapping[str, Any] | None,
         shape: Shape | None,
     ) -> Terms:
-        """Checks the arguments of ``Node.open_round``, which explains them; raises its ``ValueError`` or ``TypeError``."""
+        """Checks the arguments of ``Node.open_round``, which explains them; raises its errors."""
         for name, value, kind, example in (
             ("spec", spec, TensorSpec, "TensorSpec.from_arrays(model)"),
             ("limits", limits, Limits, "Limits(...)"),
