@@ -76,7 +76,8 @@ class Finish:
         )
         control_block.write(arena.buffer(work.control), work.layout, what)
         arena.note(work.mean.index).weight = what.weight[0]
-        workers = self._host.pool.choose(shards)
+        # By number, so that a worker gets the range of the last round: its pages of the blocks are mapped already.
+        workers = sorted(self._host.pool.choose(shards))
         self._makers = [workers[shard % len(workers)] for shard in range(shards)]
         self._open = set(range(shards))
         self.workers |= set(workers)

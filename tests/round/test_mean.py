@@ -16,6 +16,7 @@ import pytest
 import lifl
 from lifl import fold
 from lifl.errors import PeerGoneError, RoundError
+from lifl.shm.messages import Kind
 from lifl.tensor import Tensor
 
 pytestmark = pytest.mark.transports
@@ -102,6 +103,27 @@ def test_ranges_are_all_and_do_not_overlap(count: int, shards: int) -> None:
     assert bounds[-1][1] == count
     assert all(a[1] == b[0] for a, b in pairwise(bounds))
     assert all(begin % fold.SHARD_ALIGNMENT == 0 for begin, _ in bounds)
+
+
+def test_a_worker_gets_its_range_of_the_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the pages of that range mapped: with the other one the mean takes twice as long."""
+    given: list[list[int]] = []
+    with lifl.Node("16MiB", workers=3) as node:
+        push = node.outbox.push
+
+        def note(worker: int, message: Any) -> None:
+            if message.kind == Kind.SHARD:
+                given[-1].append(worker)
+            push(worker, message)
+
+        monkeypatch.setattr(node.outbox, "push", note)
+        for _ in range(4):
+            given.append([])
+            with node.open_round(SPEC, expected=2, timing="lazy", shape=lifl.Shape(0, 3)) as round_:
+                for k in range(2):
+                    round_.submit({"w": np.full(8, float(k))}, client_id=k)
+                round_.result(WAIT_S)
+    assert given == [[1, 2, 3]] * 4
 
 
 def test_a_mean_that_is_not_finite_fails_the_round() -> None:
