@@ -13,7 +13,7 @@ NAMESPACE = ("unshare", "--mount")
 
 # One mebibyte holds two checkpoints of this model (the old one and the one being written), and not three.
 BEGIN = f"""
-import logging, pathlib, random, subprocess
+import logging, pathlib, random, shutil, subprocess
 sys.path[:0] = [{str(Path(__file__).parents[1] / "strategy")!r}, {str(Path(__file__).parents[1])!r}]
 from flwr.supercore.task_identity import TaskIdentity
 from scripted import nudge, plain, record, run
@@ -97,10 +97,11 @@ def meanwhile(server_round, arrays):
 with lifl.Node("16MiB", workers=2) as node:
     whole = a_run(node, None, 5)
     ends = [a_run(node, path, 5, evaluate_fn=meanwhile)]
-    assert os.listdir(folder) == ["run"]
+    assert sorted(os.listdir(folder)) == ["run", "run.history"]
     ends.append(a_run(node, path, 5, resume=True))  # written again when there was room
     with open(os.path.join({folder!r}, "kept"), "wb") as file:
         file.write(kept[-1])
+    shutil.copy(path + ".history", file.name + ".history")  # it has the lines of that checkpoint, and later ones
     ends.append(a_run(node, file.name, 5, resume=True))  # from what stayed while there was none
 print(json.dumps([logged, [one == kept[0] for one in kept], listed, [end == whole for end in ends]]))
 """
@@ -110,7 +111,7 @@ print(json.dumps([logged, [one == kept[0] for one in kept], listed, [end == whol
         assert "No space left on device" in message
         assert "the one after round 1 is still there" in message
     assert kept == [True] * 3
-    assert listed == [["filler", "run", "run.lock"]] * 3
+    assert listed == [["filler", "run", "run.history", "run.lock"]] * 3
     assert ends == [True] * 3
 
 
