@@ -65,6 +65,37 @@ def refuse_passed_over(cls: type) -> None:
                 )
 
 
+FAULTS_OF_PROGRAMS = {"format", "keys", "shape", "dtype", "weight", "values"}
+"""Rules that a program breaks for every client alike; the others are about one client, or about memory."""
+
+MAX_SHOWN = 5
+"""Arrays and replies that an error names."""
+
+
+def common_fault(report: RoundReport) -> str | None:
+    """The rule that all replies of a round broke, among them most of the nodes asked; None if there is no such rule.
+
+    Clients that failed sent nothing that could agree or not. One bad client among nodes that are silent stops no run.
+    """
+    rules = [one.rule for one in report.rejected if one.rule != "error"]
+    is_common = len(set(rules)) == 1 and rules[0] in FAULTS_OF_PROGRAMS and not report.accepted
+    return rules[0] if is_common and 2 * len(rules) > report.expected else None
+
+
+def _in_words(spec: TensorSpec | None) -> str:
+    if spec is None:
+        return "no arrays"
+    shown = [f"{t.name!r} {t.dtype} {tuple(t.shape)}" for t in spec.tensors[:MAX_SHOWN]]
+    more = len(spec.tensors) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _came_back(report: RoundReport, rule: str) -> str:
+    said = [f"from node {one.client_id}: {one.reason}" for one in report.rejected if one.rule == rule]
+    more = len(said) - min(len(said), 2)
+    return "; ".join(said[:2]) + (f"; and {more} more" if more else "")
+
+
 class Mean(FlowerFedAvg):
     """Flower's FedAvg with the mean made by a Node; takes Flower's arguments only (for lifl's see RoundOptions)."""
 
@@ -77,6 +108,7 @@ class Mean(FlowerFedAvg):
     checkpoint: str | PathLike[str] | None = None
     resume: bool = False
     tensorboard: str | PathLike[str] | None = None
+    stop_if_all_refused: bool = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         refuse_passed_over(type(self))
@@ -88,6 +120,7 @@ class Mean(FlowerFedAvg):
         self._server: Server | None = None
         self._is_server_lost = False  # True after a lifl-superlink went away, until a new connection to one
         self._is_running = False
+        self._sent: TensorSpec | None = None  # the form of the model that the round's nodes were sent
         self._has_warned = False  # of a loop that is not lifl's
         self.tensorboard_run: str | None = None
 
@@ -187,6 +220,7 @@ class Mean(FlowerFedAvg):
                 # Nothing of the replies is folded unless the user's method calls lifl's, which then raises.
                 self._is_evaluating = False
                 return (own or exchange)(grid, messages, timeout, 0, take, missing)
+            self._sent = spec
             reply_bytes = 0 if spec is None else spec.nbytes
             self._base = None if sent is None or self.limits.clipping_norm is None else views_of(sent)
             if self._server is not None and self._server.is_gone():  # between two rounds
@@ -364,6 +398,12 @@ class Mean(FlowerFedAvg):
     def _fail(self, server_round: int, report: RoundReport) -> tuple[None, None]:
         self.reports[server_round] = report
         log(ERROR, "aggregate_train: round %s has no new model, the model stays as it was: %s", server_round, report)
+        if self._is_running and self.stop_if_all_refused and (rule := common_fault(report)) is not None:
+            raise RoundError(
+                f"round {server_round}: all replies were refused for the same reason ({rule}), so the next round would "
+                f"end as this one. Sent: {_in_words(self._sent)}. Came back: {_came_back(report, rule)}. Make the "
+                "ClientApp and the model agree, or go on all the same with stop_if_all_refused=False"
+            )
         return None, None
 
     def _needed(self, expected: int) -> int:

@@ -33,7 +33,7 @@ EvaluateFn = Callable[[int, ArrayRecord], "MetricRecord | None"]
 
 NOT_STATE = {
     *("reports", "node", "checkpoint", "resume", "tensorboard", "_landing", "_base", "_is_evaluating"),
-    *("_server", "_is_server_lost", "_is_running", "_has_warned"),
+    *("_server", "_is_server_lost", "_is_running", "_has_warned", "_sent", "stop_if_all_refused"),
 }
 """Attributes that lifl adds to a strategy: a checkpoint has them elsewhere, or does not have them."""
 

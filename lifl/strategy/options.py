@@ -69,6 +69,10 @@ class RoundOptions:
         A folder for TensorBoard, in which :meth:`start` makes a folder for its run: ``run-1``, ``run-2``, ... A resumed
         run continues in its old folder. Each round adds scalars of the numbers of updates, of the times of the stages,
         and of all metrics. Needs ``pip install 'lifl[tensorboard]'``. A failed write is logged, and the run goes on.
+    stop_if_all_refused : bool
+        True: if all replies of a round break the same rule, those of more than half of the nodes that were asked, it
+        is the program's fault and not the clients': :meth:`start` raises :class:`lifl.errors.RoundError`, which shows
+        what was sent and what came back. False: the round has no result, and the run goes on with the old model.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -81,6 +85,7 @@ class RoundOptions:
     checkpoint: str | PathLike[str] | None
     resume: bool
     tensorboard: str | PathLike[str] | None
+    stop_if_all_refused: bool
 
     def __init__(
         self,
@@ -97,6 +102,7 @@ class RoundOptions:
         checkpoint: str | PathLike[str] | None = None,
         resume: bool = False,
         tensorboard: str | PathLike[str] | None = None,
+        stop_if_all_refused: bool = True,
         **flower: Any,
     ) -> None:
         super().__init__(*args, **flower)
@@ -124,6 +130,7 @@ class RoundOptions:
         if tensorboard is not None:
             scalars.require()
         self.tensorboard = tensorboard
+        self.stop_if_all_refused = stop_if_all_refused
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -563,7 +563,7 @@ def test_flowers_arguments_by_name_and_place() -> None:
     ours = inspect.signature(FedAvg)
     assert list(ours.parameters)[: len(flowers.parameters)] == list(flowers.parameters)
     added = ["quorum", "deadline", "timing", "order", "node", "max_weight", "clipping_norm"]
-    added += ["client_bytes", "total_bytes", "checkpoint", "resume", "tensorboard"]
+    added += ["client_bytes", "total_bytes", "checkpoint", "resume", "tensorboard", "stop_if_all_refused"]
     assert list(ours.parameters)[len(flowers.parameters) :] == added
     for name, parameter in flowers.parameters.items():
         assert ours.parameters[name] == parameter

@@ -294,7 +294,7 @@ def test_arrays_that_nobody_looks_at_are_dropped_as_they_land(node: lifl.Node, c
 def test_refused_replies_are_dropped_too(node: lifl.Node, clock: Clock) -> None:
     """Bad clients cannot fill the server's memory with what is refused."""
     grid = Watching({i: lambda _: content(changed(bias=np.full(3, np.nan))) for i in range(1, 21)}, clock)
-    FedAvg(node=node, fraction_evaluate=0.0).start(grid, record(MODEL), 1)
+    FedAvg(node=node, fraction_evaluate=0.0, stop_if_all_refused=False).start(grid, record(MODEL), 1)
     assert len(grid.arrays) == 20 * len(MODEL)
     assert set(grid.alive) == {0}
 

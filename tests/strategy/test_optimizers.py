@@ -154,7 +154,7 @@ def test_arguments_and_signature(name: str) -> None:
     assert [p.name for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == by_place
     extra = set(own.parameters) - set(theirs.parameters)
     added = {"quorum", "deadline", "timing", "order", "node", "max_weight", "clipping_norm"}
-    added |= {"client_bytes", "total_bytes", "checkpoint", "resume", "tensorboard"}
+    added |= {"client_bytes", "total_bytes", "checkpoint", "resume", "tensorboard", "stop_if_all_refused"}
     assert extra == added | ({"keep_dtype"} if name in KEEPING else set())
 
 
