@@ -96,14 +96,16 @@ def groups(controller: str, proc: Path = PROC) -> tuple[Group, ...]:
 def _hierarchies(controller: str, proc: Path) -> Iterator[tuple[str, Path, str, bool]]:
     """For each hierarchy that may limit the controller: this process's group, the mount, its root, and the version."""
     try:
-        mine = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
-        mounts = [line.split(" - ", 1) for line in (proc / "self/mountinfo").read_text().splitlines()]
+        mine = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines() if line.count(":") > 1]
+        mounts = (proc / "self/mountinfo").read_text().splitlines()
     except OSError:
         return
-    for fields, kind in mounts:
+    for line in mounts:
         # ID parent major:minor root mount-point options ... - type source super-options; a space is written as \040.
-        root, point = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), one) for one in fields.split()[3:5])
-        kind, _, options = kind.split(" ", 2)
+        fields, _, filesystem = line.partition(" - ")
+        places = [*fields.split()[3:5], "", ""][:2]
+        root, point = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), one) for one in places)
+        kind, _, options = [*filesystem.split(" ", 2), "", ""][:3]
         for _, controllers, path in mine:
             is_v2 = kind == "cgroup2" and not controllers
             is_v1 = kind == "cgroup" and controller in controllers.split(",") and controller in options.split(",")

@@ -110,7 +110,7 @@ def own_exchange(grid: Grid) -> Exchange | None:
 
     It takes the arguments of :func:`exchange`. None for a grid of Flower's, and for one that is the user's altogether.
     """
-    overrides = "send_and_receive" in vars(grid) or len(_of_grid(grid)) > 1
+    overrides = "send_and_receive" in getattr(grid, "__dict__", {}) or len(_of_grid(grid)) > 1
     return _by_the_grid if overrides else None
 
 
@@ -137,7 +137,7 @@ def _by_the_grid(
 def warn_of_grid(grid: Grid) -> None:
     """Says that the ``send_and_receive`` of a grid that is the user's altogether is not called."""
     classes = _of_grid(grid)
-    if own_exchange(grid) is None and not classes[0].__module__.startswith(("flwr.", "lifl.")):
+    if own_exchange(grid) is None and classes and not classes[0].__module__.startswith(("flwr.", "lifl.")):
         log(
             WARNING,
             "%s.send_and_receive is not called: lifl pushes the messages and pulls each reply as it comes. If it does "

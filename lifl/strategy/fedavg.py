@@ -152,12 +152,12 @@ class Mean(FlowerFedAvg):
                 evaluate_fn = evaluate_fn and scalars.noted(evaluate_fn)
             events = EventGrid(grid, self._send_and_receive)
             self._is_server_lost = False
-            self._is_running = True
             warn_of_grid(grid)
             self._find_server(grid)
             run = (events, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+            outcome = Outcome(scalars or journal or self)
+            self._is_running = True
             try:
-                outcome = Outcome(scalars or journal or self)
                 result = outcome.start(*run)
             finally:
                 self._is_running = False

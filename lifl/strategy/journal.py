@@ -166,7 +166,8 @@ class Journal(StandIn):
                     self._given[name].pop(key, None)
                 else:
                     self._given[name][key] = value
-        return self.arrays or arrays, self._given["train"], self._given["evaluate"]
+        model = arrays if self.arrays is None else self.arrays  # which may be empty, and false then
+        return model, self._given["train"], self._given["evaluate"]
 
     @property
     def _name(self) -> str:

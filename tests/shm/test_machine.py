@@ -126,6 +126,14 @@ def test_files_that_say_nonsense(made: Made) -> None:
     assert machine.cpu_quota() is None
 
 
+def test_lines_that_say_nonsense(made: Made) -> None:
+    """Those of the kernel beside them hold."""
+    nonsense = "\n1\n1 2 3 /\n24 23 0:28 / /x rw\n25 23 0:28 / /x rw - cgroup2\n"
+    files = {"cg/a": {"memory.max": f"{GIB}\n", "memory.current": "0\n"}}
+    made("\nnonsense\n1:2\n0::/a\n", nonsense + V2.format(root="/"), files)
+    assert machine.limit_bytes() == GIB
+
+
 # ---------------------------------------------------------------- real groups
 
 

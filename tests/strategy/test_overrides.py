@@ -160,6 +160,21 @@ def test_a_grid_that_is_the_users_altogether(caplog: pytest.LogCaptureFixture) -
     assert said.startswith("ScriptedGrid.send_and_receive is not called: lifl pushes the messages and pulls each reply")
 
 
+def test_a_grid_that_is_none_of_flowers() -> None:
+    """An object with the methods, as tests of an app have it."""
+    inner = ScriptedGrid({1: adding, 2: adding}, Clock())
+
+    class Duck:
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+    duck: Any = Duck()
+    result = FedAvg().start(duck, record(MODEL), num_rounds=1)
+    assert plain(result.arrays)["w"].tolist() == [1.5] * 3
+
+
 @pytest.mark.parametrize("method", ["push_messages", "pull_messages", "get_node_ids", "create_message", "set_run"])
 def test_a_grids_other_methods_are_called(method: str) -> None:
     """Overridden in a class of the user's."""
@@ -221,5 +236,7 @@ def test_an_empty_result_is_a_result(is_empty: bool, tmp_path: Path) -> None:
     clients = {1: adding, 2: adding}
     result, _ = run(make(FedAvg), clients, 1, initial_arrays=record(MODEL))
     assert plain(result.arrays).keys() == ({} if is_empty else MODEL).keys()
-    result, _ = run(make(FedAvg, checkpoint=tmp_path / "run"), clients, 1, initial_arrays=record(MODEL))
-    assert plain(result.arrays).keys() == ({} if is_empty else MODEL).keys()
+    for resume in (False, True):  # a run that is over has its model from the file
+        strategy = make(FedAvg, checkpoint=tmp_path / "run", resume=resume)
+        result, _ = run(strategy, clients, 1, initial_arrays=record(MODEL))
+        assert plain(result.arrays).keys() == ({} if is_empty else MODEL).keys()
