@@ -170,7 +170,9 @@ def _comparison(results: dict[str, dict[str, Any]]) -> Table:
     table.add_column("round", justify="right")
     for figure in ("accuracy", "seconds"):
         for name in NAMES.values():
-            table.add_column(f"{name}\n{figure}", justify="right")
+            # Three short lines: seven columns fit into the 80 of a pipe.
+            title = name.replace("-", "-\n").replace(" ", "\n")
+            table.add_column(f"{title}\n{figure}", justify="right", no_wrap=True)
     for entries in zip(*(results[side]["rounds"] for side in NAMES), strict=True):
         table.add_row(
             str(entries[0]["round"]),
