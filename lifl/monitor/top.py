@@ -99,12 +99,17 @@ def _connect(asking: socket.socket, name: str, timeout_s: float) -> None:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process; empty if it cannot be read."""
+    """The command line of a process, its programs without their folders; empty if it cannot be read.
+
+    A script that a Python runs stands for itself: ``lifl-superlink --insecure``.
+    """
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
         return ""
-    return " ".join(word.decode(errors="replace") for word in words)
+    if len(words) > 1 and os.path.isabs(words[1]) and os.path.basename(words[0]).startswith("python"):
+        del words[0]
+    return " ".join([os.path.basename(words[0]), *words[1:]])
 
 
 # ---------------------------------------------------------------- two snapshots

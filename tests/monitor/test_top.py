@@ -111,6 +111,21 @@ def connect(place: Place) -> socket.socket:
 # ---------------------------------------------------------------- finding and asking
 
 
+def test_a_command_is_named_without_its_folders(tmp_path: Path) -> None:
+    """The panel is 80 characters wide: the name of a program in a deep folder has to be in it."""
+    folder = tmp_path / "deep" / "er"
+    folder.mkdir(parents=True)
+    script = folder / "lifl-superlink"
+    script.write_text("input()\n")
+    for command in ([sys.executable, str(script), "--insecure"], [sys.executable, "-c", "input()"]):
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            said = top.command_of(process.pid)
+            process.communicate(b"\n", timeout=WAIT_S)
+        name = os.path.basename(sys.executable)
+        assert said == ("lifl-superlink --insecure" if "--insecure" in command else f"{name} -c input()")
+    assert top.command_of(2**22 + 1) == ""
+
+
 def test_node_of_another_process(program: subprocess.Popen[str]) -> None:
     """It is found and says what it is doing; nothing of it is in the file system; closed, it is gone."""
     (place,) = places_of(program.pid)
